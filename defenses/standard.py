@@ -1,0 +1,23 @@
+"""``standard``: members trained independently on cross-entropy, the baseline of every ensemble defense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from defenses.training import Recipe
+
+
+def cross_entropy_sum(logits_MNK: Tensor, labels: Tensor) -> Tensor:
+    """``sum_m CE(z^m, y)``, batch mean: no term couples the members, so this trains each as if alone."""
+    return torch.stack([F.cross_entropy(logits_NK, labels) for logits_NK in logits_MNK]).sum()
+
+
+RECIPE = Recipe(
+    name="standard",
+    loss=cross_entropy_sum,
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
+    max_lr=0.2,
+    summary="Independently trained members: cross-entropy, SGD with Nesterov momentum 0.9, weight decay 1e-4.",
+)

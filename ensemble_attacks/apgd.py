@@ -1,0 +1,94 @@
+"""APGD: Auto-PGD (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
+Attacks", ICML 2020), in the same loop as every attack here: a sample stops costing passes once it is fooled.
+
+On cross-entropy, on the difference of logits ratio (eq. 6), or on its targeted form (eq. 7) towards each of the likeliest
+wrong classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ensemble_attacks.base import DescentAttack
+from ensemble_attacks.descent import Outputs, Stage
+from ensemble_attacks.objectives import ce, dlr, dlr_targeted
+from ensemble_attacks.steps import CheckpointSteps
+from ensemble_attacks.validation import check_choice, check_count, check_fractions
+
+LOSSES = ("ce", "dlr", "dlr-targeted")
+FEWEST_CLASSES = {"ce": 2, "dlr": 3, "dlr-targeted": 4}
+
+
+class APGD(DescentAttack):
+    r"""APGD on any classifier, in the norms Linf and L2.
+
+    Arguments:
+        model (nn.Module): images in [0, 1] -> scores (N, K).
+        norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        steps (int): gradient steps of each descent, as AutoAttack has it. (Default: 100)
+        n_restarts (int): random starts; each only on the samples still robust. (Default: 1)
+        seed (int): of the random starts. (Default: 0)
+        loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
+        rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
+        targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
+        batch_size (int): samples per pass. (Default: None: all at once)
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+
+    Examples::
+        >>> import torch
+        >>> from ensemble_attacks import APGD
+        >>> images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        >>> APGD(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), eps=0.01, steps=10)(images, labels).shape
+        torch.Size([5, 3, 2, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        n_restarts: int = 1,
+        seed: int = 0,
+        loss: str = "ce",
+        *,
+        rho: float = 0.75,
+        targets: int = 9,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__("APGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        self.n_restarts, self.loss, self.rho, self.targets = n_restarts, loss, rho, targets
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        check_count("n_restarts", self.n_restarts)
+        check_choice("loss", self.loss, LOSSES)
+        check_fractions("rho", (self.rho,))
+        check_count("targets", self.targets)
+
+    def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> CheckpointSteps:
+        return CheckpointSteps(x, eps=eps, steps=steps, rho=self.rho)
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        if num_classes < FEWEST_CLASSES[self.loss]:
+            raise ValueError(
+                f"loss {self.loss!r} needs at least {FEWEST_CLASSES[self.loss]} classes, the model has {num_classes}: use 'ce'"
+            )
+        ranks: list[int | None] = [None]
+        if self.loss == "dlr-targeted" and not self.targeted:
+            ranks = list(range(1, min(self.targets, num_classes - 1) + 1))
+        stages = [(restart, rank) for restart in range(self.n_restarts) for rank in ranks]
+        return [Stage(self._objective, target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
+
+    def _objective(self, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        if self.loss == "dlr":
+            return dlr(outputs.scores_NK, labels) if targets is None else -dlr(outputs.scores_NK, targets)
+        if self.loss == "dlr-targeted":
+            return dlr_targeted(outputs.scores_NK, labels, targets)
+        return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)

@@ -1,0 +1,103 @@
+"""The standard AutoAttack, from whichever package is installed: fra31's ``autoattack`` or PyPI's ``pyautoattack``.
+
+The two are the same mathematics behind different interfaces. Each of the suite's attacks is run as a segment of its own, on
+the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds, and it
+lets a caller see what each attack contributes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.validation import check_choice
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def installed_autoattack() -> ModuleType:
+    """The package that provides AutoAttack.
+
+    Raises:
+        ImportError: neither is installed; says which command installs one.
+    """
+    for name in ("autoattack", "pyautoattack"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise ImportError("no AutoAttack is installed: pip install pyautoattack==0.2.0")
+
+
+def make_adversary(model: nn.Module, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int) -> Any:
+    """An AutoAttack object set as ``version="standard"``: one restart, nine targets (fewer where there are fewer classes)."""
+    package = installed_autoattack()
+    arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version="standard", device=device)
+    if package.__name__ == "autoattack":
+        arguments["verbose"] = False
+    adversary = package.AutoAttack(model, **arguments)
+    targets = min(9, num_classes - 1)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+    return adversary
+
+
+def run_segment(adversary: Any, name: str, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """One of the suite's attacks on all of ``x``; returns the images, clean where it did not succeed."""
+    adversary.attacks_to_run = [name]
+    size = "bs" if type(adversary).__module__.partition(".")[0] == "autoattack" else "batch_size"
+    result = adversary.run_standard_evaluation(x, y, **{size: batch_size})
+    return result[0] if isinstance(result, tuple) else result
+
+
+def standard_autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "Linf",
+    seed: int = 0,
+    batch_size: int = 250,
+    attacks: Sequence[str] = STANDARD,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the standard suite, or some of its attacks, in order; each on what is left robust.
+
+    Args:
+        model: images in [0, 1] -> scores (N, K).
+        x, y: images (N, C, H, W) and labels (N,).
+        eps: radius of the ball, in pixel units of [0, 1].
+
+    Returns:
+        The images, and by attack name the suite's own robust flags (N,) after it.
+    """
+    for name in attacks:
+        check_choice("attack of the standard suite", name, STANDARD)
+    device = next((p.device for p in model.parameters()), x.device)
+    tracer = sys.gettrace()
+    x_adv, flags = x.clone(), {}
+    try:
+        with preserved(model), private_random_state(seed), torch.enable_grad():
+            model.eval()
+            with torch.no_grad():
+                scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
+            robust = scores_NK.argmax(1) == y
+            adversary = make_adversary(model, norm=norm, eps=eps, seed=seed, device=device, num_classes=scores_NK.shape[1])
+            for name in attacks:
+                rows = torch.nonzero(robust).squeeze(-1)
+                if len(rows):
+                    found = run_segment(adversary, name, x[rows], y[rows], batch_size).to(x.device)
+                    moved = (found != x[rows]).flatten(1).any(1)
+                    x_adv[rows[moved]] = found[moved]
+                    robust = robust.clone()
+                    robust[rows[moved]] = False
+                flags[name] = robust
+    finally:
+        sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
+    return x_adv, flags

@@ -1,0 +1,173 @@
+"""The command line: ``ensemble-attacks evaluate | demo | train | models | doctor``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ensemble_attacks import __version__, providers
+from ensemble_attacks.data import DATASETS, load_dataset
+from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
+from ensemble_attacks.ensembles import check_vote
+from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
+from ensemble_attacks.evaluation.suite import ATTACKS, Settings, find_attack
+from ensemble_attacks.validation import check_norm, check_positive
+
+console = Console() if sys.stdout.isatty() else Console(width=120)
+DEMO_MODELS = ("standard_convnet_3", "adp_convnet_3")
+DEMO_VOTES = ("softmax", "voting")
+DEMO_EPS, DEMO_N = 0.12, 100
+
+
+class Commands(click.Group):
+    """Shows an error that a user can act on as one line, and exits with 2; anything else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.UsageError(str(error), ctx=None) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+def main(debug: bool) -> None:
+    """Attacks that tell the truth about ensemble defenses."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
+
+
+@main.command()
+@click.option("--model", required=True, help="A name from `ensemble-attacks models`.")
+@click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
+@click.option("--vote", default="softmax", help="softmax, voting or logits.")
+@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir.")
+@click.option("--norm", default="Linf", help="Linf or L2.")
+@click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
+@click.option("--n", type=int, help="Test images, in file order.  [default: all]")
+@click.option("--attacks", default="autoattack,mora", help="Comma-separated: " + ", ".join(ATTACKS) + ".")
+@click.option("--batch-size", type=int, default=250)
+@click.option("--seed", type=int, default=0)
+@click.option("--device", default="cpu")
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder for summary, times and images.")
+def evaluate(
+    model: str,
+    model_dir: str | None,
+    vote: str,
+    dataset: str,
+    data_dir: str,
+    download: bool,
+    norm: str,
+    eps: float,
+    n: int | None,
+    attacks: str,
+    batch_size: int,
+    seed: int,
+    device: str,
+    out: Path | None,
+) -> None:
+    """Attack a model, judge the images, print the comparison."""
+    names = [name.strip() for name in attacks.split(",") if name.strip()]
+    for name in names:
+        find_attack(name)
+    check_vote(vote)
+    check_norm(norm)
+    check_positive("eps", eps)
+    ensemble = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
+    x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
+    describe = {"model": model, "vote": vote, "dataset": dataset}
+
+    table = Table(title=f"{model}, {vote}, {dataset}, {norm} {eps:g}, {len(x)} images")
+    for column in ("attack", "robust %", "95% interval", "forwards / image", "backwards / image", "seconds"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+
+    def add_row(name: str, row: dict[str, Any]) -> None:
+        for stage, robust in row.get("robust_after", {}).items():
+            table.add_row(f"  after {stage}", f"{100 * robust / row['n']:.1f}", "", "", "", "", style="dim")
+        low, high = row["interval"]
+        spent = [f"{row[key]:.1f}" if key in row else "" for key in ("forwards_per_image", "backwards_per_image", "seconds")]
+        invalid = f" ({row['invalid']} invalid)" if row.get("invalid") else ""
+        table.add_row(name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *spent)
+
+    settings = Settings(eps=eps, norm=norm, seed=seed, batch_size=batch_size)
+    run_evaluation(ensemble, x, y, names, settings, describe=describe, out=out, report=add_row)
+    console.print(table)
+    if out is not None:
+        console.print(f"Stored in {out}")
+
+
+@main.command()
+@click.option("--n", type=int, default=DEMO_N, help="Test images of each ensemble.")
+@click.option("--seed", type=int, default=0)
+def demo(n: int, seed: int) -> None:
+    """Handwritten digits: what the standard AutoAttack and MORA say of two ensembles, in about a minute."""
+    x, y = load_dataset("digits", n=n)
+    began = time.perf_counter()
+    table = Table(title=f"Robust accuracy (%) of three-member ensembles: digits, Linf {DEMO_EPS}, {n} images")
+    for column in ("defense", "vote", "clean", "AutoAttack", "MORA", "passes / image: AutoAttack", "MORA"):
+        table.add_column(column, justify="left" if column in ("defense", "vote") else "right")
+    for model in DEMO_MODELS:
+        for vote in DEMO_VOTES:
+            ensemble = providers.load_model(model, dataset="digits", vote=vote)
+            summary = run_evaluation(ensemble, x, y, ["autoattack", "mora-mt"], Settings(eps=DEMO_EPS, seed=seed))
+            rows = [summary["attacks"][name] for name in ("autoattack", "mora-mt")]
+            spent = [f"{row['forwards_per_image'] + row['backwards_per_image']:,.0f}" for row in rows]
+            accuracies = [f"{100 * row['accuracy']:.1f}" for row in (summary["clean"], *rows)]
+            table.add_row(model.partition("_")[0], vote, *accuracies, *spent)
+    console.print(table)
+    console.print(f"Judged anew from the images. {time.perf_counter() - began:.0f} seconds.")
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for cifar10]")
+@click.option("--members", type=int, default=3)
+@click.option("--epochs", type=int, default=30)
+@click.option("--batch-size", type=int, default=128)
+@click.option("--seed", type=int, default=0)
+@click.option("--device", default="cpu")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="For checkpoint and log; resumes from there.")
+@click.option("--model-dir", type=click.Path(path_type=Path), help="Where the finished model goes.  [default: --out]")
+def train(recipe: str, **options: Any) -> None:
+    """Train a defense (standard or adp): one command, resumable."""
+    for provider in providers.providers():
+        if hasattr(provider, "train_model"):
+            card = provider.train_model(recipe, **options)
+            console.print(card.read_text(), highlight=False)
+            console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir'] or options['out']}")
+            return
+    raise ValueError(f"recipe {recipe!r}: no installed package trains models")
+
+
+@main.command()
+@click.option("--dataset", help=" or ".join(DATASETS) + ".")
+def models(dataset: str | None) -> None:
+    """List the models that can be loaded."""
+    for name in (dataset,) if dataset else DATASETS:
+        for model in providers.list_models(name):
+            click.echo(f"{name}\t{model}")
+
+
+@main.command()
+def doctor() -> None:
+    """Check the installation; exits with 1 where something is broken."""
+    findings = examine()
+    colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
+    for finding in findings:
+        console.print(f"[{colours[finding.status]}]{finding.status:>6}[/] {finding.name}: {finding.found}", highlight=False)
+        if finding.remedy:
+            console.print(f"       {finding.remedy}", highlight=False, markup=False)
+    sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)

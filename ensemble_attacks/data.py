@@ -1,0 +1,82 @@
+"""Images and labels: scikit-learn's bundled digits (the offline default) and the official CIFAR-10.
+
+Both come as ``(images, labels)``: float32 (N, C, H, W) in [0, 1] and int64 (N,). Normalisation belongs to the models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ensemble_attacks.errors import unknown_name
+
+DATASETS = ("digits", "cifar10")
+IMAGE_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
+
+
+def load_dataset(
+    name: str,
+    split: str = "test",
+    *,
+    data_dir: str | Path = "data",
+    n: int | None = None,
+    download: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Load the first ``n`` examples of a split, in file order.
+
+    Args:
+        name: ``"digits"`` (1,797 8x8 images; 1,200 to train, 597 to test) or ``"cifar10"``.
+        split: ``"train"`` or ``"test"``.
+        data_dir: the folder that holds ``cifar-10-batches-py`` (digits need none).
+        n: how many; ``None`` is all of them.
+        download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
+
+    Raises:
+        ValueError: unknown name or split, or an ``n`` that the split cannot give.
+        FileNotFoundError: no CIFAR-10 under ``data_dir``.
+
+    >>> images, labels = load_dataset("digits", n=4)
+    >>> images.shape, labels.dtype
+    (torch.Size([4, 1, 8, 8]), torch.int64)
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    images, labels = _digits(split) if name == "digits" else _cifar10(split, Path(data_dir), download)
+    if n is not None and n > len(images):
+        raise ValueError(f"n is {n}, but the {split} split of {name} has {len(images)} images: ask for at most that many")
+    return images[:n], labels[:n]
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, train_size=1200, random_state=0, stratify=labels)
+    images, labels = (train_x, train_y) if split == "train" else (test_x, test_y)
+    return torch.tensor(images, dtype=torch.float32).div(16).view(-1, 1, 8, 8), torch.tensor(labels, dtype=torch.int64)
+
+
+def _cifar10(split: str, data_dir: Path, download: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import CIFAR10
+
+    if not download and not (data_dir / CIFAR10.base_folder).is_dir():
+        raise FileNotFoundError(
+            f"no folder {CIFAR10.base_folder!r} in data_dir {str(data_dir)!r}: name the folder that holds it "
+            "(--data-dir DIR), or let torchvision fetch it (--download)"
+        )
+    try:
+        dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
+    except RuntimeError as error:  # torchvision: "Dataset not found or corrupted"
+        raise FileNotFoundError(
+            f"the CIFAR-10 files in {str(data_dir / CIFAR10.base_folder)!r} are missing or fail their checksums; "
+            "fetch them again (--download)"
+        ) from error
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous().float().div(255)
+    return images, torch.tensor(dataset.targets, dtype=torch.int64)

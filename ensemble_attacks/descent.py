@@ -1,0 +1,215 @@
+"""The loop that every attack runs: active set, best iterate, stages, restarts, trace. Written once.
+
+One forward pass per iterate serves both the success test and the gradient; the last iterate is tested too. A sample leaves
+the batch the moment it is fooled. The clean image is the centre of the ball in every stage.
+
+Shape suffixes: M members, N samples, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ensemble_attacks.noise import sample_keys, start_noise
+from ensemble_attacks.objectives import best_other, margin, mask_class, targeted_margin
+from ensemble_attacks.projections import Ball, make_ball
+from ensemble_attacks.steps import StepRule
+from ensemble_attacks.validation import check_label_range
+
+MOMENTUM = 0.75  # share of the new step; the rest repeats the last move (Croce & Hein 2020, eq. 4; MORA, Algorithm 1)
+
+
+class Outputs(NamedTuple):
+    """What one forward pass shows: the model's scores and, for an ensemble, its members' logits."""
+
+    scores_NK: Tensor
+    logits_MNK: Tensor | None = None
+
+
+Forward = Callable[[Tensor], Outputs]
+Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]  # (outputs, labels, targets) -> loss (N,)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One descent from one random start.
+
+    Attributes:
+        objective: what to maximise.
+        target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; ``None``: any.
+        restart: which of the sample's random starts.
+    """
+
+    objective: Objective
+    target_rank: int | None = None
+    restart: int = 0
+
+
+@dataclass(eq=False)
+class Trace:
+    """Convergence of an attack, one row per step of every stage, summed over batches.
+
+    Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
+    spent here), and ``loss`` (mean over the samples still active). The row of stage -1 is the clean forward pass.
+    """
+
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0, 0.0]))
+    samples: int = 0
+
+    def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: float) -> None:
+        sums = self._sums[stage, step]
+        for column, value in enumerate((fooled, forwards, backwards, loss)):
+            sums[column] += value
+
+    def rows(self) -> list[dict[str, float]]:
+        """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
+        rows, robust = [], self.samples
+        for (stage, step), (fooled, forwards, backwards, loss) in sorted(self._sums.items()):
+            robust -= fooled
+            mean_loss = loss / backwards if backwards else float("nan")
+            row = dict(stage=stage, step=step, fooled=fooled, robust=robust, forwards=forwards, backwards=backwards)
+            rows.append({**row, "loss": mean_loss})
+        return rows
+
+
+def success_margin(scores_NK: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
+    """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (N,)."""
+    return margin(scores_NK, labels) if aim is None else targeted_margin(scores_NK, aim)
+
+
+def descend(
+    forward: Forward,
+    objective: Objective,
+    ball: Ball,
+    start: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    targeted: bool,
+    step_rule: StepRule,
+    steps: int,
+    record: Callable[[int, int, int, int, float], None],
+) -> tuple[Tensor, Tensor]:
+    """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
+
+    Returns:
+        The iterate of the smallest margin for every sample, and that margin, (N,); below zero it is fooled. The margin is
+        that of the model's own prediction, whatever the objective.
+    """
+    best_x, best_margin = start.clone(), torch.full_like(labels, torch.inf, dtype=start.dtype)
+    active = torch.arange(len(start), device=start.device)
+    x = previous = start
+    for step in range(steps + 1):
+        last = step == steps
+        x = x.detach().requires_grad_(not last)
+        with torch.set_grad_enabled(not last):
+            outputs = forward(x)
+        margin_N = success_margin(outputs.scores_NK.detach(), labels, targets if targeted else None).to(best_margin.dtype)
+        improved = margin_N < best_margin[active]
+        rows = active[improved]
+        best_x[rows], best_margin[rows] = x.detach()[improved], margin_N[improved]
+        keep = ~(margin_N < 0)
+        alive = int(keep.sum())
+        if last or not alive:
+            record(step, len(x) - alive, len(x), 0, 0.0)
+            break
+        with torch.enable_grad():
+            loss_N = objective(outputs, labels, targets)
+        (gradient,) = torch.autograd.grad(loss_N.sum(), x)
+        x, loss_N = x.detach(), loss_N.detach()
+        record(step, len(x) - alive, len(x), len(x), float(loss_N.sum()))
+        if alive < len(x):
+            active, x, previous, gradient, loss_N = (t[keep] for t in (active, x, previous, gradient, loss_N))
+            labels, targets = labels[keep], None if targets is None else targets[keep]
+            ball = ball.select(keep)
+            step_rule.select(keep)
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        x, gradient = step_rule.observe(step, x, loss_N, gradient)
+        ahead = ball.project(x + step_rule.size(step, x) * ball.steepest(gradient))
+        share = MOMENTUM if step else 1.0
+        x, previous = ball.project(x + share * (ahead - x) + (1 - share) * (x - previous)), x
+    return best_x, best_margin
+
+
+def attack(
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    stages: Callable[[int], Sequence[Stage]],
+    *,
+    norm: str,
+    eps: float,
+    steps: int,
+    step_rule: Callable[..., StepRule],
+    seed: int,
+    aim: Tensor | None = None,
+    batch_size: int | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Run the stages one after another, each on the samples that the ones before it left robust, cheapest first.
+
+    Args:
+        forward: images (N, C, H, W) -> `Outputs`.
+        images, labels: clean images in [0, 1] and the classes to leave, (N,).
+        stages: what to run, by the number of classes.
+        norm, eps: the ball; eps in pixel units of [0, 1].
+        steps: gradient steps of each stage.
+        aim: the class to reach, (N,), for a targeted attack: success is then its prediction. ``None``: success is any
+            prediction but the label.
+        batch_size: samples per pass; ``None`` is all at once.
+
+    Returns:
+        Adversarial images, (N, C, H, W): the first iterate that succeeded; failing that, of all iterates and the clean
+        image, the one of the smallest margin.
+    """
+    batch_size = batch_size or max(len(images), 1)
+    add = trace.add if trace is not None else (lambda *row: None)
+    with torch.no_grad():
+        clean_NK = torch.cat([forward(batch).scores_NK for batch in images.split(batch_size)])
+        check_label_range(labels, clean_NK.shape[1])
+        if aim is not None:
+            check_label_range(aim, clean_NK.shape[1], "target labels")
+        margins = success_margin(clean_NK, labels, aim)
+        ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
+        if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
+            labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
+    if trace is not None:
+        trace.samples += len(images)
+    add(-1, 0, int((margins < 0).sum()), len(images), 0, 0.0)
+
+    adversarial = images.clone()
+    keys = sample_keys(images)
+    for index, stage in enumerate(stages(clean_NK.shape[1])):
+        survivors = torch.nonzero(~(margins < 0)).squeeze(-1)
+        if not len(survivors):
+            break
+        survivors = survivors[margins[survivors].argsort(stable=True)]
+        for rows in survivors.split(batch_size):
+            ball = make_ball(norm, images[rows], eps)
+            noise = start_noise(
+                [keys[row] for row in rows.tolist()], images[rows], seed=seed, restart=stage.restart, norm=norm
+            )
+            start = ball.start(noise)
+            targets = aim if aim is None else aim[rows]
+            if stage.target_rank is not None:
+                targets = ranked_NK[rows, stage.target_rank - 1]
+            best_x, best_margin = descend(
+                forward,
+                stage.objective,
+                ball,
+                start,
+                labels[rows],
+                targets,
+                aim is not None,
+                step_rule(start, eps=eps, steps=steps),
+                steps,
+                lambda *row, index=index: add(index, *row),
+            )
+            better = best_margin < margins[rows]
+            adversarial[rows[better]], margins[rows[better]] = best_x[better], best_margin[better].to(margins.dtype)
+    return adversarial

@@ -1,0 +1,203 @@
+"""Ensembles of classifiers and the protocol by which attacks look inside them.
+
+An ensemble is any ``nn.Module`` with ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``, whose
+``forward(x)`` is ``aggregate(member_logits(x))``. Scores are logits: a vote that averages probabilities returns the
+logarithm of the average, so that cross-entropy on it is the ensemble's own.
+
+Shape suffixes: M members, N samples, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
+
+VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
+
+
+def log_mean_softmax(logits_MNK: Tensor) -> Tensor:
+    """``log mean_m softmax(z^m)``, (N, K), by log-sum-exp: finite wherever the logits are."""
+    return logits_MNK.log_softmax(-1).logsumexp(0) - math.log(len(logits_MNK))
+
+
+def mean_logits(logits_MNK: Tensor) -> Tensor:
+    """``mean_m z^m``, (N, K)."""
+    return logits_MNK.mean(0)
+
+
+def log_votes(logits_MNK: Tensor) -> Tensor:
+    """Logarithm of the hard votes' shares, (N, K), ties broken by mean probability.
+
+    The value is ``log((votes + p / 2) / (M + 1/2))`` with ``p`` the mean probability: less than half a vote, so that it
+    decides between equal counts and nothing else. The gradient is that of ``log mean_m softmax(z^m / 0.1)``, passed
+    straight through.
+    """
+    members, _, classes = logits_MNK.shape
+    with torch.no_grad():
+        votes_NK = F.one_hot(logits_MNK.argmax(-1), classes).sum(0)
+        log_half_p_NK = log_mean_softmax(logits_MNK) + math.log(0.5)
+        hard_NK = torch.logaddexp(votes_NK.to(logits_MNK.dtype).log(), log_half_p_NK)
+        hard_NK -= math.log(members + 0.5)
+    if not (torch.is_grad_enabled() and logits_MNK.requires_grad):
+        return hard_NK
+    soft_NK = log_mean_softmax(logits_MNK / VOTING_TEMPERATURE)
+    return hard_NK + (soft_NK - soft_NK.detach())
+
+
+VOTES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": log_mean_softmax,
+    "voting": log_votes,
+    "logits": mean_logits,
+}
+
+
+def check_vote(vote: str) -> str:
+    """Return ``vote``, or raise a ValueError that names the nearest known one."""
+    if vote not in VOTES:
+        raise unknown_name("vote", vote, VOTES)
+    return vote
+
+
+class Ensemble(nn.Module):
+    """Classifiers that decide together.
+
+    Args:
+        members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
+        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits).
+
+    Raises:
+        TypeError: a member that is not an ``nn.Module``.
+        ValueError: no members, or an unknown vote.
+
+    >>> ensemble = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], vote="softmax")
+    >>> x = torch.rand(5, 4)
+    >>> ensemble.member_logits(x).shape, ensemble(x).shape
+    (torch.Size([2, 5, 3]), torch.Size([5, 3]))
+    """
+
+    def __init__(self, members: Sequence[nn.Module], vote: str = "softmax") -> None:
+        super().__init__()
+        members = list(members)
+        if not members:
+            raise ValueError("members is empty: an ensemble needs at least one classifier")
+        for index, member in enumerate(members):
+            if not isinstance(member, nn.Module):
+                raise TypeError(f"members[{index}] is a {type(member).__name__}: every member must be a torch.nn.Module")
+        self.members = nn.ModuleList(members)
+        self.vote = check_vote(vote)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Logits of every member, (M, N, K)."""
+        return torch.stack([member(x) for member in self.members])
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        """The ensemble's scores, (N, K), from its members' logits."""
+        return VOTES[self.vote](logits_MNK)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aggregate(self.member_logits(x))
+
+    def extra_repr(self) -> str:
+        return f"vote={self.vote!r}"
+
+
+class AdoptedEnsemble(Ensemble):
+    """Somebody else's ensemble, seen through the protocol: its own forward, with the members and vote claimed for it.
+
+    The first images that reach `member_logits` are also put through the model itself; where the claimed members and vote
+    predict otherwise, `AggregateMismatchError` says how often.
+    """
+
+    def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Callable[[Tensor], Tensor]) -> None:
+        super().__init__(members, "softmax" if callable(vote) else vote)
+        self.original = original
+        self._aggregate = vote if callable(vote) else VOTES[vote]
+        if callable(vote):
+            self.vote = None
+        self._verified = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.original(x)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        logits_MNK = super().member_logits(x)
+        if not self._verified:
+            self.verify(x, logits_MNK)
+        return logits_MNK
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        return self._aggregate(logits_MNK)
+
+    @torch.no_grad()
+    def verify(self, x: Tensor, logits_MNK: Tensor | None = None) -> None:
+        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x``."""
+        logits_MNK = super().member_logits(x) if logits_MNK is None else logits_MNK
+        own_NK, claimed_NK = self.original(x), self.aggregate(logits_MNK.detach())
+        if own_NK.shape != claimed_NK.shape:
+            raise AggregateMismatchError(
+                f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
+            )
+        differ = (own_NK.argmax(1) != claimed_NK.argmax(1)).sum().item()
+        if differ:
+            raise AggregateMismatchError(
+                f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
+                f"{differ} of {len(x)} images: name the right vote ({', '.join(VOTES)}, or a callable (M, N, K) -> (N, K)), "
+                "and members that take the same input as the model (with any preprocessing it applies first)"
+            )
+        self._verified = True
+
+
+def as_ensemble(
+    model: nn.Module,
+    members: Sequence[nn.Module | str] | None = None,
+    vote: str | Callable[[Tensor], Tensor] = "softmax",
+    *,
+    inputs: Tensor | None = None,
+) -> nn.Module:
+    """Adopt a third party's ensemble without rewriting it.
+
+    Args:
+        model: anything (N, C, H, W) -> (N, K). Returned as it is where it has ``member_logits`` and ``aggregate``.
+        members: its classifiers, as modules or as names of submodules (``"net.0"``).
+        vote: how it combines them: a name, or a function (M, N, K) -> (N, K).
+        inputs: real images to check the claim on at once; otherwise it is checked on the first ones attacked.
+
+    Raises:
+        NotAnEnsembleError: no members named, and none shown by the model.
+        AggregateMismatchError: the claimed members and vote do not reproduce the model's own predictions.
+
+    >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    >>> class Theirs(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.nets = nets
+    ...     def forward(self, x):
+    ...         return sum(net(x) for net in self.nets)
+    >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
+    'logits'
+    """
+    if members is None:
+        check_members(model, "as_ensemble")
+        return model
+    modules = [model.get_submodule(member) if isinstance(member, str) else member for member in members]
+    ensemble = AdoptedEnsemble(model, modules, vote)
+    ensemble.train(model.training)
+    if inputs is not None:
+        ensemble.verify(inputs)
+    return ensemble
+
+
+def check_members(model: nn.Module, who: str) -> None:
+    """Raise `NotAnEnsembleError` unless ``model`` shows its members."""
+    missing = [name for name in ("member_logits", "aggregate") if not callable(getattr(model, name, None))]
+    if missing:
+        raise NotAnEnsembleError(
+            f"{who} looks inside an ensemble, but {type(model).__name__} has no {' and no '.join(missing)}: "
+            "pass ensemble_attacks.Ensemble([...], vote=...), or as_ensemble(model, members=[...], vote=...)"
+        )

@@ -1,0 +1,120 @@
+"""Run attacks on the same images, judge what they return, and keep it: summary, times, adversarial images."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ensemble_attacks.evaluation.passes import count_passes
+from ensemble_attacks.evaluation.suite import Crafted, Settings, find_attack
+from ensemble_attacks.judge import Judgement, judge, wilson_interval
+from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attacks: Sequence[str],
+    settings: Settings,
+    *,
+    describe: dict[str, Any] | None = None,
+    out: Path | None = None,
+    report: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+) -> dict[str, Any]:
+    """Attack, judge, and summarise.
+
+    Args:
+        model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
+        x, y: images (N, C, H, W) and labels (N,).
+        attacks: names, as listed in `suite.ATTACKS`.
+        describe: what else to store in the summary: the model's name, the dataset, and so on.
+        out: a new folder for ``summary.json`` (the same for the same run), ``times.json`` and the images; ``None``: nowhere.
+        report: called with each attack's name and row as soon as it is judged.
+
+    Returns:
+        The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample.
+
+    Raises:
+        ValueError, TypeError: unusable arguments; nothing has been run.
+        FileExistsError: ``out`` already holds a run.
+        OutOfBallError: an attack returned an image outside the ball.
+    """
+    entries = {name: find_attack(name) for name in attacks}
+    check_positive("eps", settings.eps)
+    check_norm(settings.norm)
+    check_count("batch_size", settings.batch_size)
+    check_images(x, "x")
+    check_labels(y, x, "y")
+    if out is not None:
+        if (out / "summary.json").exists():
+            raise FileExistsError(f"{out} already holds a run: choose another folder (--out)")
+        out.mkdir(parents=True, exist_ok=True)
+
+    verdict = lambda x_adv: judge(  # noqa: E731
+        model, x, y, x_adv, eps=settings.eps, norm=settings.norm, batch_size=settings.batch_size
+    )
+    clean = verdict(x)
+    report("clean", clean.summary())
+    rows: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    robust = clean.robust
+    for name, entry in entries.items():
+        logger.info("running %s on %d images", name, len(x))
+        with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+            counted = count_passes(model, bar.update)
+            began = time.perf_counter()
+            crafted = entry.craft(counted, x, y, settings)
+            seconds[name] = time.perf_counter() - began
+        judgement = verdict(crafted.images)
+        robust = robust & judgement.robust
+        rows[name] = judgement.summary() | {
+            "forwards_per_image": counted.forwards / len(x),
+            "backwards_per_image": counted.backwards / len(x),
+        }
+        if crafted.stages:
+            rows[name]["robust_after"] = _robust_after(crafted, judgement)
+        report(name, rows[name] | {"seconds": seconds[name]})
+        if out is not None:
+            _save_images(out / f"{name}.safetensors", crafted.images, y, judgement, settings, name)
+
+    low, high = wilson_interval(int(robust.sum()), len(x))
+    worst = {"n": len(x), "robust": int(robust.sum()), "accuracy": robust.double().mean().item(), "interval": [low, high]}
+    report("worst case", worst)
+    summary = {
+        **(describe or {}),
+        **asdict(settings),
+        "n": len(x),
+        "clean": clean.summary(),
+        "attacks": rows,
+        "worst_case": worst,
+    }
+    if out is not None:
+        (out / "times.json").write_text(
+            json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds}, indent=2) + "\n"
+        )
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _robust_after(crafted: Crafted, judgement: Judgement) -> dict[str, int]:
+    """Samples left robust after each attack of a suite: by its flags where the judge agrees that the image fools."""
+    return {name: int((flags | ~judgement.fooled).sum()) for name, flags in crafted.stages.items()}
+
+
+def _save_images(path: Path, images: Tensor, y: Tensor, judgement: Judgement, settings: Settings, name: str) -> None:
+    tensors = {"x_adv": images.cpu().contiguous(), "labels": y.cpu(), "robust": judgement.robust.to(torch.uint8)}
+    metadata = {key: str(value) for key, value in {**asdict(settings), "attack": name}.items()}
+    save_file(tensors, path, metadata=metadata)

@@ -1,0 +1,95 @@
+"""The attacks that ``evaluate`` knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ensemble_attacks.apgd import APGD
+from ensemble_attacks.autoattack import STANDARD, standard_autoattack
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.mora import MORA
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all attacks of one evaluation share; eps in pixel units of [0, 1]."""
+
+    eps: float
+    norm: str = "Linf"
+    seed: int = 0
+    batch_size: int = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Crafted:
+    """An attack's images, and, for a suite, its own robust flags (N,) after each of its attacks."""
+
+    images: Tensor
+    stages: dict[str, Tensor] = field(default_factory=dict)
+
+
+Craft = Callable[[nn.Module, Tensor, Tensor, Settings], Crafted]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named attack."""
+
+    craft: Craft
+    summary: str
+
+
+def _standard(*attacks: str) -> Craft:
+    def craft(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+        images, stages = standard_autoattack(
+            model,
+            x,
+            y,
+            eps=settings.eps,
+            norm=settings.norm,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            attacks=attacks,
+        )
+        return Crafted(images, stages if len(attacks) > 1 else {})
+
+    return craft
+
+
+def _ours(attack: type[MORA] | type[APGD], **arguments: object) -> Craft:
+    def craft(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+        made = attack(
+            model,
+            norm=settings.norm,
+            eps=settings.eps,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            **arguments,
+        )
+        return Crafted(made(x, y).to(x.device))
+
+    return craft
+
+
+ATTACKS: dict[str, Entry] = {
+    "apgd-ce": Entry(_standard("apgd-ce"), "AutoAttack's APGD on cross-entropy, 100 steps"),
+    "apgd-t": Entry(_standard("apgd-t"), "AutoAttack's targeted APGD on DLR, 9 targets x 100 steps"),
+    "fab-t": Entry(_standard("fab-t"), "AutoAttack's targeted FAB, 9 targets x 100 steps"),
+    "square": Entry(_standard("square"), "AutoAttack's Square, 5000 queries"),
+    "autoattack": Entry(_standard(*STANDARD), "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square"),
+    "mora": Entry(_ours(MORA), "MORA: five betas x 100 steps"),
+    "mora-mt": Entry(_ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps"),
+    "ea-apgd-ce": Entry(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
+    "ea-apgd-dlr": Entry(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
+    "ea-apgd-t": Entry(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),
+}
+
+
+def find_attack(name: str) -> Entry:
+    """The attack of that name; ValueError with the nearest one otherwise."""
+    if name not in ATTACKS:
+        raise unknown_name("attack", name, ATTACKS)
+    return ATTACKS[name]

@@ -1,0 +1,176 @@
+"""The only code that says 'robust' or 'fooled': from the stored images and fresh forward passes, never from an attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.errors import OutOfBallError
+from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.validation import (
+    check_count,
+    check_images,
+    check_label_range,
+    check_labels,
+    check_norm,
+    check_positive,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """The verdict on N samples.
+
+    Attributes:
+        robust: (N,) bool: predicted right in more than half of the draws.
+        fooled: (N,) bool: the others, but for the invalid ones.
+        invalid: (N,) bool: a NaN or infinite score in any draw; neither robust nor fooled.
+        correct: (draws, N) bool: predicted right in each draw; never for an invalid sample.
+    """
+
+    robust: Tensor
+    fooled: Tensor
+    invalid: Tensor
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions over samples and draws, in [0, 1]."""
+        return self.correct.double().mean().item()
+
+    @property
+    def worst_of_draws(self) -> float:
+        """Share of samples predicted right in every draw."""
+        return self.correct.all(0).double().mean().item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95% interval of the accuracy over samples."""
+        n = len(self.robust)
+        return wilson_interval(self.accuracy * n, n)
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """Counts and rates, for printing and storing."""
+        summary: dict[str, float | int | list[float]] = {
+            "n": len(self.robust),
+            "robust": int(self.robust.sum()),
+            "fooled": int(self.fooled.sum()),
+            "invalid": int(self.invalid.sum()),
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+        }
+        if len(self.correct) > 1:
+            summary["draws"] = len(self.correct)
+            summary["worst_of_draws"] = self.worst_of_draws
+        return summary
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        text = f"{100 * self.accuracy:.1f}% robust [{100 * low:.1f}, {100 * high:.1f}] of {len(self.robust)}"
+        invalid = int(self.invalid.sum())
+        return text + (f"; {invalid} invalid (NaN or infinite scores)" if invalid else "")
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; ``successes`` may be fractional (a mean over draws). 95% by default."""
+    if n < 1:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
+    """Size of every sample's perturbation, (N,), in float64."""
+    delta = (x_adv.double() - x.double()).flatten(1)
+    return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+
+
+def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> None:
+    """Raise `OutOfBallError` unless every image is finite, in [0, 1] and within ``eps`` of its clean image.
+
+    Measured in float64. What rounding to the images' own type may add is allowed: one unit in the last place of 1 per
+    pixel (1.2e-7 in float32) for Linf and the box, its square root of the number of pixels for L2.
+    """
+    ulp = torch.finfo(x_adv.dtype).eps
+    bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
+    if len(bad):
+        raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
+    exact = x_adv.double().flatten(1)
+    outside = torch.maximum(-exact, exact - 1).amax(1)
+    bad = torch.nonzero(outside > ulp).squeeze(-1)
+    if len(bad):
+        raise OutOfBallError(
+            f"x_adv[{bad[0]}] leaves [0, 1] by {outside[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)"
+        )
+    allowed = ulp if norm == "Linf" else ulp * x_adv[0].numel() ** 0.5
+    excess = distances(x, x_adv, norm) - eps
+    bad = torch.nonzero(excess > allowed).squeeze(-1)
+    if len(bad):
+        raise OutOfBallError(
+            f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {eps:.6g} by {excess[bad[0]]:.3g} "
+            f"({len(bad)} of {len(x_adv)} images do): was eps given in pixel units of [0, 1]?"
+        )
+
+
+@torch.no_grad()
+def judge(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    x_adv: Tensor,
+    *,
+    eps: float,
+    norm: str = "Linf",
+    draws: int = 1,
+    batch_size: int = 250,
+    seed: int = 2**31 - 1,
+) -> Judgement:
+    """Decide, for every sample, whether ``x_adv`` fools ``model``.
+
+    Args:
+        model: images in [0, 1] -> scores (N, K); judged in eval mode, on the device of its parameters.
+        x, y, x_adv: clean images, their classes, and the images to judge; (N, C, H, W), (N,), (N, C, H, W).
+        eps, norm: the ball; eps in pixel units of [0, 1].
+        draws: fresh forward passes of each image, for a model that is random.
+        seed: of the model's own randomness; apart from the seeds that attacks use, so that no draw is one they saw.
+
+    Raises:
+        OutOfBallError: an image outside the ball or the box; it names the sample and the excess.
+        TypeError, ValueError: arguments that cannot be used.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x, y = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
+    >>> judge(model, x, y, x, eps=0.1).summary()["n"]
+    8
+    """
+    check_norm(norm)
+    check_positive("eps", eps)
+    check_count("draws", draws)
+    check_count("batch_size", batch_size)
+    check_images(x, "x")
+    check_labels(y, x, "y")
+    if x_adv.shape != x.shape:
+        raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
+    if not x_adv.is_floating_point():
+        raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in [0, 1]")
+    x_adv, y = x_adv.detach(), y.long()
+    check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm)
+
+    parameter = next(model.parameters(), x_adv)
+    correct, finite = [], []
+    with preserved(model), private_random_state(seed):
+        model.eval()
+        for _ in range(draws):
+            for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
+                scores_NK = model(images.to(parameter.device)).cpu()
+                check_label_range(labels, scores_NK.shape[1], "y")
+                correct.append(scores_NK.argmax(1) == labels.cpu())
+                finite.append(torch.isfinite(scores_NK).all(1))
+    correct_EN, finite_EN = torch.cat(correct).view(draws, -1), torch.cat(finite).view(draws, -1)
+    invalid = ~finite_EN.all(0)
+    robust = (2 * correct_EN.sum(0) > draws) & ~invalid
+    return Judgement(robust=robust, fooled=~robust & ~invalid, invalid=invalid, correct=correct_EN & ~invalid)

@@ -1,0 +1,109 @@
+"""MORA: Model-Reweighing Attack (Yu, Gao, Xu, "MORA: Improving Ensemble Robustness Evaluation with Model-Reweighing
+Attack", NeurIPS 2022).
+
+It breaks ensembles whose members were trained to have diverse gradients: instead of the ensemble's own gradient, in which
+members far from their boundary drown or cancel the others, it follows the members whose change moves the vote most
+(equations 7-12; see `objectives.mora`), with a cosine step and momentum 0.75 (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from ensemble_attacks.base import DescentAttack
+from ensemble_attacks.descent import Outputs, Stage
+from ensemble_attacks.objectives import WEIGHT_RULES, mora
+from ensemble_attacks.steps import CosineSteps
+from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
+
+TARGETED_BETA = 0.5  # of the multi-targeted stage (MORA, section 4.1)
+
+
+class MORA(DescentAttack):
+    r"""MORA, in the norms Linf and L2.
+
+    An untargeted descent for each beta, then, with ``targets``, one towards each of that many likeliest wrong classes; each
+    only on the samples that are still robust, those with the smallest margin first.
+
+    Arguments:
+        model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
+        norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        steps (int): gradient steps of each descent. (Default: 100)
+        betas (sequence of float): shares of the reweighed members, eq. 11, in the order to run. (Default: (0.5, 0, 0.25, 0.75, 1))
+        targets (int): wrong classes to aim at afterwards; at most one less than there are classes. (Default: 0)
+        tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1, but each member's own gap under hard votes)
+        seed (int): of the random starts. (Default: 0)
+        weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
+        batch_size (int): samples per pass. (Default: None: all at once)
+
+    Raises:
+        NotAnEnsembleError: ``model`` shows no members; `as_ensemble` can name them.
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+
+    Examples::
+        >>> import torch
+        >>> from ensemble_attacks import MORA, Ensemble
+        >>> members = [nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2)]
+        >>> images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        >>> attack = MORA(Ensemble(members, vote="softmax"), eps=0.01, steps=10)
+        >>> attack(images, labels).shape
+        torch.Size([5, 3, 2, 2])
+    """
+
+    needs_members = True
+    step_rule = CosineSteps
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        betas: Sequence[float] = (0.5, 0.0, 0.25, 0.75, 1.0),
+        targets: int = 0,
+        tau: float | None = None,
+        seed: int = 0,
+        *,
+        weight_rule: str = "derivative",
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__("MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        self.betas, self.targets, self.tau, self.weight_rule = betas, targets, tau, weight_rule
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        check_fractions("betas", self.betas)
+        check_count("targets", self.targets, at_least=0)
+        if self.tau is not None:
+            check_positive("tau", self.tau)
+        check_choice("weight_rule", self.weight_rule, WEIGHT_RULES)
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        sweep = [Stage(partial(self._loss, beta), restart=r) for r, beta in enumerate(self.betas)]
+        if self.targeted:
+            return sweep
+        ranks = range(1, min(self.targets, num_classes - 1) + 1)
+        aimed = partial(self._loss, TARGETED_BETA)
+        return sweep + [Stage(aimed, target_rank=rank, restart=len(self.betas) + rank - 1) for rank in ranks]
+
+    def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        vote = getattr(self.model, "vote", None)
+        return mora(
+            outputs.logits_MNK,
+            outputs.scores_NK,
+            labels,
+            targets,
+            beta=beta,
+            vote=vote,
+            tau=self.tau,
+            rule=self.weight_rule,
+        )

@@ -1,0 +1,37 @@
+"""Noise that belongs to the sample.
+
+A sample's random start is keyed by (seed, the image itself, restart) and drawn from a private generator, so that batch
+size, order, sharding, resuming and early stopping cannot change it, and no global random state is touched. The image is
+identified by its content, since an attack called as ``attack(images, labels)`` is not told where the images come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def sample_keys(images: Tensor) -> list[bytes]:
+    """One key per image (N, ...) in [0, 1]: a digest of its 8-bit content, the same in every float type and device."""
+    pixels = (images.detach().double() * 255).round().to(torch.uint8).flatten(1).cpu().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
+
+
+def generator_for(key: bytes, seed: int, *counters: int) -> torch.Generator:
+    """A private CPU generator for a sample (or any other thing with a key), a seed and counters such as the restart."""
+    message = key + ",".join(map(str, (seed, *counters))).encode()
+    state = int.from_bytes(hashlib.blake2b(message, digest_size=4).digest(), "little")
+    return torch.Generator().manual_seed(state)
+
+
+def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, norm: str) -> Tensor:
+    """Noise shaped ``like`` (N, ...): uniform in [-1, 1] for Linf, standard normal for L2."""
+    shape = like.shape[1:]
+    draws = []
+    for key in keys:
+        generator = generator_for(key, seed, restart)
+        draws.append(torch.rand(shape, generator=generator) if norm == "Linf" else torch.randn(shape, generator=generator))
+    noise = torch.stack(draws).to(like.device, like.dtype)
+    return 2 * noise - 1 if norm == "Linf" else noise

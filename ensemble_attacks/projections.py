@@ -1,0 +1,96 @@
+"""The threat model's ball, intersected with the [0, 1] box, around clean images.
+
+A projected image is inside the ball to the last bit: measured in float64, ``|x_adv - x| <= eps`` and ``0 <= x_adv <= 1``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORMS = ("Linf", "L2")
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """View (N,) as (N, 1, ..., 1), to broadcast over ``like``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of every sample, (N,)."""
+    return x.flatten(1).norm(dim=1)
+
+
+class LinfBall:
+    """``max |x - clean| <= eps``. Projection is one clamp: box and ball are both intervals."""
+
+    def __init__(self, clean: Tensor, eps: float) -> None:
+        self.clean, self.eps = clean, eps
+        exact = clean.double()
+        lower = (exact - eps).clamp_min(0).to(clean.dtype)
+        upper = (exact + eps).clamp_max(1).to(clean.dtype)
+        # Rounding to the images' dtype may step outside: then take the neighbour inside.
+        self.lower = torch.where(exact - lower.double() > eps, _neighbour(lower, +1), lower)
+        self.upper = torch.where(upper.double() - exact > eps, _neighbour(upper, -1), upper)
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.lower, self.upper)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Direction of unit Linf norm along which a linear function with this gradient grows fastest."""
+        return gradient.sign()
+
+    def start(self, noise: Tensor) -> Tensor:
+        """A point on the sphere from uniform noise in [-1, 1]: ``P(clean + eps * t / max |t|)``."""
+        largest = noise.flatten(1).abs().amax(1)
+        return self.project(self.clean + self.eps * noise / per_sample(largest, noise))
+
+    def select(self, rows: Tensor) -> LinfBall:
+        """The ball of some of the samples."""
+        part = object.__new__(LinfBall)
+        part.clean, part.eps, part.lower, part.upper = self.clean[rows], self.eps, self.lower[rows], self.upper[rows]
+        return part
+
+
+class L2Ball:
+    """``|x - clean|_2 <= eps``. The box is convex and holds the centre, so clamping to it never leaves the ball."""
+
+    def __init__(self, clean: Tensor, eps: float) -> None:
+        self.clean, self.eps = clean, eps
+        # Room for the rounding of every pixel of clean + delta and of the norm itself.
+        unit = torch.finfo(clean.dtype).eps / 2
+        self.radius = max(0.0, eps * (1 - 16 * unit) - unit * clean[0].numel() ** 0.5)
+
+    def project(self, x: Tensor) -> Tensor:
+        delta = x - self.clean
+        scale = self.radius / l2_norm(delta).clamp_min(self.radius)
+        return (self.clean + delta * per_sample(scale, delta)).clamp(0, 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Direction of unit L2 norm along which a linear function with this gradient grows fastest."""
+        norm = l2_norm(gradient)
+        return gradient / per_sample(torch.where(norm > 0, norm, 1), gradient)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """A point on the sphere from normal noise: ``P(clean + eps * t / |t|_2)``."""
+        return self.project(self.clean + self.eps * self.steepest(noise))
+
+    def select(self, rows: Tensor) -> L2Ball:
+        """The ball of some of the samples."""
+        part = object.__new__(L2Ball)
+        part.clean, part.eps, part.radius = self.clean[rows], self.eps, self.radius
+        return part
+
+
+Ball = LinfBall | L2Ball
+
+
+def make_ball(norm: str, clean: Tensor, eps: float) -> Ball:
+    """The ball of radius ``eps`` (pixel units of [0, 1]) in ``norm`` around ``clean`` (N, ...)."""
+    return {"Linf": LinfBall, "L2": L2Ball}[norm](clean, eps)
+
+
+def _neighbour(x: Tensor, step: int) -> Tensor:
+    """The next representable number above (+1) or below (-1); ``x`` is non-negative, so its bits are ordered."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.view(bits) + step).view(x.dtype)

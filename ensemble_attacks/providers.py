@@ -1,0 +1,36 @@
+"""Where models come from: packages that register a module under the entry-point group ``ensemble_attacks.models``.
+
+Such a module has ``list_models(dataset) -> list[str]`` and ``load_model(name, model_dir, dataset, threat_model, *, vote)``;
+one that can train also has ``train_model``.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from types import ModuleType
+
+from torch import nn
+
+from ensemble_attacks.errors import unknown_name
+
+GROUP = "ensemble_attacks.models"
+
+
+def providers() -> list[ModuleType]:
+    """The registered modules, imported."""
+    return [entry.load() for entry in entry_points(group=GROUP)]
+
+
+def list_models(dataset: str | None = None, model_dir: str | None = None) -> list[str]:
+    """Names that `load_model` knows, over all providers."""
+    return sorted({name for provider in providers() for name in provider.list_models(dataset, model_dir)})
+
+
+def load_model(
+    name: str, model_dir: str | None = None, dataset: str = "cifar10", threat_model: str = "Linf", *, vote: str = "softmax"
+) -> nn.Module:
+    """Load from the first provider that lists ``name``; ValueError with the nearest name otherwise."""
+    for provider in providers():
+        if name in provider.list_models(dataset, model_dir):
+            return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
+    raise unknown_name(f"model for {dataset}", name, list_models(dataset, model_dir))

@@ -1,0 +1,91 @@
+"""Checks of what a user passes, before any work is done. Each error names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.projections import NORMS
+
+
+def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0) -> None:
+    """Floating point, (N, C, H, W), finite, in [0, 1] (give or take ``slack``)."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {images.dtype}: convert to floating point in [0, 1], such as {name}.float() / 255"
+        )
+    if images.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(images.shape)}: expected four dimensions, (N, C, H, W)")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
+    if images.numel():
+        low, high = images.min().item(), images.max().item()
+        if low < -slack or high > 1 + slack:
+            raise ValueError(
+                f"{name} spans [{low:.4g}, {high:.4g}]: expected values in [0, 1]. Divide 8-bit images by 255; for "
+                "normalised inputs call set_normalization_used(mean, std) first, or normalise inside the model"
+            )
+
+
+def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
+    """Integer class indices, (N,), one per image, not negative."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {labels.dtype}: expected integer class indices, such as {name}.long()")
+    if labels.dim() != 1 or len(labels) != len(images):
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}: expected ({len(images)},), one class index per image "
+            "(for one-hot labels, use argmax(1))"
+        )
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"{name} holds {labels.min().item()}: class indices start at 0")
+
+
+def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") -> None:
+    """No class index that the model has no score for."""
+    if len(labels) and labels.max() >= num_classes:
+        raise ValueError(
+            f"{name} holds {labels.max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
+        )
+
+
+def check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise unknown_name("norm", norm, NORMS)
+
+
+def check_positive(name: str, value: float) -> None:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_count(name: str, value: int, at_least: int = 1) -> None:
+    """A whole number not below ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def check_fractions(name: str, values: Sequence[float]) -> None:
+    """At least one number, all in [0, 1]."""
+    if isinstance(values, (str, int, float)) or not len(values):
+        raise ValueError(f"{name} must be a sequence of at least one number in [0, 1], got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value!r} in {tuple(values)!r}")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise unknown_name(name, value, known)
