@@ -78,7 +78,8 @@ class APGD(DescentAttack):
     def _stages(self, num_classes: int) -> list[Stage]:
         if num_classes < FEWEST_CLASSES[self.loss]:
             raise ValueError(
-                f"loss {self.loss!r} needs at least {FEWEST_CLASSES[self.loss]} classes, the model has {num_classes}: use 'ce'"
+                f"loss {self.loss!r} needs at least {FEWEST_CLASSES[self.loss]} classes, "
+                f"the model has {num_classes}: use 'ce'"
             )
         ranks: list[int | None] = [None]
         if self.loss == "dlr-targeted" and not self.targeted:
@@ -90,5 +91,6 @@ class APGD(DescentAttack):
         if self.loss == "dlr":
             return dlr(outputs.scores_NK, labels) if targets is None else -dlr(outputs.scores_NK, targets)
         if self.loss == "dlr-targeted":
+            assert targets is not None
             return dlr_targeted(outputs.scores_NK, labels, targets)
         return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)

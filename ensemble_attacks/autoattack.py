@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +37,7 @@ def installed_autoattack() -> ModuleType:
 
 
 def make_adversary(model: nn.Module, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int) -> Any:
-    """An AutoAttack object set as ``version="standard"``: one restart, nine targets (fewer where there are fewer classes)."""
+    """An AutoAttack object set as ``version="standard"``: one restart, nine targets (or as many as there are)."""
     package = installed_autoattack()
     arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version="standard", device=device)
     if package.__name__ == "autoattack":
@@ -66,6 +66,7 @@ def standard_autoattack(
     seed: int = 0,
     batch_size: int = 250,
     attacks: Sequence[str] = STANDARD,
+    on_attack: Callable[[str], object] = lambda name: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the standard suite, or some of its attacks, in order; each on what is left robust.
 
@@ -73,6 +74,7 @@ def standard_autoattack(
         model: images in [0, 1] -> scores (N, K).
         x, y: images (N, C, H, W) and labels (N,).
         eps: radius of the ball, in pixel units of [0, 1].
+        on_attack: called with each attack's name when it has finished.
 
     Returns:
         The images, and by attack name the suite's own robust flags (N,) after it.
@@ -98,6 +100,7 @@ def standard_autoattack(
                     robust = robust.clone()
                     robust[rows[moved]] = False
                 flags[name] = robust
+                on_attack(name)
     finally:
         sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
     return x_adv, flags

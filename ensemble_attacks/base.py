@@ -108,7 +108,6 @@ class DescentAttack(Attack):
         Raises:
             TypeError, ValueError: an argument or setting that cannot be used; nothing has been run or changed.
         """
-        self._check()
         check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
         check_labels(labels, images)
         device = images.device if self.device is None else self.device
@@ -137,6 +136,7 @@ class DescentAttack(Attack):
         )
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        self._check()
         normalized = self._normalization_applied
         try:
             with (

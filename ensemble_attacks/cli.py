@@ -93,12 +93,15 @@ def evaluate(
         table.add_column(column, justify="left" if column == "attack" else "right")
 
     def add_row(name: str, row: dict[str, Any]) -> None:
-        for stage, robust in row.get("robust_after", {}).items():
-            table.add_row(f"  after {stage}", f"{100 * robust / row['n']:.1f}", "", "", "", "", style="dim")
+        def spent(row: dict[str, Any]) -> list[str]:
+            columns = ("forwards_per_image", "backwards_per_image", "seconds")
+            return [f"{row[column]:.1f}" if column in row else "" for column in columns]
+
+        for stage, so_far in row.get("stages", {}).items():
+            table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *spent(so_far), style="dim")
         low, high = row["interval"]
-        spent = [f"{row[key]:.1f}" if key in row else "" for key in ("forwards_per_image", "backwards_per_image", "seconds")]
         invalid = f" ({row['invalid']} invalid)" if row.get("invalid") else ""
-        table.add_row(name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *spent)
+        table.add_row(name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *spent(row))
 
     settings = Settings(eps=eps, norm=norm, seed=seed, batch_size=batch_size)
     run_evaluation(ensemble, x, y, names, settings, describe=describe, out=out, report=add_row)

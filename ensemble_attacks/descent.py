@@ -59,7 +59,7 @@ class Trace:
     spent here), and ``loss`` (mean over the samples still active). The row of stage -1 is the clean forward pass.
     """
 
-    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0, 0.0]))
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4))
     samples: int = 0
 
     def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: float) -> None:
@@ -70,7 +70,8 @@ class Trace:
     def rows(self) -> list[dict[str, float]]:
         """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
         rows, robust = [], self.samples
-        for (stage, step), (fooled, forwards, backwards, loss) in sorted(self._sums.items()):
+        for (stage, step), (*counts, loss) in sorted(self._sums.items()):
+            fooled, forwards, backwards = map(int, counts)
             robust -= fooled
             mean_loss = loss / backwards if backwards else float("nan")
             row = dict(stage=stage, step=step, fooled=fooled, robust=robust, forwards=forwards, backwards=backwards)

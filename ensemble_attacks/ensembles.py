@@ -90,7 +90,7 @@ class Ensemble(nn.Module):
             if not isinstance(member, nn.Module):
                 raise TypeError(f"members[{index}] is a {type(member).__name__}: every member must be a torch.nn.Module")
         self.members = nn.ModuleList(members)
-        self.vote = check_vote(vote)
+        self.vote: str | None = check_vote(vote)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Logits of every member, (M, N, K)."""
@@ -98,7 +98,7 @@ class Ensemble(nn.Module):
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """The ensemble's scores, (N, K), from its members' logits."""
-        return VOTES[self.vote](logits_MNK)
+        return VOTES[str(self.vote)](logits_MNK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.aggregate(self.member_logits(x))
@@ -141,7 +141,8 @@ class AdoptedEnsemble(Ensemble):
         own_NK, claimed_NK = self.original(x), self.aggregate(logits_MNK.detach())
         if own_NK.shape != claimed_NK.shape:
             raise AggregateMismatchError(
-                f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
+                f"the model's scores have shape {tuple(own_NK.shape)}, "
+                f"those of the claimed members {tuple(claimed_NK.shape)}"
             )
         differ = (own_NK.argmax(1) != claimed_NK.argmax(1)).sum().item()
         if differ:

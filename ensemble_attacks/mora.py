@@ -33,9 +33,9 @@ class MORA(DescentAttack):
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)
-        betas (sequence of float): shares of the reweighed members, eq. 11, in the order to run. (Default: (0.5, 0, 0.25, 0.75, 1))
+        betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): wrong classes to aim at afterwards; at most one less than there are classes. (Default: 0)
-        tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1, but each member's own gap under hard votes)
+        tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
         seed (int): of the random starts. (Default: 0)
         weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
         batch_size (int): samples per pass. (Default: None: all at once)
@@ -96,14 +96,14 @@ class MORA(DescentAttack):
         return sweep + [Stage(aimed, target_rank=rank, restart=len(self.betas) + rank - 1) for rank in ranks]
 
     def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        vote = getattr(self.model, "vote", None)
+        assert outputs.logits_MNK is not None
         return mora(
             outputs.logits_MNK,
             outputs.scores_NK,
             labels,
             targets,
             beta=beta,
-            vote=vote,
+            vote=getattr(self.model, "vote", None),
             tau=self.tau,
             rule=self.weight_rule,
         )

@@ -140,6 +140,7 @@ def mora(
             gap, per sample, which follows the hard vote more closely than any fixed temperature.
     """
     detached_MNK = logits_MNK.detach()
+    temperature: float | Tensor
     if tau is not None:
         temperature = tau
     elif vote == "voting":

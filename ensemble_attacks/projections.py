@@ -87,7 +87,7 @@ Ball = LinfBall | L2Ball
 
 def make_ball(norm: str, clean: Tensor, eps: float) -> Ball:
     """The ball of radius ``eps`` (pixel units of [0, 1]) in ``norm`` around ``clean`` (N, ...)."""
-    return {"Linf": LinfBall, "L2": L2Ball}[norm](clean, eps)
+    return LinfBall(clean, eps) if norm == "Linf" else L2Ball(clean, eps)
 
 
 def _neighbour(x: Tensor, step: int) -> Tensor:

@@ -72,7 +72,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    ensemble = ensemble.to(device=device, memory_format=torch.channels_last)
+    ensemble = ensemble.to(torch.device(device)).to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer(ensemble.parameters())
     steps = len(images) // batch_size  # the last, short batch is left out: it would upset the batch statistics
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -91,7 +91,7 @@ def train(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=generator)[: steps * batch_size].view(steps, batch_size)
         ensemble.train()
-        began, total, correct = time.monotonic(), 0.0, 0
+        began, total, correct = time.monotonic(), 0.0, 0.0
         for batch in tqdm(order, desc=f"{recipe.name} epoch {epoch + 1}/{epochs}", disable=None, leave=False):
             x = augment(images[batch], pad=pad, flip=flip, generator=generator)
             x, y = x.to(device, memory_format=torch.channels_last), labels[batch].to(device)
@@ -120,7 +120,7 @@ def train(
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-        row = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
+        row: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
         row["member_train_accuracy"] = round(correct / (steps * batch_size), 4)
         with (out / "train.log").open("a") as log:
             log.write(json.dumps(row) + "\n")

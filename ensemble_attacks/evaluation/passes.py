@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ class CountingEnsemble(CountingModel):
     @property
     def vote(self) -> str | None:
         return getattr(self.counted, "vote", None)
+
+    counted: Any
 
     def member_logits(self, x: Tensor) -> Tensor:
         return self._count(len(x), self.counted.member_logits(x))

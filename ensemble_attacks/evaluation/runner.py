@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ensemble_attacks.evaluation.passes import count_passes
 from ensemble_attacks.evaluation.suite import Crafted, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
+from ensemble_attacks.prepare import prepare
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,14 @@ def evaluate(
     )
     clean = verdict(x)
     report("clean", clean.summary())
+    twin = prepare(model, x[:8].to(next(model.parameters(), x).device))
     rows: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     robust = clean.robust
     for name, entry in entries.items():
         logger.info("running %s on %d images", name, len(x))
         with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
-            counted = count_passes(model, bar.update)
+            counted = count_passes(twin, bar.update)
             began = time.perf_counter()
             crafted = entry.craft(counted, x, y, settings)
             seconds[name] = time.perf_counter() - began
@@ -85,10 +87,12 @@ def evaluate(
             "backwards_per_image": counted.backwards / len(x),
         }
         if crafted.stages:
-            rows[name]["robust_after"] = _robust_after(crafted, judgement)
+            rows[name]["stages"] = _stages(crafted, judgement)
         report(name, rows[name] | {"seconds": seconds[name]})
         if out is not None:
             _save_images(out / f"{name}.safetensors", crafted.images, y, judgement, settings, name)
+            if crafted.trace:
+                (out / f"{name}.trace.json").write_text(json.dumps(crafted.trace) + "\n")
 
     low, high = wilson_interval(int(robust.sum()), len(x))
     worst = {"n": len(x), "robust": int(robust.sum()), "accuracy": robust.double().mean().item(), "interval": [low, high]}
@@ -109,12 +113,22 @@ def evaluate(
     return summary
 
 
-def _robust_after(crafted: Crafted, judgement: Judgement) -> dict[str, int]:
-    """Samples left robust after each attack of a suite: by its flags where the judge agrees that the image fools."""
-    return {name: int((flags | ~judgement.fooled).sum()) for name, flags in crafted.stages.items()}
+def _stages(crafted: Crafted, judgement: Judgement) -> dict[str, dict[str, float]]:
+    """After each attack of a suite: passes so far, and samples left robust, which are those not fooled by its own flags or
+    whose image the judge does not find fooled.
+    """
+    n = len(judgement.robust)
+    return {
+        name: {
+            "robust": int((flags | ~judgement.fooled).sum()),
+            "forwards_per_image": forwards / n,
+            "backwards_per_image": backwards / n,
+        }
+        for name, (flags, forwards, backwards) in crafted.stages.items()
+    }
 
 
 def _save_images(path: Path, images: Tensor, y: Tensor, judgement: Judgement, settings: Settings, name: str) -> None:
     tensors = {"x_adv": images.cpu().contiguous(), "labels": y.cpu(), "robust": judgement.robust.to(torch.uint8)}
-    metadata = {key: str(value) for key, value in {**asdict(settings), "attack": name}.items()}
-    save_file(tensors, path, metadata=metadata)
+    metadata = json.dumps({**asdict(settings), "attack": name})  # under one key: safetensors does not keep their order
+    save_file(tensors, path, metadata={"settings": metadata})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemble_attacks.apgd import APGD
 from ensemble_attacks.autoattack import STANDARD, standard_autoattack
+from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.mora import MORA
 
 
@@ -25,13 +28,20 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Crafted:
-    """An attack's images, and, for a suite, its own robust flags (N,) after each of its attacks."""
+    """What an attack returns.
+
+    Attributes:
+        images: (N, C, H, W).
+        stages: of a suite, after each of its attacks: its own robust flags (N,), and forward and backward passes so far.
+        trace: of an attack of this package, its convergence (`Trace.rows`).
+    """
 
     images: Tensor
-    stages: dict[str, Tensor] = field(default_factory=dict)
+    stages: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+    trace: list[dict[str, float]] = field(default_factory=list)
 
 
-Craft = Callable[[nn.Module, Tensor, Tensor, Settings], Crafted]
+Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,9 @@ class Entry:
 
 
 def _standard(*attacks: str) -> Craft:
-    def craft(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
-        images, stages = standard_autoattack(
+    def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+        passes: dict[str, tuple[int, int]] = {}
+        images, flags = standard_autoattack(
             model,
             x,
             y,
@@ -53,14 +64,15 @@ def _standard(*attacks: str) -> Craft:
             seed=settings.seed,
             batch_size=settings.batch_size,
             attacks=attacks,
+            on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
         )
-        return Crafted(images, stages if len(attacks) > 1 else {})
+        return Crafted(images, {name: (flags[name], *passes[name]) for name in attacks if len(attacks) > 1})
 
     return craft
 
 
-def _ours(attack: type[MORA] | type[APGD], **arguments: object) -> Craft:
-    def craft(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+def _ours(attack: type[MORA] | type[APGD], **arguments: Any) -> Craft:
+    def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = attack(
             model,
             norm=settings.norm,
@@ -69,7 +81,8 @@ def _ours(attack: type[MORA] | type[APGD], **arguments: object) -> Craft:
             batch_size=settings.batch_size,
             **arguments,
         )
-        return Crafted(made(x, y).to(x.device))
+        made.trace = Trace()
+        return Crafted(made(x, y).to(x.device), trace=made.trace.rows())
 
     return craft
 

@@ -1,0 +1,31 @@
+"""Small ensembles that tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ensemble_attacks import Ensemble
+
+VOTES = ("softmax", "voting", "logits")
+
+
+def make_member(classes: int = 4, seed: int = 0) -> nn.Module:
+    """An untrained network on 3x6x6 images, with batch norm and dropout, whose statistics are not trivial."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(288, classes),
+        )
+        net[1].running_mean.normal_(std=0.1)
+        net[1].running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def make_ensemble(vote: str = "softmax", members: int = 3, classes: int = 4, dtype: torch.dtype = torch.float64) -> Ensemble:
+    return Ensemble([make_member(classes, seed) for seed in range(members)], vote).to(dtype).eval()

@@ -1,0 +1,174 @@
+"""What every attack of this package keeps, whatever it does inside."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_ensemble
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from ensemble_attacks import APGD, MORA
+
+EPS = 0.1
+ATTACKS = {
+    "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8),
+    "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=5, betas=(0.5, 0.0), targets=3),
+    "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),
+    "apgd-dlr": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, loss="dlr"),
+    "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
+}
+pytestmark = [pytest.mark.parametrize("name", ATTACKS), pytest.mark.parametrize("norm", ["Linf", "L2"])]
+
+
+def size(images: Tensor, adversarial: Tensor, norm: str) -> Tensor:
+    delta = (adversarial.double() - images.double()).flatten(1)
+    return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_are_in_ball_and_box(name: str, norm: str, dtype: torch.dtype, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch[0].to(dtype), batch[1]
+    images[:8] = images[:8].round()
+    model = make_ensemble(dtype=dtype)
+    before = images.clone()
+    adversarial = ATTACKS[name](model, norm)(images, labels)
+    assert adversarial.shape == images.shape
+    assert adversarial.dtype == dtype
+    assert adversarial.device == images.device
+    assert not adversarial.requires_grad
+    assert torch.isfinite(adversarial).all()
+    assert ((adversarial >= 0) & (adversarial <= 1)).all()
+    assert (size(images, adversarial, norm) <= EPS).all()
+    assert torch.equal(images, before)
+    fooled = model(adversarial).argmax(1) != labels
+    assert 0.2 < fooled.float().mean() < 1  # it attacks, and leaves room to compare
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_result_does_not_depend_on_batch_size(
+    name: str, norm: str, batch_size: int, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch[0][:20], batch[1][:20]
+    model = make_ensemble()
+    whole = ATTACKS[name](model, norm)(images, labels)
+    attack = ATTACKS[name](model, norm)
+    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    torch.testing.assert_close(torch.cat([attack(x, y) for x, y in parts]), whole, rtol=0, atol=1e-12)
+    inside = ATTACKS[name](model, norm)
+    inside.batch_size = batch_size
+    torch.testing.assert_close(inside(images, labels), whole, rtol=0, atol=1e-12)
+
+
+def test_the_result_does_not_depend_on_order(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    attack = ATTACKS[name](make_ensemble(), norm)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
+    permuted = attack(images[order], labels[order])
+    torch.testing.assert_close(permuted, attack(images, labels)[order], rtol=0, atol=1e-12)
+
+
+def test_the_seed_decides(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model = make_ensemble()
+    first, again, other = (ATTACKS[name](model, norm) for _ in range(3))
+    other.seed = 1
+    reference = first(images, labels)
+    torch.manual_seed(99)
+    assert torch.equal(again(images, labels), reference)
+    assert torch.equal(again(images, labels), reference)
+    assert not torch.equal(other(images, labels), reference)
+
+
+class Failing(nn.Module):
+    """An ensemble that raises after some forward passes."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.inside, self.left, self.vote = make_ensemble(), after, "softmax"
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of order")
+        return self.inside.member_logits(x)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return self.inside.aggregate(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aggregate(self.member_logits(x))
+
+
+def state(model: nn.Module) -> tuple[object, ...]:
+    return (
+        [module.training for module in model.modules()],
+        [value.clone() for value in model.state_dict().values()],
+        [parameter.grad for parameter in model.parameters()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        torch.get_rng_state(),
+        np.random.get_state()[1],  # noqa: NPY002
+        random.getstate(),
+        torch.is_grad_enabled(),
+    )
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+@pytest.mark.parametrize("after", [10**6, 1])
+def test_nothing_is_touched(name: str, norm: str, after: int, training_mode: bool, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model = Failing(after).train()
+    model.inside.members[1].eval()  # a frozen member inside a model in training: torchattacks would wake it
+    model.inside.members[0][5].weight.grad = torch.ones_like(model.inside.members[0][5].weight)
+    attack: Attack = ATTACKS[name](model, norm)
+    attack.set_model_training_mode(training_mode, batchnorm_training=training_mode, dropout_training=training_mode)
+    attack.set_normalization_used([0.5] * 3, [0.25] * 3)
+    before = state(model)
+    if after < 10:
+        with pytest.raises(RuntimeError, match="out of order"):
+            attack((images - 0.5) / 0.25, labels)
+    else:
+        attack((images - 0.5) / 0.25, labels)
+    assert all(same(x, y) for x, y in zip(before, state(model), strict=True))
+    assert attack._normalization_applied is True
+
+
+def test_callers_without_gradients(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    attack = ATTACKS[name](make_ensemble(), norm)
+    reference = attack(images, labels)
+    with torch.no_grad():
+        assert torch.equal(attack(images, labels), reference)
+    with torch.inference_mode():
+        assert torch.equal(attack(images, labels), reference)
+
+
+def test_an_empty_batch_and_a_batch_already_wrong(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    attack = ATTACKS[name](make_ensemble(), norm)
+    assert attack(images[:0], labels[:0]).shape == (0, 3, 6, 6)
+    wrong = (labels + 1) % 4
+    assert torch.equal(attack(images, wrong), images)
+
+
+def test_a_model_of_nan_fools_nobody(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model = make_ensemble()
+    model.members[0][5].bias.data.fill_(torch.nan)
+    adversarial = ATTACKS[name](model, norm)(images, labels)
+    assert torch.isfinite(adversarial).all()
+    assert (size(images, adversarial, norm) <= EPS).all()

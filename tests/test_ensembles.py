@@ -1,0 +1,119 @@
+"""Votes are what they say, in extreme cases too, and somebody else's ensemble is adopted only if the claim is true."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import VOTES, make_ensemble, make_member
+from torch import Tensor, nn
+
+from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble
+from ensemble_attacks.ensembles import log_mean_softmax, log_votes
+
+
+def test_softmax_is_the_log_of_the_mean_probability() -> None:
+    logits = torch.randn(3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(log_mean_softmax(logits).exp(), logits.softmax(-1).mean(0))
+
+
+def test_softmax_stays_finite_where_probabilities_underflow() -> None:
+    logits = torch.tensor([[[1e4, 0.0, -1e4]]] * 2)
+    assert torch.isfinite(log_mean_softmax(logits)).all()
+
+
+def test_voting_counts_votes_and_breaks_ties_by_mean_probability() -> None:
+    majority = torch.tensor([[[1.0, 0.9, 0.0]], [[1.0, 0.9, 0.0]], [[0.0, 50.0, 0.0]]])
+    assert log_votes(majority).argmax(1).item() == 0  # two hesitant votes beat a sure one
+    tie = torch.tensor([[[1.0, 0.9, 0.0]], [[0.0, 50.0, 0.0]]])
+    assert log_votes(tie).argmax(1).item() == 1  # one each: the sure one decides
+    torch.testing.assert_close(log_votes(majority).exp().sum(1), torch.ones(1))
+
+
+def test_voting_passes_the_soft_votes_gradient_straight_through() -> None:
+    logits = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, 4, dtype=torch.float64)
+    (through,) = torch.autograd.grad((log_votes(logits) * weights).sum(), logits)
+    (soft,) = torch.autograd.grad((log_mean_softmax(logits / 0.1) * weights).sum(), logits)
+    torch.testing.assert_close(through, soft)
+
+
+def test_voting_value_is_the_same_with_and_without_gradient() -> None:
+    logits = (100 * torch.randn(3, 50, 4)).requires_grad_()
+    with torch.no_grad():
+        plain = log_votes(logits)
+    assert torch.equal(log_votes(logits).detach(), plain)
+
+
+@pytest.mark.parametrize("vote", VOTES)
+def test_forward_is_the_aggregate_of_the_members(vote: str, batch: tuple[Tensor, Tensor]) -> None:
+    ensemble = make_ensemble(vote)
+    logits = ensemble.member_logits(batch[0])
+    assert logits.shape == (3, 64, 4)
+    assert torch.equal(ensemble(batch[0]), ensemble.aggregate(logits))
+
+
+@pytest.mark.parametrize("vote", VOTES)
+def test_a_nan_member_shows_in_the_scores(vote: str) -> None:
+    logits = torch.zeros(3, 2, 4)
+    logits[1, 0, 2] = torch.nan
+    scores = make_ensemble(vote).aggregate(logits)
+    assert torch.isnan(scores[0]).any()
+    assert torch.isfinite(scores[1]).all()
+
+
+def test_bad_ensembles_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'softmax'"):
+        Ensemble([make_member()], vote="sofmax")
+    with pytest.raises(ValueError, match="members is empty"):
+        Ensemble([])
+    with pytest.raises(TypeError, match=r"members\[1\] is a function"):
+        Ensemble([make_member(), lambda x: x])
+
+
+class Theirs(nn.Module):
+    """A third party's ensemble: sums probabilities, shows nothing."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList([make_member(seed=seed).double() for seed in range(3)])
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(net(self.scale * x).softmax(-1) for net in self.nets)
+
+
+def test_a_third_partys_ensemble_is_adopted_and_attacked(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    theirs = Theirs().eval()
+    adopted = as_ensemble(theirs, members=["nets.0", "nets.1", "nets.2"], vote="softmax", inputs=images)
+    assert torch.equal(adopted(images), theirs(images))
+    adversarial = MORA(adopted, eps=0.2, steps=20)(images, labels)
+    fooled = theirs(adversarial).argmax(1) != labels
+    assert fooled.float().mean() > 0.5
+    ours = MORA(make_ensemble("softmax"), eps=0.2, steps=20)(images, labels)
+    assert torch.equal(adversarial, ours)
+
+
+def test_a_custom_aggregate_is_adopted(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    adopted = as_ensemble(Theirs().eval(), ["nets.0", "nets.1", "nets.2"], lambda logits: logits.softmax(-1).sum(0))
+    adversarial = MORA(adopted, eps=0.2, steps=20)(images, labels)
+    assert (adopted(adversarial).argmax(1) != labels).float().mean() > 0.5
+
+
+def test_a_false_claim_is_named(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    with pytest.raises(AggregateMismatchError, match=r"on [0-9]+ of 64 images"):
+        as_ensemble(Theirs(scale=5).eval(), members=["nets.0", "nets.1", "nets.2"], vote="softmax", inputs=images)
+    unchecked = as_ensemble(Theirs().eval(), members=["nets.0"], vote="softmax")
+    with pytest.raises(AggregateMismatchError, match="name the right vote"):
+        MORA(unchecked, eps=0.1, steps=5)(images, labels)
+
+
+def test_a_model_without_members_is_told_what_to_do() -> None:
+    with pytest.raises(NotAnEnsembleError, match="as_ensemble"):
+        MORA(make_member())
+    with pytest.raises(NotAnEnsembleError, match="as_ensemble"):
+        as_ensemble(make_member())
+    ensemble = make_ensemble()
+    assert as_ensemble(ensemble) is ensemble

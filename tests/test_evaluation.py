@@ -1,0 +1,132 @@
+"""The whole chain: evaluate on real digits, from the command line, judged and stored."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from defenses import load_model
+from ensemble_attacks import OutOfBallError, judge
+from ensemble_attacks.cli import main
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.evaluation import suite
+from ensemble_attacks.evaluation.passes import count_passes
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Crafted, Settings
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+EVALUATE = ("evaluate", "--model", "adp_convnet_3", "--dataset", "digits", "--eps", "0.12", "--n", "20")
+
+
+def test_evaluate_stores_what_the_judge_confirms(tmp_path: Path) -> None:
+    result = invoke(*EVALUATE, "--vote", "voting", "--attacks", "mora,ea-apgd-ce", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "mora" in result.output
+    assert "worst case" in result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    x, y = load_dataset("digits", n=20)
+    model = load_model("adp_convnet_3", dataset="digits", vote="voting")
+    robust = torch.ones(20, dtype=torch.bool)
+    for name in ("mora", "ea-apgd-ce"):
+        stored = load_file(tmp_path / "run" / f"{name}.safetensors")
+        verdict = judge(model, x, y, stored["x_adv"], eps=0.12)
+        assert torch.equal(verdict.robust, stored["robust"].bool())
+        assert summary["attacks"][name]["robust"] == int(verdict.robust.sum())
+        assert summary["attacks"][name]["forwards_per_image"] > 1
+        robust &= verdict.robust
+    assert summary["worst_case"]["robust"] == int(robust.sum())
+    assert summary["clean"]["accuracy"] == judge(model, x, y, x, eps=0.12).accuracy
+
+
+def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert invoke(*EVALUATE, "--attacks", "mora,apgd-ce", "--out", tmp_path / folder).exit_code == 0
+    for name in ("summary.json", "mora.safetensors", "apgd-ce.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--model", "adp_convnet_4"), "did you mean 'adp_convnet_3'"),
+        (("--vote", "votes"), "did you mean 'voting'"),
+        (("--dataset", "digit"), "did you mean 'digits'"),
+        (("--attacks", "mora,autoatack"), "did you mean 'autoattack'"),
+        (("--eps", "0"), "eps must be a finite number above 0"),
+        (("--eps", "nan"), "eps must be a finite number above 0"),
+        (("--n", "0"), "n must be at least 1"),
+        (("--n", "598"), "has 597 images"),
+        (("--batch-size", "0"), "batch_size must be at least 1"),
+        (("--norm", "l2"), "did you mean 'L2'"),
+    ],
+)
+def test_bad_arguments_stop_before_any_work(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    result = invoke(*EVALUATE, "--out", tmp_path / "run", *change)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_cifar10_says_what_to_do(tmp_path: Path) -> None:
+    x = tmp_path / "nowhere"
+    result = invoke("evaluate", "--model", "adp_resnet20_3", "--dataset", "cifar10", "--data-dir", x, "--eps", "0.01")
+    assert result.exit_code == 2
+    assert "--data-dir DIR" in result.output.replace("\n", " ")
+    assert "--download" in result.output
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    result = invoke(*EVALUATE, "--attacks", "ea-apgd-ce", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "choose another folder" in result.output
+    assert (tmp_path / "summary.json").read_text() == "{}"
+
+
+def test_an_attack_that_leaves_the_ball_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor]
+) -> None:
+    cheat = lambda model, x, y, settings: Crafted(1 - x)  # noqa: E731
+    monkeypatch.setitem(suite.ATTACKS, "cheat", suite.Entry(cheat, "inverts the image"))
+    model = load_model("adp_convnet_3", dataset="digits")
+    with pytest.raises(OutOfBallError):
+        evaluate(model, *digits, ["cheat"], Settings(eps=0.1))
+
+
+def test_passes_are_counted_for_anybodys_attack() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    seen: list[int] = []
+    counted = count_passes(model, seen.append)
+    x = torch.rand(5, 1, 2, 2, requires_grad=True)
+    scores = counted(x)
+    for k in range(3):
+        torch.autograd.grad(scores[:, k].sum(), x, retain_graph=True)
+    with torch.no_grad():
+        counted(x[:2])
+    assert (counted.forwards, counted.backwards) == (7, 15)
+    assert sum(seen) == 22
+
+
+def test_models_doctor_and_version() -> None:
+    assert "digits\tadp_convnet_3" in invoke("models").output
+    assert "AutoAttack" in invoke("doctor").output
+    assert "0.1.0" in invoke("--version").output
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = "robustbench timm sklearn matplotlib torchvision"
+    code = f"import sys, ensemble_attacks; print([m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,121 @@
+"""Bad input: a typed error that names the argument, the value and the remedy, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import make_ensemble
+from torch import Tensor, nn
+
+from ensemble_attacks import APGD, MORA
+
+MAKE = pytest.mark.parametrize("make", [MORA, APGD])
+
+
+class Untouchable(nn.Module):
+    """An ensemble that must not be run."""
+
+    vote = "softmax"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        raise AssertionError("work was done before the check")
+
+    forward = aggregate = member_logits
+
+
+X, Y = torch.full((4, 3, 6, 6), 0.5), torch.tensor([0, 1, 2, 3])
+
+BAD_INPUTS: dict[str, tuple[Tensor, Tensor, type[Exception], str]] = {
+    "8-bit": ((X * 255).to(torch.uint8), Y, TypeError, "float"),
+    "0-255": (X * 255, Y, ValueError, r"Divide 8-bit images by 255"),
+    "negative": (X - 1, Y, ValueError, r"\[0, 1\].*set_normalization_used"),
+    "nan": (torch.where(X > 0, torch.nan, X), Y, ValueError, "NaN"),
+    "inf": (X / 0, Y, ValueError, "infinite"),
+    "one image": (X[0], Y, ValueError, r"four dimensions"),
+    "numpy": (X.numpy(), Y, TypeError, "images must be a torch.Tensor"),
+    "float labels": (X, Y.float(), TypeError, r"labels.long\(\)"),
+    "bool labels": (X, Y > 1, TypeError, "bool"),
+    "list of labels": (X, [0, 1, 2, 3], TypeError, "labels must be a torch.Tensor"),
+    "no labels": (X, None, TypeError, "labels must be a torch.Tensor"),
+    "one-hot labels": (X, torch.eye(4).long(), ValueError, r"argmax\(1\)"),
+    "too few labels": (X, Y[:3], ValueError, r"expected \(4,\)"),
+    "negative label": (X, Y - 1, ValueError, "start at 0"),
+}
+
+
+@MAKE
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_images_and_labels(make: type, case: str) -> None:
+    images, labels, error, message = BAD_INPUTS[case]
+    with pytest.raises(error, match=message):
+        make(Untouchable())(images, labels)
+
+
+@MAKE
+def test_a_label_beyond_the_classes(make: type) -> None:
+    with pytest.raises(ValueError, match="labels holds 4, but the model scores 4 classes"):
+        make(make_ensemble(dtype=torch.float32))(X, Y + 1)
+
+
+BAD_SETTINGS: list[tuple[dict[str, object], type[Exception], str]] = [
+    ({"eps": 0}, ValueError, "eps must be a finite number above 0, got 0"),
+    ({"eps": -0.1}, ValueError, "eps"),
+    ({"eps": float("nan")}, ValueError, "eps"),
+    ({"eps": float("inf")}, ValueError, "eps"),
+    ({"eps": "8/255"}, TypeError, "eps must be a number, got '8/255'"),
+    ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+    ({"steps": 1.5}, TypeError, "steps must be a whole number"),
+    ({"norm": "linf"}, ValueError, "did you mean 'Linf'"),
+    ({"norm": "L1"}, ValueError, "unknown norm 'L1'"),
+    ({"seed": None}, TypeError, "seed"),
+    ({"batch_size": 0}, ValueError, "batch_size"),
+]
+
+
+@MAKE
+@pytest.mark.parametrize(("settings", "error", "message"), BAD_SETTINGS)
+def test_bad_settings(make: type, settings: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(Untouchable(), **settings)
+    attack = make(Untouchable())
+    for name, value in settings.items():
+        setattr(attack, name, value)
+    with pytest.raises(error, match=message):
+        attack(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MORA(Untouchable(), betas=(0.5, 1.1)), "betas must lie in"),
+        (lambda: MORA(Untouchable(), betas=(-0.1,)), "betas must lie in"),
+        (lambda: MORA(Untouchable(), betas=(float("nan"),)), "betas must lie in"),
+        (lambda: MORA(Untouchable(), betas=()), "at least one number"),
+        (lambda: MORA(Untouchable(), betas=0.5), "sequence"),
+        (lambda: MORA(Untouchable(), targets=-1), "targets must be at least 0"),
+        (lambda: MORA(Untouchable(), tau=0.0), "tau"),
+        (lambda: MORA(Untouchable(), weight_rule="derivatives"), "did you mean 'derivative'"),
+        (lambda: APGD(Untouchable(), loss="cw"), "unknown loss 'cw'"),
+        (lambda: APGD(Untouchable(), n_restarts=0), "n_restarts"),
+        (lambda: APGD(Untouchable(), rho=1.5), "rho"),
+    ],
+)
+def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_dlr_needs_enough_classes() -> None:
+    model = make_ensemble(classes=2, dtype=torch.float32)
+    labels = torch.tensor([0, 1, 0, 1])
+    with pytest.raises(ValueError, match="needs at least 3 classes, the model has 2"):
+        APGD(model, loss="dlr")(X, labels)
+    with pytest.raises(ValueError, match="needs at least 4 classes"):
+        APGD(model, loss="dlr-targeted")(X, labels)
+    assert MORA(model, steps=3, targets=9)(X, labels).shape == X.shape
