@@ -40,8 +40,12 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
     """
     if dataset is not None and dataset not in DATASETS:
         raise unknown_name("dataset", dataset, DATASETS)
-    folder = Path(model_dir or SHIPPED)
-    return sorted({card.stem for card in folder.glob(f"{dataset or '*'}/*/*.json")})
+    return sorted({card.stem for folder in _folders(model_dir) for card in folder.glob(f"{dataset or '*'}/*/*.json")})
+
+
+def _folders(model_dir: str | Path | None) -> list[Path]:
+    """Where models are looked for, in this order."""
+    return [Path(model_dir), SHIPPED] if model_dir else [SHIPPED]
 
 
 def load_model(
@@ -56,7 +60,7 @@ def load_model(
 
     Args:
         model_name: one of ``list_models(dataset)``.
-        model_dir: where ``<dataset>/<threat model>/<name>.safetensors`` lies; default: the models that ship.
+        model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
         dataset, threat_model: names, or RobustBench's enums.
         vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
 
@@ -73,8 +77,9 @@ def load_model(
     if threat_model not in THREAT_MODELS:
         raise unknown_name("threat model", threat_model, THREAT_MODELS)
     check_vote(vote)
-    stem = Path(model_dir or SHIPPED) / dataset / threat_model / model_name
-    if model_name not in list_models(dataset, model_dir):
+    stems = [folder / dataset / threat_model / model_name for folder in _folders(model_dir)]
+    stem = next((stem for stem in stems if stem.with_suffix(".json").exists()), None)
+    if stem is None:
         raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
     card = json.loads(stem.with_suffix(".json").read_text())
     ensemble = make_ensemble(card["architecture"], card["members"], vote)

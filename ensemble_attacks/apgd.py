@@ -76,11 +76,9 @@ class APGD(DescentAttack):
         return CheckpointSteps(x, eps=eps, steps=steps, rho=self.rho)
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        if num_classes < FEWEST_CLASSES[self.loss]:
-            raise ValueError(
-                f"loss {self.loss!r} needs at least {FEWEST_CLASSES[self.loss]} classes, "
-                f"the model has {num_classes}: use 'ce'"
-            )
+        fewest = FEWEST_CLASSES["dlr-targeted" if self.targeted and self.loss == "dlr" else self.loss]
+        if num_classes < fewest:
+            raise ValueError(f"loss {self.loss!r} needs at least {fewest} classes, the model has {num_classes}: use 'ce'")
         ranks: list[int | None] = [None]
         if self.loss == "dlr-targeted" and not self.targeted:
             ranks = list(range(1, min(self.targets, num_classes - 1) + 1))
@@ -88,9 +86,10 @@ class APGD(DescentAttack):
         return [Stage(self._objective, target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
 
     def _objective(self, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        if self.loss == "dlr":
-            return dlr(outputs.scores_NK, labels) if targets is None else -dlr(outputs.scores_NK, targets)
-        if self.loss == "dlr-targeted":
-            assert targets is not None
+        if self.targeted:
+            labels = self.rivals(outputs, targets)
+        if self.loss.startswith("dlr") and targets is not None:
             return dlr_targeted(outputs.scores_NK, labels, targets)
+        if self.loss == "dlr":
+            return dlr(outputs.scores_NK, labels)
         return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)

@@ -89,6 +89,11 @@ def standard_autoattack(
             model.eval()
             with torch.no_grad():
                 scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
+            if "apgd-t" in attacks and scores_NK.shape[1] < 4:
+                raise ValueError(
+                    f"AutoAttack's apgd-t needs at least 4 classes, the model has {scores_NK.shape[1]}: "
+                    "run its others by name (apgd-ce, fab-t, square)"
+                )
             robust = scores_NK.argmax(1) == y
             adversary = make_adversary(model, norm=norm, eps=eps, seed=seed, device=device, num_classes=scores_NK.shape[1])
             for name in attacks:

@@ -11,13 +11,15 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks import descent
 from ensemble_attacks.descent import Outputs, Stage, Trace
-from ensemble_attacks.ensembles import check_members
+from ensemble_attacks.ensembles import AdoptedEnsemble, check_members
 from ensemble_attacks.noise import generator_for, sample_keys
+from ensemble_attacks.objectives import best_other
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.steps import StepRule
 from ensemble_attacks.validation import (
     check_count,
     check_images,
+    check_label_range,
     check_labels,
     check_norm,
     check_positive,
@@ -54,8 +56,7 @@ class DescentAttack(Attack):
         check_norm(self.norm)
         check_positive("eps", self.eps)
         check_count("steps", self.steps)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        check_count("seed", self.seed, at_least=0)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
 
@@ -85,6 +86,12 @@ class DescentAttack(Attack):
         logits_MNK = self.model.member_logits(images)
         return Outputs(self.model.aggregate(logits_MNK), logits_MNK)
 
+    @staticmethod
+    def rivals(outputs: Outputs, aim: Tensor | None) -> Tensor:
+        """What a targeted attack has to overtake: the best class that is not the one aimed at, (N,)."""
+        assert aim is not None
+        return best_other(outputs.scores_NK.detach(), aim)
+
     def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """A wrong class, uniformly at random for each image, by (seed, image)."""
         scores_NK = self.get_output_with_eval_nograd(inputs)
@@ -103,10 +110,10 @@ class DescentAttack(Attack):
             labels: (N,), integer class indices.
 
         Returns:
-            Adversarial images, shaped and typed like ``images``, inside the ball and the box.
+            Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
 
         Raises:
-            TypeError, ValueError: an argument or setting that cannot be used; nothing has been run or changed.
+            TypeError, ValueError: an argument or setting that cannot be used; nothing has been changed.
         """
         check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
         check_labels(labels, images)
@@ -117,10 +124,13 @@ class DescentAttack(Attack):
             return images
         aim = None
         if self.targeted:
+            with torch.no_grad():
+                check_label_range(labels, self.get_logits(images[:1]).shape[-1])
             aim = self.get_target_label(images, labels)
+            self._change_model_mode(None)  # torchattacks' target functions may end in model.train()
             check_labels(aim, images, "target labels")
             aim = aim.to(device).long()
-        return descent.attack(
+        adversarial = descent.attack(
             self.outputs,
             images,
             labels,
@@ -134,6 +144,9 @@ class DescentAttack(Attack):
             batch_size=self.batch_size,
             trace=self.trace,
         )
+        if self.needs_members and isinstance(self.model, AdoptedEnsemble):
+            self.model.warn_of_mismatch(self.normalize(adversarial) if self._normalization_applied is False else adversarial)
+        return adversarial
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         self._check()
@@ -149,6 +162,10 @@ class DescentAttack(Attack):
         finally:
             self._set_normalization_applied(normalized)
 
-    def save(self, *args: Any, **kwargs: Any) -> Any:
+    def save(
+        self, data_loader: Any, save_path: Any = None, verbose: bool = True, return_verbose: bool = False, **kwargs: Any
+    ) -> Any:
+        """torchattacks' ``save``, which predicts only where it reports: so it reports, to nobody, where it would not."""
         with preserved(self.model):
-            return super().save(*args, **kwargs)
+            report = super().save(data_loader, save_path, verbose, return_verbose or not verbose, **kwargs)
+        return report if return_verbose else None

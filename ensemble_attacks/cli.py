@@ -18,7 +18,7 @@ from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.ensembles import check_vote
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
 from ensemble_attacks.evaluation.suite import ATTACKS, Settings, find_attack
-from ensemble_attacks.validation import check_norm, check_positive
+from ensemble_attacks.validation import check_device, check_norm, check_positive
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
 DEMO_MODELS = ("standard_convnet_3", "adp_convnet_3")
@@ -27,12 +27,12 @@ DEMO_EPS, DEMO_N = 0.12, 100
 
 
 class Commands(click.Group):
-    """Shows an error that a user can act on as one line, and exits with 2; anything else keeps its traceback."""
+    """Shows an error as one line and exits with 2; ``--debug`` shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        except (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
             if ctx.params.get("debug"):
                 raise
             raise click.UsageError(str(error), ctx=None) from error
@@ -79,8 +79,11 @@ def evaluate(
 ) -> None:
     """Attack a model, judge the images, print the comparison."""
     names = [name.strip() for name in attacks.split(",") if name.strip()]
+    if not names:
+        raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
     for name in names:
         find_attack(name)
+    check_device(device)
     check_vote(vote)
     check_norm(norm)
     check_positive("eps", eps)
@@ -146,6 +149,7 @@ def demo(n: int, seed: int) -> None:
 @click.option("--model-dir", type=click.Path(path_type=Path), help="Where the finished model goes.  [default: --out]")
 def train(recipe: str, **options: Any) -> None:
     """Train a defense (standard or adp): one command, resumable."""
+    check_device(options["device"])
     for provider in providers.providers():
         if hasattr(provider, "train_model"):
             card = provider.train_model(recipe, **options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,24 +56,25 @@ class Trace:
     """Convergence of an attack, one row per step of every stage, summed over batches.
 
     Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
-    spent here), and ``loss`` (mean over the samples still active). The row of stage -1 is the clean forward pass.
+    spent here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is
+    the clean forward pass.
     """
 
-    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4))
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
     samples: int = 0
 
-    def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: float) -> None:
+    def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
         sums = self._sums[stage, step]
         for column, value in enumerate((fooled, forwards, backwards, loss)):
-            sums[column] += value
+            sums[column] += float(value)
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
         rows, robust = [], self.samples
         for (stage, step), (*counts, loss) in sorted(self._sums.items()):
             fooled, forwards, backwards = map(int, counts)
             robust -= fooled
-            mean_loss = loss / backwards if backwards else float("nan")
+            mean_loss = loss / backwards if backwards else None
             row = dict(stage=stage, step=step, fooled=fooled, robust=robust, forwards=forwards, backwards=backwards)
             rows.append({**row, "loss": mean_loss})
         return rows
@@ -94,7 +95,7 @@ def descend(
     targeted: bool,
     step_rule: StepRule,
     steps: int,
-    record: Callable[[int, int, int, int, float], None],
+    record: Callable[[int, int, int, int, Tensor | float], None],
 ) -> tuple[Tensor, Tensor]:
     """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
 
@@ -123,7 +124,7 @@ def descend(
             loss_N = objective(outputs, labels, targets)
         (gradient,) = torch.autograd.grad(loss_N.sum(), x)
         x, loss_N = x.detach(), loss_N.detach()
-        record(step, len(x) - alive, len(x), len(x), float(loss_N.sum()))
+        record(step, len(x) - alive, len(x), len(x), loss_N.sum())
         if alive < len(x):
             active, x, previous, gradient, loss_N = (t[keep] for t in (active, x, previous, gradient, loss_N))
             labels, targets = labels[keep], None if targets is None else targets[keep]

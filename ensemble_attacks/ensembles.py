@@ -10,13 +10,16 @@ Shape suffixes: M members, N samples, K classes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
+from ensemble_attacks.preserve import preserved
 
 VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
 
@@ -110,8 +113,8 @@ class Ensemble(nn.Module):
 class AdoptedEnsemble(Ensemble):
     """Somebody else's ensemble, seen through the protocol: its own forward, with the members and vote claimed for it.
 
-    The first images that reach `member_logits` are also put through the model itself; where the claimed members and vote
-    predict otherwise, `AggregateMismatchError` says how often.
+    The first images that reach `member_logits` are also put through the model itself, as are mixtures of them, where members
+    are less of one mind; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
     """
 
     def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Callable[[Tensor], Tensor]) -> None:
@@ -121,37 +124,53 @@ class AdoptedEnsemble(Ensemble):
         if callable(vote):
             self.vote = None
         self._verified = False
+        self.training = self.members.training = original.training
 
     def forward(self, x: Tensor) -> Tensor:
         return self.original(x)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        logits_MNK = super().member_logits(x)
         if not self._verified:
-            self.verify(x, logits_MNK)
-        return logits_MNK
+            self.verify(x)
+        return super().member_logits(x)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         return self._aggregate(logits_MNK)
 
     @torch.no_grad()
-    def verify(self, x: Tensor, logits_MNK: Tensor | None = None) -> None:
-        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x``."""
-        logits_MNK = super().member_logits(x) if logits_MNK is None else logits_MNK
-        own_NK, claimed_NK = self.original(x), self.aggregate(logits_MNK.detach())
+    def disagrees(self, x: Tensor) -> Tensor:
+        """(N,) bool: where the claimed members and vote predict another class than the model itself."""
+        own_NK, claimed_NK = self.original(x), self.aggregate(super().member_logits(x))
         if own_NK.shape != claimed_NK.shape:
             raise AggregateMismatchError(
                 f"the model's scores have shape {tuple(own_NK.shape)}, "
                 f"those of the claimed members {tuple(claimed_NK.shape)}"
             )
-        differ = (own_NK.argmax(1) != claimed_NK.argmax(1)).sum().item()
-        if differ:
+        return own_NK.argmax(1) != claimed_NK.argmax(1)
+
+    def verify(self, x: Tensor) -> None:
+        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...)."""
+        mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
+        differ = torch.cat([self.disagrees(images) for images in mixtures])
+        if differ.any():
             raise AggregateMismatchError(
                 f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
-                f"{differ} of {len(x)} images: name the right vote ({', '.join(VOTES)}, or a callable (M, N, K) -> (N, K)), "
-                "and members that take the same input as the model (with any preprocessing it applies first)"
+                f"{int(differ[: len(x)].sum())} of {len(x)} images and {int(differ[len(x) :].sum())} of "
+                f"{len(differ) - len(x)} mixtures of them: name the right vote ({', '.join(VOTES)}, or a callable "
+                "(M, N, K) -> (N, K)), and members that take the same input as the model (with any preprocessing it applies)"
             )
         self._verified = True
+
+    def warn_of_mismatch(self, x_adv: Tensor) -> None:
+        """Warn where the claim, true of the clean images, fails on adversarial ones."""
+        differ = torch.nonzero(self.disagrees(x_adv)).squeeze(-1).tolist()
+        if differ:
+            warnings.warn(
+                f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
+                f"vote={self.vote or 'callable'!r} predict another class than the model itself: the vote claimed for it is "
+                "not quite its own, and the attack was misled",
+                stacklevel=2,
+            )
 
 
 def as_ensemble(
@@ -164,7 +183,8 @@ def as_ensemble(
     """Adopt a third party's ensemble without rewriting it.
 
     Args:
-        model: anything (N, C, H, W) -> (N, K). Returned as it is where it has ``member_logits`` and ``aggregate``.
+        model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
+            itself, and is returned as it is.
         members: its classifiers, as modules or as names of submodules (``"net.0"``).
         vote: how it combines them: a name, or a function (M, N, K) -> (N, K).
         inputs: real images to check the claim on at once; otherwise it is checked on the first ones attacked.
@@ -172,6 +192,7 @@ def as_ensemble(
     Raises:
         NotAnEnsembleError: no members named, and none shown by the model.
         AggregateMismatchError: the claimed members and vote do not reproduce the model's own predictions.
+        ValueError: a name in ``members`` that is no submodule.
 
     >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
     >>> class Theirs(nn.Module):
@@ -185,12 +206,27 @@ def as_ensemble(
     """
     if members is None:
         check_members(model, "as_ensemble")
+        if inputs is not None:
+            theirs: Any = model
+            with preserved(model), torch.no_grad():
+                model.eval()
+                claimed_NK = theirs.aggregate(theirs.member_logits(inputs))
+                differ = int((model(inputs).argmax(1) != claimed_NK.argmax(1)).sum())
+            if differ:
+                raise AggregateMismatchError(
+                    f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
+                    f"{differ} of {len(inputs)} images: mend it, or name members and vote"
+                )
         return model
-    modules = [model.get_submodule(member) if isinstance(member, str) else member for member in members]
-    ensemble = AdoptedEnsemble(model, modules, vote)
-    ensemble.train(model.training)
+    known = dict(model.named_modules())
+    for member in members:
+        if isinstance(member, str) and member not in known:
+            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
+    ensemble = AdoptedEnsemble(model, [known[m] if isinstance(m, str) else m for m in members], vote)
     if inputs is not None:
-        ensemble.verify(inputs)
+        with preserved(ensemble):
+            ensemble.eval()
+            ensemble.verify(inputs)
     return ensemble
 
 

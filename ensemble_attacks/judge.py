@@ -92,10 +92,10 @@ def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
 def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> None:
     """Raise `OutOfBallError` unless every image is finite, in [0, 1] and within ``eps`` of its clean image.
 
-    Measured in float64. What rounding to the images' own type may add is allowed: one unit in the last place of 1 per
-    pixel (1.2e-7 in float32) for Linf and the box, its square root of the number of pixels for L2.
+    Measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit in the last place
+    of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
     """
-    ulp = torch.finfo(x_adv.dtype).eps
+    ulp = min(torch.finfo(x_adv.dtype).eps, torch.finfo(torch.float32).eps)
     bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
@@ -153,6 +153,8 @@ def judge(
     check_count("batch_size", batch_size)
     check_images(x, "x")
     check_labels(y, x, "y")
+    if not len(x):
+        raise ValueError("x holds no images: there is nothing to judge")
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():

@@ -97,6 +97,8 @@ class MORA(DescentAttack):
 
     def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
         assert outputs.logits_MNK is not None
+        if self.targeted:
+            labels = self.rivals(outputs, targets)
         return mora(
             outputs.logits_MNK,
             outputs.scores_NK,

@@ -14,8 +14,11 @@ from torch import Tensor
 
 
 def sample_keys(images: Tensor) -> list[bytes]:
-    """One key per image (N, ...) in [0, 1]: a digest of its 8-bit content, the same in every float type and device."""
-    pixels = (images.detach().double() * 255).round().to(torch.uint8).flatten(1).cpu().numpy()
+    """One key per image (N, ...) in [0, 1]: a digest of its content in 8 bits, so that rounding does not change it.
+
+    The levels are cut where neither k/255 nor k/16, the values of 8-bit images and of the digits, come near.
+    """
+    pixels = (images.detach().double() * 255 + 0.47).floor().clamp(0, 255).to(torch.uint8).flatten(1).cpu().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
 
 
@@ -32,6 +35,10 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
     draws = []
     for key in keys:
         generator = generator_for(key, seed, restart)
-        draws.append(torch.rand(shape, generator=generator) if norm == "Linf" else torch.randn(shape, generator=generator))
+        draws.append(
+            torch.rand(shape, generator=generator, dtype=torch.float32)
+            if norm == "Linf"
+            else torch.randn(shape, generator=generator, dtype=torch.float32)
+        )
     noise = torch.stack(draws).to(like.device, like.dtype)
     return 2 * noise - 1 if norm == "Linf" else noise

@@ -72,8 +72,8 @@ def log_reweighing(logits_MNK: Tensor, labels: Tensor, others: Tensor, rule: str
     - ``"runner-up"``: s_other (1 + s_y - s_other), the derivative with k^m moved through z_other;
     - ``"code"``: s_other ((1 + s_other) / E_other - s_y / E_y), as the released code computes it.
 
-    In log-space throughout: 1 - s_y is the sum of the other probabilities, never a difference, so that a confident member
-    (s_y = 1 in floating point) keeps its true, tiny weight.
+    In log-space; for the default rule 1 - s_y is the sum of the other probabilities, never a difference, so that a confident
+    member (s_y = 1 in floating point) keeps its true, tiny weight.
     """
     log_s_MNK = logits_MNK.log_softmax(-1)
     log_s_y, log_s_other = gather(log_s_MNK, labels), gather(log_s_MNK, others)

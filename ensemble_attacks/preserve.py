@@ -8,26 +8,38 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every single module, and the content of every buffer that changed.
+    """Restore the training flag of every single module, every buffer, and the gradients of the parameters.
 
     ``model.train()`` on the whole would not do: it wakes batch norm in members that were in eval mode.
     """
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
         with torch.no_grad():
-            for buffer, content in buffers:
-                if not torch.equal(buffer, content):
-                    buffer.copy_(content)
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = _restored(buffer, content)
+            for parameter, gradient, content in gradients:
+                parameter.grad = _restored(gradient, content)
+
+
+def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
+    if tensor is not None and content is not None and not torch.equal(tensor, content):
+        tensor.copy_(content)
+    return tensor
 
 
 @contextmanager
@@ -37,7 +49,8 @@ def private_random_state(seed: int) -> Iterator[None]:
     Only models with randomness of their own see the difference: attacks draw from generators of their own.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
         try:
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002

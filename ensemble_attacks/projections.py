@@ -59,7 +59,11 @@ class L2Ball:
         self.clean, self.eps = clean, eps
         # Room for the rounding of every pixel of clean + delta and of the norm itself.
         unit = torch.finfo(clean.dtype).eps / 2
-        self.radius = max(0.0, eps * (1 - 16 * unit) - unit * clean[0].numel() ** 0.5)
+        self.radius = eps * (1 - 16 * unit) - unit * clean[0].numel() ** 0.5
+        if self.radius <= 0:
+            raise ValueError(
+                f"eps {eps} is below what {clean.dtype} can resolve in L2 on {clean[0].numel()} pixels: use float32"
+            )
 
     def project(self, x: Tensor) -> Tensor:
         delta = x - self.clean

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def check_norm(norm: str) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
@@ -71,7 +72,7 @@ def check_positive(name: str, value: float) -> None:
 
 def check_count(name: str, value: int, at_least: int = 1) -> None:
     """A whole number not below ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
@@ -79,13 +80,21 @@ def check_count(name: str, value: int, at_least: int = 1) -> None:
 
 def check_fractions(name: str, values: Sequence[float]) -> None:
     """At least one number, all in [0, 1]."""
-    if isinstance(values, (str, int, float)) or not len(values):
+    if not isinstance(values, Iterable) or isinstance(values, str) or not list(values):
         raise ValueError(f"{name} must be a sequence of at least one number in [0, 1], got {values!r}")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value!r} in {tuple(values)!r}")
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise unknown_name(name, value, known)
+
+
+def check_device(device: str) -> None:
+    """A device that torch knows and this machine has."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try cpu or cuda") from None

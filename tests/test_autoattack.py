@@ -54,6 +54,28 @@ def test_fewer_than_ten_classes_and_an_untouched_process(batch: tuple[Tensor, Te
     assert (images - x).abs().max() <= 0.05 + 1e-6
 
 
+def test_parameter_gradients_are_left_alone(digits: tuple[Tensor, Tensor]) -> None:
+    """FAB's own code calls backward()."""
+    model = load_model("standard_convnet_3", dataset="digits")
+    with pytest.MonkeyPatch.context() as patch:
+        make = autoattack.make_adversary
+
+        def quick(*args: object, **kw: object) -> object:
+            made = make(*args, **kw)
+            made.fab.n_iter = 2
+            return made
+
+        patch.setattr(autoattack, "make_adversary", quick)
+        standard_autoattack(model, digits[0][:4], digits[1][:4], eps=0.1, attacks=("fab-t",))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_too_few_classes_for_apgd_t() -> None:
+    model = make_ensemble(classes=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="needs at least 4 classes, the model has 3"):
+        standard_autoattack(model, torch.rand(2, 3, 6, 6), torch.tensor([0, 1]), eps=0.1)
+
+
 def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
     """A stand-in with the signature of fra31's ``autoattack``, which is not on PyPI: other names, one returned tensor."""
     seen = {}

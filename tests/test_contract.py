@@ -84,14 +84,16 @@ def test_the_seed_decides(name: str, norm: str, batch: tuple[Tensor, Tensor]) ->
 
 
 class Failing(nn.Module):
-    """An ensemble that raises after some forward passes."""
+    """An ensemble that counts its forward passes in a buffer, anew each time, and raises after some."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
         self.inside, self.left, self.vote = make_ensemble(), after, "softmax"
 
     def member_logits(self, x: Tensor) -> Tensor:
         self.left -= 1
+        self.calls = self.calls + 1
         if self.left < 0:
             raise RuntimeError("out of order")
         return self.inside.member_logits(x)
@@ -107,7 +109,7 @@ def state(model: nn.Module) -> tuple[object, ...]:
     return (
         [module.training for module in model.modules()],
         [value.clone() for value in model.state_dict().values()],
-        [parameter.grad for parameter in model.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         [parameter.requires_grad for parameter in model.parameters()],
         [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
         torch.get_rng_state(),

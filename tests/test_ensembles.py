@@ -7,7 +7,9 @@ import torch
 from helpers import VOTES, make_ensemble, make_member
 from torch import Tensor, nn
 
+from defenses import load_model
 from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble
+from ensemble_attacks.data import load_dataset
 from ensemble_attacks.ensembles import log_mean_softmax, log_votes
 
 
@@ -108,6 +110,50 @@ def test_a_false_claim_is_named(batch: tuple[Tensor, Tensor]) -> None:
     unchecked = as_ensemble(Theirs().eval(), members=["nets.0"], vote="softmax")
     with pytest.raises(AggregateMismatchError, match="name the right vote"):
         MORA(unchecked, eps=0.1, steps=5)(images, labels)
+
+
+def test_a_claim_that_only_adversarial_images_refute_is_warned_of(batch: tuple[Tensor, Tensor]) -> None:
+    """Right about the clean images, wrong near the boundary: hidden from the first check by claiming it was passed."""
+    images, labels = batch
+    adopted = as_ensemble(Theirs().eval(), members=["nets.0"], vote="softmax")
+    adopted._verified = True
+    with pytest.warns(UserWarning, match="adversarial images .* predict another class"):
+        MORA(adopted, eps=0.1, steps=5)(images, labels)
+
+
+def test_a_wrong_vote_is_found_out_on_mixtures() -> None:
+    x = load_dataset("digits", n=100)[0]
+    for name in ("standard_convnet_3", "adp_convnet_3"):
+        theirs = load_model(name, dataset="digits", vote="logits")
+        members = list(theirs.members)
+        assert as_ensemble(theirs, members, "logits", inputs=x)
+        with pytest.raises(AggregateMismatchError, match="mixtures"):
+            as_ensemble(theirs, members, "voting", inputs=x)
+
+
+def test_adopting_changes_nothing(batch: tuple[Tensor, Tensor]) -> None:
+    theirs = Theirs().train()
+    theirs.nets[1].eval()
+    flags = [module.training for module in theirs.modules()]
+    statistics = theirs.nets[0][1].running_mean.clone()
+    as_ensemble(theirs, ["nets.0", "nets.1", "nets.2"], inputs=batch[0])
+    assert [module.training for module in theirs.modules()] == flags
+    assert torch.equal(theirs.nets[0][1].running_mean, statistics)
+
+
+def test_a_protocol_that_contradicts_its_own_forward(batch: tuple[Tensor, Tensor]) -> None:
+    class Contradiction(Ensemble):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    model = Contradiction([make_member(seed=seed).double() for seed in range(2)])
+    with pytest.raises(AggregateMismatchError, match="than its forward"):
+        as_ensemble(model, inputs=batch[0])
+
+
+def test_an_unknown_submodule() -> None:
+    with pytest.raises(ValueError, match="unknown submodule of Theirs 'nets.9'"):
+        as_ensemble(Theirs(), members=["nets.9"])
 
 
 def test_a_model_without_members_is_told_what_to_do() -> None:

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from defenses import load_model
+from defenses.zoo import make_ensemble as make_zoo_ensemble
 from ensemble_attacks import OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.evaluation import suite
+from ensemble_attacks.evaluation import runner, suite
 from ensemble_attacks.evaluation.passes import count_passes
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Crafted, Settings
+from ensemble_attacks.prepare import prepare
 
 
 def invoke(*arguments: str) -> Result:
@@ -70,6 +72,9 @@ def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
         (("--n", "598"), "has 597 images"),
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--norm", "l2"), "did you mean 'L2'"),
+        (("--attacks", ","), "attacks is empty"),
+        (("--device", "cuda:99"), "cannot be used here"),
+        (("--device", "gpu"), "cannot be used here"),
     ],
 )
 def test_bad_arguments_stop_before_any_work(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -103,6 +108,39 @@ def test_an_attack_that_leaves_the_ball_is_not_believed(
     model = load_model("adp_convnet_3", dataset="digits")
     with pytest.raises(OutOfBallError):
         evaluate(model, *digits, ["cheat"], Settings(eps=0.1))
+
+
+def test_images_that_fool_only_the_twin_are_crafted_again_on_the_model(
+    monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor]
+) -> None:
+    """A twin that is far too easy to fool: without a second try, its images would fool nobody."""
+    model = load_model("standard_convnet_3", dataset="digits")
+    brittle = load_model("standard_convnet_3", dataset="digits")
+    for member in brittle.members:
+        member.linear2.bias.data[0] += 10
+    monkeypatch.setattr(runner, "prepare", lambda model, x: brittle)
+    through_twin = evaluate(model, *digits, ["ea-apgd-ce"], Settings(eps=0.2))
+    monkeypatch.undo()
+    direct = evaluate(model, *digits, ["ea-apgd-ce"], Settings(eps=0.2))
+    assert through_twin["worst_case"]["robust"] <= direct["worst_case"]["robust"] + 10
+    assert direct["worst_case"]["robust"] < 30
+
+
+def test_prepare_folds_batch_norm_and_leaves_the_model_alone() -> None:
+    model = make_zoo_ensemble("resnet20", 2).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+    x = torch.rand(4, 3, 32, 32)
+    expected = model(x)
+    twin = prepare(model, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert prepare(model.train(), x) is model
+    single = nn.Linear(2, 2)
+    assert prepare(single, x) is single
 
 
 def test_passes_are_counted_for_anybodys_attack() -> None:

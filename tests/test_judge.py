@@ -86,6 +86,14 @@ def test_float32_rounding_is_not_an_offence() -> None:
     judge(make_flat(), x, torch.zeros(100, dtype=torch.long), x_adv, eps=EPS)
 
 
+def test_half_precision_has_no_wider_ball() -> None:
+    x = torch.full((4, 3, 8, 8), 0.5, dtype=torch.bfloat16)
+    x_adv = x.clone()
+    x_adv[2] += 0.0078125
+    with pytest.raises(OutOfBallError, match=r"x_adv\[2\]"):
+        judge(make_flat().bfloat16(), x, torch.zeros(4, dtype=torch.long), x_adv, eps=0.001)
+
+
 def make_flat() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
 
@@ -124,6 +132,8 @@ def test_bad_arguments() -> None:
     x, y = images()
     with pytest.raises(ValueError, match="eps"):
         judge(Pixel(), x, y, x, eps=0)
+    with pytest.raises(ValueError, match="no images"):
+        judge(Pixel(), x[:0], y[:0], x[:0], eps=EPS)
     with pytest.raises(ValueError, match="draws"):
         judge(Pixel(), x, y, x, eps=EPS, draws=0)
     with pytest.raises(ValueError, match="they must be the same"):

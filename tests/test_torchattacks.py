@@ -105,6 +105,17 @@ def test_save(batch: tuple[Tensor, Tensor], tmp_path: object) -> None:
     assert [module.training for module in model.modules()] == flags
 
 
+def test_save_with_predictions_and_without_a_word(batch: tuple[Tensor, Tensor], tmp_path: object) -> None:
+    model, images, labels = float_batch(batch)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=64)
+    attack = MORA(model, eps=0.1, steps=3)
+    assert attack.save(loader, f"{tmp_path}/adv.pt", verbose=False, save_predictions=True) is None
+    stored = torch.load(f"{tmp_path}/adv.pt", weights_only=True)
+    assert torch.equal(stored["preds"], model(stored["adv_inputs"]).argmax(1))
+    robust, _, _ = attack.save(loader, verbose=False, return_verbose=True)
+    assert robust == pytest.approx(100 * (stored["preds"] == labels).float().mean().item(), abs=1e-3)
+
+
 def test_set_model_checks_for_members(batch: tuple[Tensor, Tensor]) -> None:
     model, images, labels = float_batch(batch)
     attack = MORA(model, eps=0.1, steps=3)

@@ -47,6 +47,19 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert len((tmp_path / "killed" / "train.log").read_text().splitlines()) == 4
 
 
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    arguments = dict(dataset="digits", members=2, epochs=1, out=tmp_path)
+    card = train_model("standard", **arguments)
+    for change in ({"seed": 5}, {"epochs": 2}, {"members": 3}, {"batch_size": 64}):
+        with pytest.raises(ValueError, match="holds a run with other"):
+            train_model("standard", **{**arguments, **change})
+    with pytest.raises(ValueError, match="other recipe"):
+        train_model("adp", **arguments)
+    before = card.read_bytes()
+    train_model("standard", **arguments)
+    assert card.read_bytes() == before
+
+
 def test_train_model_ends_where_load_model_looks(tmp_path: Path) -> None:
     card = train_model("adp", dataset="digits", members=2, epochs=1, out=tmp_path / "run", model_dir=tmp_path / "models")
     assert card.name == "adp_convnet_2.json"

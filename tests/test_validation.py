@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_ensemble
@@ -74,6 +75,7 @@ BAD_SETTINGS: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"norm": "linf"}, ValueError, "did you mean 'Linf'"),
     ({"norm": "L1"}, ValueError, "unknown norm 'L1'"),
     ({"seed": None}, TypeError, "seed"),
+    ({"seed": -1}, ValueError, "seed must be at least 0"),
     ({"batch_size": 0}, ValueError, "batch_size"),
 ]
 
@@ -98,6 +100,7 @@ def test_bad_settings(make: type, settings: dict[str, object], error: type[Excep
         (lambda: MORA(Untouchable(), betas=(float("nan"),)), "betas must lie in"),
         (lambda: MORA(Untouchable(), betas=()), "at least one number"),
         (lambda: MORA(Untouchable(), betas=0.5), "sequence"),
+        (lambda: MORA(Untouchable(), betas=None), "sequence"),
         (lambda: MORA(Untouchable(), targets=-1), "targets must be at least 0"),
         (lambda: MORA(Untouchable(), tau=0.0), "tau"),
         (lambda: MORA(Untouchable(), weight_rule="derivatives"), "did you mean 'derivative'"),
@@ -109,6 +112,12 @@ def test_bad_settings(make: type, settings: dict[str, object], error: type[Excep
 def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = make_ensemble(dtype=torch.float32)
+    settings = dict(eps=np.float32(0.1), steps=np.int64(3), betas=np.array([0.5, 0.0], dtype=np.float32), seed=np.int32(1))
+    assert MORA(model, **settings)(X, Y).shape == X.shape
 
 
 def test_dlr_needs_enough_classes() -> None:

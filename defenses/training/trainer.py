@@ -68,10 +68,23 @@ def train(
         ``{"seconds": training time over all sittings, "loss": mean loss of the last epoch}``.
 
     Raises:
+        ValueError: ``out`` holds the checkpoint of another run.
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    run = {
+        "recipe": recipe.name,
+        "parameters": [list(p.shape) for p in ensemble.parameters()],
+        "images": list(images.shape),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     checkpoint = out / "checkpoint.pt"
+    state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
+    if state is not None and state["run"] != run:
+        differ = ", ".join(key for key in run if state["run"][key] != run[key])
+        raise ValueError(f"out {str(out)!r} holds a run with other {differ}: choose another folder, or remove this one")
+    out.mkdir(parents=True, exist_ok=True)
     ensemble = ensemble.to(torch.device(device)).to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer(ensemble.parameters())
     steps = len(images) // batch_size  # the last, short batch is left out: it would upset the batch statistics
@@ -79,8 +92,7 @@ def train(
         optimizer, recipe.max_lr, epochs=epochs, steps_per_epoch=steps, pct_start=0.3, cycle_momentum=False
     )
     start, seconds, mean_loss = 0, 0.0, float("nan")
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    if state is not None:
         ensemble.load_state_dict(state["ensemble"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -111,6 +123,7 @@ def train(
         seconds += time.monotonic() - began
         mean_loss = total / steps
         state = {
+            "run": run,
             "ensemble": ensemble.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": {k: v for k, v in schedule.state_dict().items() if not callable(v)},

@@ -13,7 +13,7 @@ class CountingModel(nn.Module):
 
     def __init__(self, model: nn.Module, on_pass: Callable[[int], object] | None = None) -> None:
         super().__init__()
-        self.counted = model
+        self.counted: nn.Module = model
         self.forwards = self.backwards = 0
         self._on_pass = on_pass or (lambda images: None)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ensemble_attacks.evaluation.passes import count_passes
-from ensemble_attacks.evaluation.suite import Crafted, Settings, find_attack
+from ensemble_attacks.evaluation.passes import CountingModel, count_passes
+from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
@@ -79,6 +79,8 @@ def evaluate(
             counted = count_passes(twin, bar.update)
             began = time.perf_counter()
             crafted = entry.craft(counted, x, y, settings)
+            if twin is not model:
+                crafted = _recraft(model, counted, x, y, crafted, entry, settings)
             seconds[name] = time.perf_counter() - began
         judgement = verdict(crafted.images)
         robust = robust & judgement.robust
@@ -111,6 +113,22 @@ def evaluate(
         )
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+@torch.no_grad()
+def _recraft(
+    model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, entry: Entry, settings: Settings
+) -> Crafted:
+    """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
+    device = next(model.parameters(), x).device
+    predict = lambda net: torch.cat([net(b.to(device)).argmax(1).cpu() for b in crafted.images.split(settings.batch_size)])  # noqa: E731
+    rows = torch.nonzero((predict(counted.counted) != y) & (predict(model) == y)).squeeze(-1)
+    if not len(rows):
+        return crafted
+    counted.counted = model
+    images = crafted.images.clone()
+    images[rows] = entry.craft(counted, x[rows], y[rows], settings).images
+    return replace(crafted, images=images)
 
 
 def _stages(crafted: Crafted, judgement: Judgement) -> dict[str, dict[str, float]]:
