@@ -52,9 +52,9 @@ def private_random_state(seed: int) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            random.seed(seed)
+            torch.manual_seed(int(seed))
+            np.random.seed(int(seed) % 2**32)  # noqa: NPY002
+            random.seed(int(seed))
             yield
         finally:
             random.setstate(python_state)

@@ -152,7 +152,7 @@ def test_a_protocol_that_contradicts_its_own_forward(batch: tuple[Tensor, Tensor
 
 
 def test_an_unknown_submodule() -> None:
-    with pytest.raises(ValueError, match="unknown submodule of Theirs 'nets.9'"):
+    with pytest.raises(ValueError, match=r"unknown submodule of Theirs 'nets\.9'"):
         as_ensemble(Theirs(), members=["nets.9"])
 
 

@@ -18,6 +18,10 @@ def test_projection_is_exact_in_float64(dtype: torch.dtype, norm: str, eps: floa
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(50, 3, 8, 8, generator=generator).to(dtype)
     clean[:10] = clean[:10].round()  # corners of the box
+    if (norm, dtype) == ("L2", torch.bfloat16) and eps < 0.05:  # rounding alone is larger
+        with pytest.raises(ValueError, match="use float32"):
+            make_ball(norm, clean, eps)
+        return
     far = clean + torch.randn(50, 3, 8, 8, generator=generator).to(dtype)
     projected = make_ball(norm, clean, eps).project(far)
     assert projected.dtype == dtype

@@ -69,14 +69,13 @@ def test_train_model_ends_where_load_model_looks(tmp_path: Path) -> None:
 
 def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     images, labels = load_dataset("digits", "train", n=200)
-    ensemble = make_ensemble("convnet", 2)
-    arguments = dict(out=tmp_path, epochs=2, batch_size=100, pad=1, flip=False)
-    train(RECIPE, ensemble, images, labels, **{**arguments, "epochs": 1})
-    kept = (tmp_path / "checkpoint.pt").read_bytes()
-    broken = replace(RECIPE, loss=lambda logits, y: logits.sum() * torch.nan)
+    steps = iter(range(100))
+    broken = replace(RECIPE, loss=lambda logits, y: RECIPE.loss(logits, y) * (torch.nan if next(steps) >= 3 else 1))
     with pytest.raises(FloatingPointError, match="became nan in epoch 2"):
-        train(broken, ensemble, images, labels, **arguments)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+        train(broken, make_ensemble("convnet", 2), images, labels, out=tmp_path, epochs=3, batch_size=100, pad=1, flip=False)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in kept["ensemble"].values())
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
