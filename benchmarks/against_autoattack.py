@@ -2,8 +2,9 @@
 
     python benchmarks/against_autoattack.py --data-dir DIR --out runs/against_autoattack
 
-One folder a cell (summary, times, images, trace), kept: the same command again goes on where it stopped. Prints a Markdown
-table and writes it beside the cells, with the figures as JSON.
+Works through the first n test images in shards of 250, one folder a shard (summary, times, images, trace), kept: the same
+command again goes on where it stopped, and several processes can take different ``--cells``. Prints a Markdown table of what
+is there and writes it beside the cells, with the figures as JSON.
 
 Columns: clean; AutoAttack after APGD-CE, after APGD-T, and whole; MORA (five betas x 100 steps) and MORA-mt (and nine
 targets x 100). "To match" is the ratio of the passes (forward + backward) that APGD-CE spent to those that MORA had spent
@@ -13,6 +14,7 @@ when it left no more robust images than APGD-CE in the end. All accuracies are t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +26,73 @@ from ensemble_attacks.ensembles import VOTES
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 
-EPS = {"standard_resnet20_3": 0.004, "adp_resnet20_3": 0.01}
-ATTACKS = ("mora", "autoattack", "mora-mt")
+SHARD = 250
+EPS = {
+    ("standard_resnet20_3", "softmax"): 0.007,
+    ("standard_resnet20_3", "voting"): 0.01,
+    ("standard_resnet20_3", "logits"): 0.007,
+    **{("adp_resnet20_3", vote): 0.01 for vote in VOTES},
+}
+ATTACKS = ("mora-mt", "autoattack")
+
+
+def run_shard(model: str, vote: str, shard: int, seed: int, data_dir: str, out: Path) -> None:
+    """Run one shard of a cell, unless it has been run."""
+    if (out / "summary.json").exists():
+        return
+    x, y = load_dataset("cifar10", data_dir=data_dir, n=(shard + 1) * SHARD)
+    x, y = x[shard * SHARD :], y[shard * SHARD :]
+    describe = {"model": model, "vote": vote, "dataset": "cifar10", "first": shard * SHARD}
+    report = lambda name, row: click.echo(f"{model} {vote} {shard} {name}: {100 * row['accuracy']:.1f}", err=True)  # noqa: E731
+    settings = Settings(eps=EPS[model, vote], seed=seed, batch_size=SHARD)
+    evaluate(load_model(model, vote=vote), x, y, ATTACKS, settings, describe=describe, out=out, report=report)
 
 
 def passes(row: dict[str, float]) -> float:
     return row["forwards_per_image"] + row["backwards_per_image"]
 
 
-def passes_until(trace: list[dict[str, float]], robust: float) -> float:
+def passes_until(trace: Counter[tuple[int, int, str]], samples: int, robust: int) -> float:
     """Passes (forward + backward) spent when at most ``robust`` samples were left; infinite if never."""
-    spent = 0.0
-    for row in trace:
-        spent += row["forwards"] + row["backwards"]
-        if row["robust"] <= robust:
+    spent, left = 0, samples
+    for stage, step in sorted({(stage, step) for stage, step, _ in trace}):
+        spent += trace[stage, step, "forwards"] + trace[stage, step, "backwards"]
+        left -= trace[stage, step, "fooled"]
+        if left <= robust:
             return spent
     return float("inf")
 
 
-def cell(model: str, vote: str, eps: float, n: int, seed: int, data_dir: str, out: Path) -> dict[str, Any]:
-    """Run one cell, or read it if it has been run."""
-    if not (out / "summary.json").exists():
-        x, y = load_dataset("cifar10", data_dir=data_dir, n=n)
-        describe = {"model": model, "vote": vote, "dataset": "cifar10"}
-        report = lambda name, row: click.echo(f"{model} {vote} {name}: {100 * row['accuracy']:.1f}", err=True)  # noqa: E731
-        settings = Settings(eps=eps, seed=seed, batch_size=250)
-        evaluate(load_model(model, vote=vote), x, y, ATTACKS, settings, describe=describe, out=out, report=report)
-    summary = json.loads((out / "summary.json").read_text())
-    attacks, stages = summary["attacks"], summary["attacks"]["autoattack"]["stages"]
-    trace = json.loads((out / "mora.trace.json").read_text())
-    counts = summary["n"]
+def cell(folders: list[Path]) -> dict[str, Any]:
+    """The row of a cell, over the shards that have been run."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    n = sum(summary["n"] for summary in summaries)
+    robust: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
+    trace: Counter[tuple[int, int, str]] = Counter()
+    for summary, folder in zip(summaries, folders, strict=True):
+        mora, suite = summary["attacks"]["mora-mt"], summary["attacks"]["autoattack"]
+        parts = {
+            "APGD-CE": suite["stages"]["apgd-ce"],
+            "APGD-CE+T": suite["stages"]["apgd-t"],
+            "AutoAttack": suite,
+            "MORA": mora["stages"]["mora"],
+            "MORA-mt": mora,
+        }
+        robust["clean"] += summary["clean"]["robust"]
+        for name, part in parts.items():
+            robust[name] += part["robust"]
+            spent[name] += passes(part) * summary["n"]
+        for row in json.loads((folder / "mora-mt.trace.json").read_text()):
+            for kind in ("forwards", "backwards", "fooled"):
+                trace[row["stage"], row["step"], kind] += row[kind]
+    first = summaries[0]
     return {
-        "model": model,
-        "vote": vote,
-        "eps": summary["eps"],
-        "n": counts,
-        "clean": 100 * summary["clean"]["accuracy"],
-        "APGD-CE": 100 * stages["apgd-ce"]["robust"] / counts,
-        "APGD-CE+T": 100 * stages["apgd-t"]["robust"] / counts,
-        "AutoAttack": 100 * attacks["autoattack"]["accuracy"],
-        "MORA": 100 * attacks["mora"]["accuracy"],
-        "MORA-mt": 100 * attacks["mora-mt"]["accuracy"],
-        "APGD-CE passes": passes(stages["apgd-ce"]),
-        "AutoAttack passes": passes(attacks["autoattack"]),
-        "MORA passes": passes(attacks["mora"]),
-        "MORA-mt passes": passes(attacks["mora-mt"]),
-        "to match": passes(stages["apgd-ce"]) * counts / passes_until(trace, stages["apgd-ce"]["robust"]),
+        **{key: first[key] for key in ("model", "vote", "eps")},
+        "n": n,
+        **{name: 100 * count / n for name, count in robust.items()},
+        **{f"{name} passes": count / n for name, count in spent.items()},
+        "to match": spent["APGD-CE"] / passes_until(trace, n, robust["APGD-CE"]),
     }
 
 
@@ -84,15 +107,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--data-dir", default="data", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/against_autoattack"), show_default=True)
-@click.option("--n", default=500, show_default=True)
+@click.option("--n", default=500, show_default=True, help=f"Test images, in shards of {SHARD}.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cells", help="Comma-separated model:vote.  [default: all]")
-def main(data_dir: str, out: Path, n: int, seed: int, cells: str | None) -> None:
-    names = cells.split(",") if cells else [f"{model}:{vote}" for model in EPS for vote in VOTES]
+@click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
+def main(data_dir: str, out: Path, n: int, seed: int, cells: str | None, table_only: bool) -> None:
+    names = cells.split(",") if cells else [":".join(key) for key in EPS]
+    for shard in range(0 if table_only else n // SHARD):
+        for name in names:
+            model, vote = name.split(":")
+            run_shard(model, vote, shard, seed, data_dir, out / f"{model}_{vote}_{shard}")
     rows = []
     for name in names:
-        model, vote = name.split(":")
-        rows.append(cell(model, vote, EPS[model], n, seed, data_dir, out / f"{model}_{vote}"))
+        folders = [path.parent for path in sorted(out.glob(f"{name.replace(':', '_')}_*/summary.json"))]
+        if folders:
+            rows.append(cell(folders))
+    if not rows:
+        raise click.UsageError(f"nothing has been run in {out}")
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
     (out / "table.md").write_text(markdown(rows))
     click.echo(markdown(rows))

@@ -23,6 +23,7 @@ from ensemble_attacks.steps import StepRule
 from ensemble_attacks.validation import check_label_range
 
 MOMENTUM = 0.75  # share of the new step; the rest repeats the last move (Croce & Hein 2020, eq. 4; MORA, Algorithm 1)
+NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
 
 
 class Outputs(NamedTuple):
@@ -58,10 +59,14 @@ class Trace:
     Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
     spent here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is
     the clean forward pass.
+
+    Attributes:
+        fooled_in: for each call of the attack, the stage (N,) in which each sample was fooled: -1 if the clean image was
+            already wrong, `NEVER` if it held out.
     """
 
     _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
-    samples: int = 0
+    fooled_in: list[Tensor] = field(default_factory=list, repr=False)
 
     def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
         sums = self._sums[stage, step]
@@ -70,7 +75,7 @@ class Trace:
 
     def rows(self) -> list[dict[str, Any]]:
         """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
-        rows, robust = [], self.samples
+        rows, robust = [], sum(map(len, self.fooled_in))
         for (stage, step), (*counts, loss) in sorted(self._sums.items()):
             fooled, forwards, backwards = map(int, counts)
             robust -= fooled
@@ -180,8 +185,9 @@ def attack(
         ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
         if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
             labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
+    fooled_in = torch.full_like(labels, NEVER).masked_fill(margins < 0, -1)
     if trace is not None:
-        trace.samples += len(images)
+        trace.fooled_in.append(fooled_in)
     add(-1, 0, int((margins < 0).sum()), len(images), 0, 0.0)
 
     adversarial = images.clone()
@@ -214,4 +220,5 @@ def attack(
             )
             better = best_margin < margins[rows]
             adversarial[rows[better]], margins[rows[better]] = best_x[better], best_margin[better].to(margins.dtype)
+            fooled_in[rows[best_margin < 0]] = index
     return adversarial

@@ -132,7 +132,7 @@ def _recraft(
 
 
 def _stages(crafted: Crafted, judgement: Judgement) -> dict[str, dict[str, float]]:
-    """After each attack of a suite: passes so far, and samples left robust, which are those not fooled by its own flags or
+    """After each part of a suite: passes so far, and samples left robust, which are those not fooled by its own flags or
     whose image the judge does not find fooled.
     """
     n = len(judgement.robust)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ensemble_attacks.apgd import APGD
@@ -32,7 +33,7 @@ class Crafted:
 
     Attributes:
         images: (N, C, H, W).
-        stages: of a suite, after each of its attacks: its own robust flags (N,), and forward and backward passes so far.
+        stages: of a suite, after each of its parts: its own robust flags (N,), and forward and backward passes so far.
         trace: of an attack of this package, its convergence (`Trace.rows`).
     """
 
@@ -82,7 +83,13 @@ def _ours(attack: type[MORA] | type[APGD], **arguments: Any) -> Craft:
             **arguments,
         )
         made.trace = Trace()
-        return Crafted(made(x, y).to(x.device), trace=made.trace.rows())
+        images = made(x, y).to(x.device)
+        rows, stages = made.trace.rows(), {}
+        if isinstance(made, MORA) and made.targets:
+            sweep = [row for row in rows if row["stage"] < len(made.betas)]
+            robust = torch.cat(made.trace.fooled_in).cpu() >= len(made.betas)
+            stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
+        return Crafted(images, stages, rows)
 
     return craft
 
