@@ -126,8 +126,8 @@ def demo(n: int, seed: int) -> None:
     for model in DEMO_MODELS:
         for vote in DEMO_VOTES:
             ensemble = providers.load_model(model, dataset="digits", vote=vote)
-            summary = run_evaluation(ensemble, x, y, ["autoattack", "mora-mt"], Settings(eps=DEMO_EPS, seed=seed))
-            rows = [summary["attacks"][name] for name in ("autoattack", "mora-mt")]
+            summary = run_evaluation(ensemble, x, y, ["autoattack", "mora"], Settings(eps=DEMO_EPS, seed=seed))
+            rows = [summary["attacks"][name] for name in ("autoattack", "mora")]
             spent = [f"{row['forwards_per_image'] + row['backwards_per_image']:,.0f}" for row in rows]
             accuracies = [f"{100 * row['accuracy']:.1f}" for row in (summary["clean"], *rows)]
             table.add_row(model.partition("_")[0], vote, *accuracies, *spent)

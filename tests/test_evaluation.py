@@ -52,6 +52,19 @@ def test_evaluate_stores_what_the_judge_confirms(tmp_path: Path) -> None:
     assert summary["clean"]["accuracy"] == judge(model, x, y, x, eps=0.12).accuracy
 
 
+def test_a_suites_parts_and_the_trace_agree_with_the_whole(tmp_path: Path) -> None:
+    result = invoke(*EVALUATE, "--attacks", "mora,mora-mt", "--batch-size", "7", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["attacks"]
+    assert rows["mora-mt"]["stages"]["mora"]["robust"] == rows["mora"]["robust"] >= rows["mora-mt"]["robust"]
+    assert rows["mora-mt"]["stages"]["mora"]["forwards_per_image"] == rows["mora"]["forwards_per_image"]
+    trace = json.loads((tmp_path / "run" / "mora-mt.trace.json").read_text())
+    assert trace[-1]["robust"] == rows["mora-mt"]["robust"]
+    assert sum(row["forwards"] for row in trace) == pytest.approx(20 * rows["mora-mt"]["forwards_per_image"])
+    assert sum(row["backwards"] for row in trace) == pytest.approx(20 * rows["mora-mt"]["backwards_per_image"])
+    assert sum(row["fooled"] for row in trace) == 20 - trace[-1]["robust"]
+
+
 def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         assert invoke(*EVALUATE, "--attacks", "mora,apgd-ce", "--out", tmp_path / folder).exit_code == 0
