@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from defenses.zoo import make_ensemble as make_zoo_ensemble
-from ensemble_attacks import OutOfBallError, judge
+from ensemble_attacks import NotAnEnsembleError, OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation import runner, suite
@@ -111,6 +111,14 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "choose another folder" in result.output
     assert (tmp_path / "summary.json").read_text() == "{}"
+
+
+def test_a_model_without_members_is_refused_before_the_first_attack(digits: tuple[Tensor, Tensor]) -> None:
+    single = load_model("standard_convnet_3", dataset="digits").members[0]
+    reported: list[str] = []
+    with pytest.raises(NotAnEnsembleError, match="as_ensemble"):
+        evaluate(single, *digits, ["ea-apgd-ce", "mora"], Settings(eps=0.1), report=lambda name, row: reported.append(name))
+    assert not reported
 
 
 def test_an_attack_that_leaves_the_ball_is_not_believed(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.evaluation.passes import CountingModel, count_passes
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
@@ -54,11 +55,16 @@ def evaluate(
         OutOfBallError: an attack returned an image outside the ball.
     """
     entries = {name: find_attack(name) for name in attacks}
+    for name, entry in entries.items():
+        if entry.needs_members:
+            check_members(model, name)
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
     check_count("batch_size", settings.batch_size)
     check_images(x, "x")
     check_labels(y, x, "y")
+    check_count("seed", settings.seed, at_least=0)
+    y = y.long()
     if out is not None:
         if (out / "summary.json").exists():
             raise FileExistsError(f"{out} already holds a run: choose another folder (--out)")
@@ -122,7 +128,7 @@ def _recraft(
     """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
     device = next(model.parameters(), x).device
     predict = lambda net: torch.cat([net(b.to(device)).argmax(1).cpu() for b in crafted.images.split(settings.batch_size)])  # noqa: E731
-    rows = torch.nonzero((predict(counted.counted) != y) & (predict(model) == y)).squeeze(-1)
+    rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
     if not len(rows):
         return crafted
     counted.counted = model

@@ -51,6 +51,7 @@ class Entry:
 
     craft: Craft
     summary: str
+    needs_members: bool = False
 
 
 def _standard(*attacks: str) -> Craft:
@@ -100,8 +101,10 @@ ATTACKS: dict[str, Entry] = {
     "fab-t": Entry(_standard("fab-t"), "AutoAttack's targeted FAB, 9 targets x 100 steps"),
     "square": Entry(_standard("square"), "AutoAttack's Square, 5000 queries"),
     "autoattack": Entry(_standard(*STANDARD), "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square"),
-    "mora": Entry(_ours(MORA), "MORA: five betas x 100 steps"),
-    "mora-mt": Entry(_ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps"),
+    "mora": Entry(_ours(MORA), "MORA: five betas x 100 steps", needs_members=True),
+    "mora-mt": Entry(
+        _ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps", needs_members=True
+    ),
     "ea-apgd-ce": Entry(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
     "ea-apgd-dlr": Entry(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
     "ea-apgd-t": Entry(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),
