@@ -14,6 +14,8 @@ from defenses import load_model
 from ensemble_attacks import Ensemble
 from ensemble_attacks.data import load_dataset
 
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more than they bring
+
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
