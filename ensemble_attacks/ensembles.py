@@ -140,13 +140,7 @@ class AdoptedEnsemble(Ensemble):
     @torch.no_grad()
     def disagrees(self, x: Tensor) -> Tensor:
         """(N,) bool: where the claimed members and vote predict another class than the model itself."""
-        own_NK, claimed_NK = self.original(x), self.aggregate(super().member_logits(x))
-        if own_NK.shape != claimed_NK.shape:
-            raise AggregateMismatchError(
-                f"the model's scores have shape {tuple(own_NK.shape)}, "
-                f"those of the claimed members {tuple(claimed_NK.shape)}"
-            )
-        return own_NK.argmax(1) != claimed_NK.argmax(1)
+        return _predict_otherwise(self.original(x), self.aggregate(super().member_logits(x)))
 
     def verify(self, x: Tensor) -> None:
         """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...)."""
@@ -171,6 +165,15 @@ class AdoptedEnsemble(Ensemble):
                 "not quite its own, and the attack was misled",
                 stacklevel=2,
             )
+
+
+def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
+    """(N,) bool: where a model's own scores and those claimed for it predict different classes."""
+    if own_NK.shape != claimed_NK.shape:
+        raise AggregateMismatchError(
+            f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
+        )
+    return own_NK.argmax(1) != claimed_NK.argmax(1)
 
 
 def as_ensemble(
@@ -210,8 +213,7 @@ def as_ensemble(
             theirs: Any = model
             with preserved(model), torch.no_grad():
                 model.eval()
-                claimed_NK = theirs.aggregate(theirs.member_logits(inputs))
-                differ = int((model(inputs).argmax(1) != claimed_NK.argmax(1)).sum())
+                differ = int(_predict_otherwise(model(inputs), theirs.aggregate(theirs.member_logits(inputs))).sum())
             if differ:
                 raise AggregateMismatchError(
                     f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
