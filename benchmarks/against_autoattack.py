@@ -2,9 +2,9 @@
 
     python benchmarks/against_autoattack.py --data-dir DIR --out runs/against_autoattack
 
-Works through the first n test images in shards of 250, one folder a shard (summary, times, images, trace), kept: the same
-command again goes on where it stopped, and several processes can take different ``--cells``. Prints a Markdown table of what
-is there and writes it beside the cells, with the figures as JSON.
+Works through the first n test images in shards of 250, one folder an attack and shard (summary, times, images, trace), kept:
+the same command again goes on where it stopped, and several processes can take different ``--cells``. Prints a Markdown table
+of what is there and writes it beside the cells, with the figures as JSON.
 
 Columns: clean; AutoAttack after APGD-CE, after APGD-T, and whole; MORA (five betas x 100 steps) and MORA-mt (and nine
 targets x 100). "To match" is the ratio of the passes (forward + backward) that APGD-CE spent to those that MORA had spent
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,21 @@ EPS = {
 ATTACKS = ("mora-mt", "autoattack")
 
 
-def run_shard(model: str, vote: str, shard: int, seed: int, data_dir: str, out: Path) -> None:
-    """Run one shard of a cell, unless it has been run."""
-    if (out / "summary.json").exists():
+def folder(out: Path, model: str, vote: str, seed: int, shard: int, attack: str) -> Path:
+    return out / f"{model}_{vote}_{EPS[model, vote]:g}_seed{seed}" / f"{shard}_{attack}"
+
+
+def run_shard(model: str, vote: str, seed: int, shard: int, attack: str, data_dir: str, out: Path) -> None:
+    """Run one attack on one shard of a cell, unless that has been done."""
+    where = folder(out, model, vote, seed, shard, attack)
+    if (where / "summary.json").exists():
         return
     x, y = load_dataset("cifar10", data_dir=data_dir, n=(shard + 1) * SHARD)
     x, y = x[shard * SHARD :], y[shard * SHARD :]
     describe = {"model": model, "vote": vote, "dataset": "cifar10", "first": shard * SHARD}
     report = lambda name, row: click.echo(f"{model} {vote} {shard} {name}: {100 * row['accuracy']:.1f}", err=True)  # noqa: E731
     settings = Settings(eps=EPS[model, vote], seed=seed, batch_size=SHARD)
-    evaluate(load_model(model, vote=vote), x, y, ATTACKS, settings, describe=describe, out=out, report=report)
+    evaluate(load_model(model, vote=vote), x, y, [attack], settings, describe=describe, out=where, report=report)
 
 
 def passes(row: dict[str, float]) -> float:
@@ -63,15 +69,15 @@ def passes_until(trace: Counter[tuple[int, int, str]], samples: int, robust: int
     return float("inf")
 
 
-def cell(folders: list[Path]) -> dict[str, Any]:
-    """The row of a cell, over the shards that have been run."""
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    n = sum(summary["n"] for summary in summaries)
+def cell(shards: list[tuple[Path, Path]]) -> dict[str, Any]:
+    """The row of a cell, over the shards that both attacks have run; a shard is the folders of ``ATTACKS``."""
     robust: Counter[str] = Counter()
     spent: Counter[str] = Counter()
     trace: Counter[tuple[int, int, str]] = Counter()
-    for summary, folder in zip(summaries, folders, strict=True):
-        mora, suite = summary["attacks"]["mora-mt"], summary["attacks"]["autoattack"]
+    n = 0
+    for folders in shards:
+        first, second = (json.loads((path / "summary.json").read_text()) for path in folders)
+        mora, suite = first["attacks"]["mora-mt"], second["attacks"]["autoattack"]
         parts = {
             "APGD-CE": suite["stages"]["apgd-ce"],
             "APGD-CE+T": suite["stages"]["apgd-t"],
@@ -79,14 +85,14 @@ def cell(folders: list[Path]) -> dict[str, Any]:
             "MORA": mora["stages"]["mora"],
             "MORA-mt": mora,
         }
-        robust["clean"] += summary["clean"]["robust"]
+        n += first["n"]
+        robust["clean"] += first["clean"]["robust"]
         for name, part in parts.items():
             robust[name] += part["robust"]
-            spent[name] += passes(part) * summary["n"]
-        for row in json.loads((folder / "mora-mt.trace.json").read_text()):
+            spent[name] += passes(part) * first["n"]
+        for row in json.loads((folders[0] / "mora-mt.trace.json").read_text()):
             for kind in ("forwards", "backwards", "fooled"):
                 trace[row["stage"], row["step"], kind] += row[kind]
-    first = summaries[0]
     return {
         **{key: first[key] for key in ("model", "vote", "eps")},
         "n": n,
@@ -110,18 +116,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.option("--n", default=500, show_default=True, help=f"Test images, in shards of {SHARD}.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cells", help="Comma-separated model:vote.  [default: all]")
+@click.option("--attacks", default=",".join(ATTACKS), show_default=True, help="Which of the two to run now.")
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
-def main(data_dir: str, out: Path, n: int, seed: int, cells: str | None, table_only: bool) -> None:
-    names = cells.split(",") if cells else [":".join(key) for key in EPS]
-    for shard in range(0 if table_only else n // SHARD):
-        for name in names:
-            model, vote = name.split(":")
-            run_shard(model, vote, shard, seed, data_dir, out / f"{model}_{vote}_{shard}")
+def main(data_dir: str, out: Path, n: int, seed: int, cells: str | None, attacks: str, table_only: bool) -> None:
+    if n < 1 or n % SHARD:
+        raise click.BadParameter(f"{n} is not a multiple of {SHARD}", param_hint="--n")
+    keys = [tuple(name.split(":")) for name in cells.split(",")] if cells else list(EPS)
+    unknown = [key for key in keys if key not in EPS]
+    if unknown:
+        raise click.BadParameter(
+            f"{':'.join(unknown[0])}: choose from {', '.join(map(':'.join, EPS))}", param_hint="--cells"
+        )
+    if not table_only:
+        for shard, key, attack in product(range(n // SHARD), keys, attacks.split(",")):
+            run_shard(*key, seed, shard, attack, data_dir, out)
     rows = []
-    for name in names:
-        folders = [path.parent for path in sorted(out.glob(f"{name.replace(':', '_')}_*/summary.json"))]
-        if folders:
-            rows.append(cell(folders))
+    for key in keys:
+        shards = [tuple(folder(out, *key, seed, shard, attack) for attack in ATTACKS) for shard in range(n // SHARD)]
+        done = [shard for shard in shards if all((path / "summary.json").exists() for path in shard)]
+        if done:
+            rows.append(cell(done))
     if not rows:
         raise click.UsageError(f"nothing has been run in {out}")
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")

@@ -17,7 +17,7 @@ def cross_entropy_sum(logits_MNK: Tensor, labels: Tensor) -> Tensor:
 RECIPE = Recipe(
     name="standard",
     loss=cross_entropy_sum,
-    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
     max_lr=0.2,
-    summary="Independently trained members: cross-entropy, SGD with Nesterov momentum 0.9, weight decay 1e-4.",
+    summary="Independently trained members: cross-entropy, SGD with Nesterov momentum 0.9, weight decay 5e-4.",
 )

@@ -123,6 +123,7 @@ def train_model(
     out: str | Path,
     model_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
+    amp: bool = False,
 ) -> Path:
     """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
 
@@ -152,6 +153,7 @@ def train_model(
         batch_size=batch_size,
         seed=seed,
         device=device,
+        amp=amp,
         **AUGMENTATION[dataset],
     )
     stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}"
@@ -171,6 +173,7 @@ def train_model(
             "epochs": epochs,
             "batch_size": batch_size,
             "seed": seed,
+            "precision": "bfloat16 autocast" if amp else "float32",
             "augmentation": AUGMENTATION[dataset],
             "seconds": round(outcome["seconds"]),
             "hardware": hardware(device),

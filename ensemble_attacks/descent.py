@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ensemble_attacks.noise import sample_keys, start_noise
-from ensemble_attacks.objectives import best_other, margin, mask_class, targeted_margin
+from ensemble_attacks.objectives import best_other, gather, margin, mask_class, targeted_margin
 from ensemble_attacks.projections import Ball, make_ball
 from ensemble_attacks.steps import StepRule
 from ensemble_attacks.validation import check_label_range
 
 MOMENTUM = 0.75  # share of the new step; the rest repeats the last move (Croce & Hein 2020, eq. 4; MORA, Algorithm 1)
 NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
+CLOSEST = 0  # target rank of the class that has come closest so far
 
 
 class Outputs(NamedTuple):
@@ -43,7 +45,9 @@ class Stage:
 
     Attributes:
         objective: what to maximise.
-        target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; ``None``: any.
+        target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; `CLOSEST`: at
+            the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages
+            have aimed at; ``None``: at none.
         restart: which of the sample's random starts.
     """
 
@@ -90,6 +94,12 @@ def success_margin(scores_NK: Tensor, labels: Tensor, aim: Tensor | None) -> Ten
     return margin(scores_NK, labels) if aim is None else targeted_margin(scores_NK, aim)
 
 
+def closest_class(gaps_NK: Tensor, aims_NK: Tensor) -> Tensor:
+    """The class of the smallest gap among those aimed at least often, (N,)."""
+    finite_NK = gaps_NK.nan_to_num(nan=torch.finfo(gaps_NK.dtype).max)
+    return finite_NK.masked_fill(aims_NK > aims_NK.amin(1, keepdim=True), torch.inf).argmin(1)
+
+
 def descend(
     forward: Forward,
     objective: Objective,
@@ -98,11 +108,14 @@ def descend(
     labels: Tensor,
     targets: Tensor | None,
     targeted: bool,
+    gaps_NK: Tensor,
     step_rule: StepRule,
     steps: int,
     record: Callable[[int, int, int, int, Tensor | float], None],
 ) -> tuple[Tensor, Tensor]:
     """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
+
+    ``gaps_NK``, the smallest lead of the label's score over each class's so far, is brought up to date in place.
 
     Returns:
         The iterate of the smallest margin for every sample, and that margin, (N,); below zero it is fooled. The margin is
@@ -116,7 +129,9 @@ def descend(
         x = x.detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
             outputs = forward(x)
-        margin_N = success_margin(outputs.scores_NK.detach(), labels, targets if targeted else None).to(best_margin.dtype)
+        scores_NK = outputs.scores_NK.detach()
+        gaps_NK[active] = gaps_NK[active].fmin(gather(scores_NK, labels).unsqueeze(-1) - scores_NK)
+        margin_N = success_margin(scores_NK, labels, targets if targeted else None).to(best_margin.dtype)
         improved = margin_N < best_margin[active]
         rows = active[improved]
         best_x[rows], best_margin[rows] = x.detach()[improved], margin_N[improved]
@@ -185,6 +200,8 @@ def attack(
         ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
         if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
             labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
+    gaps_NK = gather(clean_NK, labels).unsqueeze(-1) - clean_NK
+    aims_NK = F.one_hot(labels, clean_NK.shape[1]) * NEVER
     fooled_in = torch.full_like(labels, NEVER).masked_fill(margins < 0, -1)
     if trace is not None:
         trace.fooled_in.append(fooled_in)
@@ -204,8 +221,13 @@ def attack(
             )
             start = ball.start(noise)
             targets = aim if aim is None else aim[rows]
-            if stage.target_rank is not None:
+            if stage.target_rank == CLOSEST:
+                targets = closest_class(gaps_NK[rows], aims_NK[rows])
+            elif stage.target_rank is not None:
                 targets = ranked_NK[rows, stage.target_rank - 1]
+            if targets is not None:
+                aims_NK[rows, targets] += 1
+            closest_NK = gaps_NK[rows]
             best_x, best_margin = descend(
                 forward,
                 stage.objective,
@@ -214,10 +236,12 @@ def attack(
                 labels[rows],
                 targets,
                 aim is not None,
+                closest_NK,
                 step_rule(start, eps=eps, steps=steps),
                 steps,
                 lambda *row, index=index: add(index, *row),
             )
+            gaps_NK[rows] = closest_NK
             better = best_margin < margins[rows]
             adversarial[rows[better]], margins[rows[better]] = best_x[better], best_margin[better].to(margins.dtype)
             fooled_in[rows[best_margin < 0]] = index

@@ -61,6 +61,7 @@ def train(
     pad: int = 4,
     flip: bool = True,
     device: str | torch.device = "cpu",
+    amp: bool = False,
 ) -> dict[str, float]:
     """Train ``ensemble`` in place by ``recipe``, with a checkpoint in ``out`` after every epoch; resumes from it.
 
@@ -78,6 +79,7 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
+        "amp": amp,
     }
     checkpoint = out / "checkpoint.pt"
     state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
@@ -107,7 +109,8 @@ def train(
         for batch in tqdm(order, desc=f"{recipe.name} epoch {epoch + 1}/{epochs}", disable=None, leave=False):
             x = augment(images[batch], pad=pad, flip=flip, generator=generator)
             x, y = x.to(device, memory_format=torch.channels_last), labels[batch].to(device)
-            logits_MNK = ensemble.member_logits(x)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+                logits_MNK = ensemble.member_logits(x).float()
             loss = recipe.loss(logits_MNK, y)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
