@@ -2,9 +2,9 @@
 
     python benchmarks/against_autoattack.py --data-dir DIR --out runs/against_autoattack
 
-Works through the first n test images in shards of 250, one folder an attack and shard (summary, times, images, trace), kept:
-the same command again goes on where it stopped, and several processes can take different ``--cells``. Prints a Markdown table
-of what is there and writes it beside the cells, with the figures as JSON.
+Works through the first n test images in shards of 250, one folder a shard and attack (summary, times, images, trace): the
+same command again goes on where it stopped, and several processes can take different ``--cells``. Prints a Markdown table of
+what is there and writes it beside the cells, with the figures as JSON.
 
 Columns: clean; AutoAttack after APGD-CE, after APGD-T, and whole; MORA (five betas x 100 steps) and MORA-mt (and nine
 targets x 100). "To match" is the ratio of the passes (forward + backward) that APGD-CE spent to those that MORA had spent
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tables import save_table
 
 from defenses import load_model
 from ensemble_attacks.data import load_dataset
@@ -102,14 +103,6 @@ def cell(shards: list[tuple[Path, Path]]) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of rows with the same keys."""
-    show = lambda key, value: f"{value:.1f}" if isinstance(value, float) and key != "eps" else str(value)  # noqa: E731
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(show(key, value) for key, value in row.items()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 @click.command()
 @click.option("--data-dir", default="data", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/against_autoattack"), show_default=True)
@@ -138,9 +131,7 @@ def main(data_dir: str, out: Path, n: int, seed: int, cells: str | None, attacks
             rows.append(cell(done))
     if not rows:
         raise click.UsageError(f"nothing has been run in {out}")
-    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "table.md").write_text(markdown(rows))
-    click.echo(markdown(rows))
+    click.echo(save_table(rows, out / "table"))
 
 
 if __name__ == "__main__":

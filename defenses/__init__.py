@@ -1,5 +1,7 @@
 """Ensemble defenses as RobustBench-style models: images in [0, 1] -> logits (N, K), normalisation inside."""
 
-from defenses.zoo import list_models, load_model, train_model
+from defenses.convert import convert
+from defenses.recipes import train_model
+from defenses.zoo import list_models, load_model
 
-__all__ = ["list_models", "load_model", "train_model"]
+__all__ = ["convert", "list_models", "load_model", "train_model"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.standard import cross_entropy_sum
-from defenses.training import Recipe
+from defenses.training import Batch, Recipe, adam
 
 ALPHA, BETA = 2.0, 0.5
 
@@ -41,10 +41,14 @@ def adp_loss(logits_MNK: Tensor, labels: Tensor, alpha: float = ALPHA, beta: flo
     return cross_entropy_sum(logits_MNK, labels) - regulariser.mean()
 
 
+def loss(batch: Batch) -> Tensor:
+    return adp_loss(batch.logits(batch.x), batch.y)
+
+
 RECIPE = Recipe(
     name="adp",
-    loss=adp_loss,
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-4, eps=1e-7),
+    loss=loss,
+    optimizer=adam,
     max_lr=4e-3,
     summary=f"Adaptive Diversity Promoting (Pang et al. 2019), alpha {ALPHA}, beta {BETA}; Adam, weight decay 1e-4.",
 )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+NORMALIZATIONS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 
 class Normalize(nn.Module):
@@ -15,7 +22,7 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -24,49 +31,77 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a parameter-free shortcut (He et al. 2016, option A: subsample and pad with zeros)."""
+def activation(negative_slope: float) -> Callable[[Tensor], Tensor]:
+    """ReLU, or leaky ReLU where the slope is not 0."""
+    return partial(F.leaky_relu, negative_slope=negative_slope) if negative_slope else F.relu
 
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, section 4.2): where the planes grow, option A subsamples and pads
+    with zeros, option B (``projection``) is a 1x1 convolution.
+    """
+
+    def __init__(self, in_planes: int, planes: int, stride: int, projection: bool, negative_slope: float) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.stride, self.pad = stride, (planes - in_planes) // 2
+        self.stride, self.pad, self.activation = stride, (planes - in_planes) // 2, activation(negative_slope)
+        self.shortcut: nn.Module | None = None
+        if projection and self.pad:
+            convolution = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.pad:
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
+        return self.activation(out + x)
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet of He et al. (2016, section 4.2): depth 6n + 2, 16-32-64 planes."""
+    """CIFAR ResNet of He et al. (2016, section 4.2): depth 6n + 2, 16-32-64 planes.
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    ``normalization`` is mean and standard deviation by channel, ``negative_slope`` that of a leaky ReLU.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 10,
+        *,
+        projection: bool = False,
+        negative_slope: float = 0.0,
+        normalization: tuple[Sequence[float], Sequence[float]] = NORMALIZATIONS["cifar10"],
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.normalize = Normalize(CIFAR10_MEAN, CIFAR10_STD)
+        self.activation = activation(negative_slope)
+        self.normalize = Normalize(*normalization)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, 1, blocks)
-        self.layer2 = self._stage(16, 32, 2, blocks)
-        self.layer3 = self._stage(32, 64, 2, blocks)
+        block = partial(BasicBlock, projection=projection, negative_slope=negative_slope)
+        self.layer1 = self._stage(block, 16, 16, 1, blocks)
+        self.layer2 = self._stage(block, 16, 32, 2, blocks)
+        self.layer3 = self._stage(block, 32, 64, 2, blocks)
         self.linear = nn.Linear(64, num_classes)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(m.weight)
 
     @staticmethod
-    def _stage(in_planes: int, planes: int, stride: int, blocks: int) -> nn.Sequential:
-        first = BasicBlock(in_planes, planes, stride)
-        return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
+    def _stage(
+        block: Callable[[int, int, int], nn.Module], in_planes: int, planes: int, stride: int, blocks: int
+    ) -> nn.Sequential:
+        first = block(in_planes, planes, stride)
+        return nn.Sequential(first, *(block(planes, planes, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = self.activation(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(out.mean((2, 3)))
 
@@ -74,20 +109,22 @@ class ResNet(nn.Module):
 class ConvNet(nn.Module):
     """A small network for the 1x8x8 digits: two convolutions, one pooling, two linear layers."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, *, negative_slope: float = 0.0) -> None:
         super().__init__()
+        self.activation = activation(negative_slope)
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.linear1 = nn.Linear(32 * 4 * 4, 64)
         self.linear2 = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.conv1(2 * x - 1))
-        out = F.max_pool2d(F.relu(self.conv2(out)), 2)
-        return self.linear2(F.relu(self.linear1(out.flatten(1))))
+        out = self.activation(self.conv1(2 * x - 1))
+        out = F.max_pool2d(self.activation(self.conv2(out)), 2)
+        return self.linear2(self.activation(self.linear1(out.flatten(1))))
 
 
-ARCHITECTURES = {
-    "resnet20": lambda num_classes=10: ResNet(20, num_classes),
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}b": partial(ResNet, depth, projection=True) for depth in (20, 32, 44, 56, 110)},
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defenses.training import Recipe
+from defenses.training import Batch, Recipe, sgd
 
 
 def cross_entropy_sum(logits_MNK: Tensor, labels: Tensor) -> Tensor:
@@ -14,10 +14,14 @@ def cross_entropy_sum(logits_MNK: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(logits_NK, labels) for logits_NK in logits_MNK]).sum()
 
 
+def loss(batch: Batch) -> Tensor:
+    return cross_entropy_sum(batch.logits(batch.x), batch.y)
+
+
 RECIPE = Recipe(
     name="standard",
-    loss=cross_entropy_sum,
-    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
+    loss=loss,
+    optimizer=sgd,
     max_lr=0.2,
     summary="Independently trained members: cross-entropy, SGD with Nesterov momentum 0.9, weight decay 5e-4.",
 )

@@ -1,35 +1,19 @@
-"""The models that ship, and the way a newly trained one gets beside them.
-
-A model is two files, ``<dataset>/<threat model>/<name>.safetensors`` and its card, ``<name>.json``: recipe, seed, epochs,
-time, hardware, clean accuracy, and the sha256 that the weights must have.
-"""
+"""The models that can be loaded by name: those that ship, those trained or converted here, and ensembles of anybody's."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor
-
-from defenses import adp, standard
-from defenses.architectures import ARCHITECTURES
-from defenses.training import Recipe, train
-from ensemble_attacks.data import DATASETS, load_dataset
-from ensemble_attacks.ensembles import VOTES, Ensemble, check_vote
+from defenses.cards import read_model
+from defenses.convert import ensemble_from_checkpoint
+from defenses.foreign import ensemble_of
+from defenses.gal import NEGATIVE_SLOPE as GAL_SLOPE
+from ensemble_attacks.data import DATASETS
+from ensemble_attacks.ensembles import Ensemble, check_vote
 from ensemble_attacks.errors import WeightsError, unknown_name
-from ensemble_attacks.validation import check_count
 
 SHIPPED = Path(__file__).parent / "weights"
-RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (standard, adp)}
 THREAT_MODELS = ("Linf",)
-DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
-AUGMENTATION: dict[str, dict[str, Any]] = {"digits": {"pad": 1, "flip": False}, "cifar10": {"pad": 4, "flip": True}}
 
 
 def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
@@ -55,21 +39,26 @@ def load_model(
     threat_model: str = "Linf",
     *,
     vote: str = "softmax",
+    checkpoint: str | Path | None = None,
 ) -> Ensemble:
-    """Load a trained ensemble defense; RobustBench's signature, and the vote.
+    """Load an ensemble defense; RobustBench's signature, the vote, and a published checkpoint.
 
     Args:
-        model_name: one of ``list_models(dataset)``.
+        model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
+            or of timm (``timm/<name>``); or, with ``checkpoint``, ``<defense>_<architecture>_<members>``.
         model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
         dataset, threat_model: names, or RobustBench's enums.
         vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
+        checkpoint: a published file to take the weights from (see `defenses.convert`; with CIFAR-10's normalisation, and
+            leaky ReLU for GAL; `convert` has the options).
 
     Returns:
         The ensemble, in eval mode.
 
     Raises:
         ValueError: an unknown model, dataset, threat model or vote; names the nearest known one.
-        WeightsError: the file is not the one that the card describes.
+        FileNotFoundError: no such checkpoint.
+        WeightsError: the weights are not those that the card, or the name, describes.
     """
     dataset, threat_model = (str(getattr(value, "value", value)) for value in (dataset, threat_model))
     if dataset not in DATASETS:
@@ -77,147 +66,29 @@ def load_model(
     if threat_model not in THREAT_MODELS:
         raise unknown_name("threat model", threat_model, THREAT_MODELS)
     check_vote(vote)
-    stems = [folder / dataset / threat_model / model_name for folder in _folders(model_dir)]
-    stem = next((stem for stem in stems if stem.with_suffix(".json").exists()), None)
-    if stem is None:
-        raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
-    card = json.loads(stem.with_suffix(".json").read_text())
-    ensemble = make_ensemble(card["architecture"], card["members"], vote)
-    try:
-        ensemble.load_state_dict(read_weights(stem.with_suffix(".safetensors"), card["sha256"]))
-    except RuntimeError as error:
-        raise WeightsError(f"{stem}.safetensors does not fit {card['architecture']} x {card['members']}: {error}") from None
-    return ensemble.eval()
+    if checkpoint is not None:
+        return _load_checkpoint(model_name, checkpoint, vote)
+    if model_name.startswith("ensemble:"):
+        own = lambda name: load_model(name, model_dir, dataset) if name in list_models(dataset, model_dir) else None  # noqa: E731
+        names = model_name.removeprefix("ensemble:").split("+")
+        return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
+    for folder in _folders(model_dir):
+        stem = folder / dataset / threat_model / model_name
+        if stem.with_suffix(".json").exists():
+            return read_model(stem, vote)
+    raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 
 
-def make_ensemble(architecture: str, members: int, vote: str = "softmax") -> Ensemble:
-    """An untrained ensemble of equal members."""
-    if architecture not in ARCHITECTURES:
-        raise unknown_name("architecture", architecture, ARCHITECTURES)
-    return Ensemble([ARCHITECTURES[architecture]() for _ in range(members)], vote)
-
-
-def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in float32, after checking its digest."""
-    if not path.exists():
-        raise WeightsError(
-            f"the weights {path} are missing: install the package again, or train them (ensemble-attacks train)"
+def _load_checkpoint(model_name: str, checkpoint: str | Path, vote: str) -> Ensemble:
+    defense, *build = model_name.rsplit("_", 2)
+    if len(build) != 2 or not build[1].isdigit():
+        raise ValueError(
+            f"model_name {model_name!r}: with a checkpoint it is <defense>_<architecture>_<members>, as gal_resnet20_3"
         )
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise WeightsError(f"the weights {path} have sha256 {found}, the card says {sha256}: fetch or train them again")
-    return {key: value.float() if value.is_floating_point() else value for key, value in load_safetensors(content).items()}
-
-
-def train_model(
-    recipe: str,
-    *,
-    dataset: str = "digits",
-    architecture: str | None = None,
-    members: int = 3,
-    epochs: int = 30,
-    batch_size: int = 128,
-    seed: int = 0,
-    data_dir: str | Path = "data",
-    out: str | Path,
-    model_dir: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    amp: bool = False,
-) -> Path:
-    """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
-
-    Resumes from the checkpoint in ``out``, if there is one. ``model_dir`` defaults to ``out``.
-
-    Returns:
-        The path of the card.
-    """
-    if recipe not in RECIPES:
-        raise unknown_name("recipe", recipe, RECIPES)
-    check_count("members", members, at_least=2)
-    check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
-    images, labels = load_dataset(dataset, "train", data_dir=data_dir)
-    test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir)
-    architecture = architecture or DEFAULT_ARCHITECTURE[dataset]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        ensemble = make_ensemble(architecture, members)
-    outcome = train(
-        RECIPES[recipe],
-        ensemble,
-        images,
-        labels,
-        out=Path(out),
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        amp=amp,
-        **AUGMENTATION[dataset],
-    )
-    stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = write_weights(ensemble, stem.with_suffix(".safetensors"))
-    ensemble.load_state_dict(read_weights(stem.with_suffix(".safetensors"), sha256))
-    card = {
-        "name": stem.name,
-        "defense": RECIPES[recipe].summary,
-        "dataset": dataset,
-        "architecture": architecture,
-        "members": members,
-        "training": {
-            "recipe": recipe,
-            "max_lr": RECIPES[recipe].max_lr,
-            "schedule": "one cycle, peak at 30%",
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "seed": seed,
-            "precision": "bfloat16 autocast" if amp else "float32",
-            "augmentation": AUGMENTATION[dataset],
-            "seconds": round(outcome["seconds"]),
-            "hardware": hardware(device),
-            "last_epoch_loss": round(outcome["loss"], 4),
-        },
-        "clean_accuracy": clean_accuracies(ensemble, test_images, test_labels, device),
-        "weights": "float16 convolutions and linear layers, float32 batch norm",
-        "sha256": sha256,
-        "license": "MIT",
-    }
-    path = stem.with_suffix(".json")
-    path.with_suffix(".tmp").write_text(json.dumps(card, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-    return path
-
-
-def write_weights(ensemble: Ensemble, path: Path) -> str:
-    """Store the weights, convolutions and linear layers in half precision; returns the sha256."""
-    state = {
-        key: (value.half() if value.is_floating_point() and value.dim() > 1 else value).detach().cpu().contiguous()
-        for key, value in ensemble.state_dict().items()
-    }
-    content = save_safetensors(state)
-    path.with_suffix(".tmp").write_bytes(content)
-    os.replace(path.with_suffix(".tmp"), path)
-    return hashlib.sha256(content).hexdigest()
-
-
-@torch.no_grad()
-def clean_accuracies(ensemble: Ensemble, images: Tensor, labels: Tensor, device: str | torch.device) -> dict[str, Any]:
-    """Accuracy on the test set, in percent, of each member and of each vote."""
-    ensemble.eval()
-    batches = [ensemble.member_logits(batch.to(device)).cpu() for batch in images.split(500)]
-    logits_MNK = torch.cat(batches, dim=1)
-    percent = lambda predicted: round(100 * (predicted == labels).double().mean().item(), 2)  # noqa: E731
-    return {
-        "n": len(labels),
-        "members": [percent(logits_NK.argmax(1)) for logits_NK in logits_MNK],
-        **{vote: percent(aggregate(logits_MNK).argmax(1)) for vote, aggregate in VOTES.items()},
-    }
-
-
-def hardware(device: str | torch.device) -> str:
-    """What the training ran on."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread(s)"
+    slope = GAL_SLOPE if defense.startswith("gal") else 0.0
+    ensemble, found = ensemble_from_checkpoint([checkpoint], negative_slope=slope, vote=vote)
+    wanted = {"architecture": build[0], "members": int(build[1])}
+    if any(found[key] != wanted[key] and f"{wanted[key]}b" != found[key] for key in wanted):
+        holds = f"{found['architecture']}_{found['members']}"
+        raise WeightsError(f"checkpoint {str(checkpoint)!r} is not {model_name!r}: what it holds is {defense}_{holds}")
+    return ensemble

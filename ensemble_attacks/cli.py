@@ -157,19 +157,34 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
 @click.option("--batch-size", type=int, default=128)
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
+@click.option("--start-from", help="A model to start from.  [default: the recipe's; DVERGE's is the standard ensemble]")
+@click.option("--max-lr", type=float, help="Peak of the one-cycle schedule.  [default: the recipe's]")
 @click.option("--amp", is_flag=True, help="Networks in bfloat16 autocast: about twice as fast where the hardware has it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="For checkpoint and log; resumes from there.")
 @click.option("--model-dir", type=click.Path(path_type=Path), help="Where the finished model goes.  [default: --out]")
 def train(recipe: str, **options: Any) -> None:
-    """Train a defense (standard or adp): one command, resumable."""
+    """Train a defense: standard, at, adp, gal, dverge, trs, or one of the last four with _at (adversarial training).
+
+    One command, resumable.
+    """
     check_device(options["device"])
-    for provider in providers.providers():
-        if hasattr(provider, "train_model"):
-            card = provider.train_model(recipe, **options)
-            console.print(card.read_text(), highlight=False)
-            console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir'] or options['out']}")
-            return
-    raise ValueError(f"recipe {recipe!r}: no installed package trains models")
+    card = providers.able_to("train_model").train_model(recipe, **options)
+    console.print(card.read_text(), highlight=False)
+    console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir'] or options['out']}")
+
+
+@main.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="FILE...")
+@click.option("--name", required=True, help="Of the new model, as in dverge_resnet20_3.")
+@click.option("--model-dir", type=click.Path(path_type=Path), required=True, help="Where the model goes.")
+@click.option("--dataset", default="cifar10", help=" or ".join(DATASETS) + ".")
+@click.option("--normalization", default="cifar10", help="cifar10, imagenet or none, where the checkpoint has none.")
+@click.option("--negative-slope", type=float, default=0.0, help="Of the members' leaky ReLU: 0.1 for published GAL.")
+def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
+    """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts."""
+    card = providers.able_to("convert").convert(checkpoints, name, **options)
+    console.print(card.read_text(), highlight=False)
+    console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir']}")
 
 
 @main.command()

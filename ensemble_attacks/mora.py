@@ -26,10 +26,10 @@ class MORA(DescentAttack):
     r"""MORA, in the norms Linf and L2.
 
     A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
-    robust, those with the smallest margin first. The first is untargeted. Each later one aims, sample by sample, at the wrong
-    class that has come closest in all iterates so far, among those aimed at least often: nine targets at ten classes are
-    all of them. The paper's sweep stays untargeted (``aimed=False``) and its targets are the likeliest classes of the clean
-    image; both leave more samples robust, as different betas mostly end at the same class.
+    robust, those with the smallest margin first. The first is untargeted. Each later one aims, sample by sample, at the
+    wrong class that has come closest in all iterates so far, among those aimed at least often. The paper's sweep stays
+    untargeted (``aimed=False``), where different betas mostly end at the same class, and its targets are the likeliest
+    classes of the clean image; both leave more samples robust.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.

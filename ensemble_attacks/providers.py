@@ -1,7 +1,7 @@
 """Where models come from: packages that register a module under the entry-point group ``ensemble_attacks.models``.
 
 Such a module has ``list_models(dataset) -> list[str]`` and ``load_model(name, model_dir, dataset, threat_model, *, vote)``;
-one that can train also has ``train_model``.
+one that can train or convert also has ``train_model`` or ``convert``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ def providers() -> list[ModuleType]:
     return [entry.load() for entry in entry_points(group=GROUP)]
 
 
+def able_to(function: str) -> ModuleType:
+    """The first provider that has ``function``."""
+    able = next((provider for provider in providers() if hasattr(provider, function)), None)
+    if able is None:
+        raise ValueError(f"no installed package can {function}: install one that registers it under {GROUP!r}")
+    return able
+
+
 def list_models(dataset: str | None = None, model_dir: str | None = None) -> list[str]:
     """Names that `load_model` knows, over all providers."""
     return sorted({name for provider in providers() for name in provider.list_models(dataset, model_dir)})
@@ -29,8 +37,10 @@ def list_models(dataset: str | None = None, model_dir: str | None = None) -> lis
 def load_model(
     name: str, model_dir: str | None = None, dataset: str = "cifar10", threat_model: str = "Linf", *, vote: str = "softmax"
 ) -> nn.Module:
-    """Load from the first provider that lists ``name``; ValueError with the nearest name otherwise."""
+    """Load from the first provider that lists ``name``, or takes any ``ensemble:A+B``; ValueError with the nearest name
+    otherwise.
+    """
     for provider in providers():
-        if name in provider.list_models(dataset, model_dir):
+        if name.startswith("ensemble:") or name in provider.list_models(dataset, model_dir):
             return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
     raise unknown_name(f"model for {dataset}", name, list_models(dataset, model_dir))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from defenses import load_model
-from defenses.zoo import make_ensemble as make_zoo_ensemble
+from defenses.cards import make_ensemble as make_zoo_ensemble
 from ensemble_attacks import NotAnEnsembleError, OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset

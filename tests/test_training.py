@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from defenses import load_model, train_model
+from defenses.cards import make_ensemble
+from defenses.recipes import RECIPES, SETTINGS
 from defenses.standard import RECIPE
-from defenses.training import train
+from defenses.training import Batch, train
 from defenses.training.trainer import augment
-from defenses.zoo import make_ensemble
 from ensemble_attacks.data import load_dataset
 
 
@@ -27,14 +29,15 @@ def run(out: Path, epochs: int, die_after: int | None = None) -> dict[str, Tenso
     ensemble = make_ensemble("convnet", 2)
     steps = 0
 
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         nonlocal steps
         steps += 1
         if die_after is not None and steps > die_after:
             raise Killed
-        return RECIPE.loss(logits, y)
+        return RECIPE.loss(batch)
 
-    train(replace(RECIPE, loss=loss), ensemble, images, labels, out=out, epochs=epochs, batch_size=100, pad=1, flip=False)
+    recipe = replace(RECIPE, loss=loss)
+    train(recipe, ensemble, images, labels, out=out, epochs=epochs, batch_size=100, data=SETTINGS["digits"])
     return ensemble.state_dict()
 
 
@@ -70,12 +73,48 @@ def test_train_model_ends_where_load_model_looks(tmp_path: Path) -> None:
 def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     images, labels = load_dataset("digits", "train", n=200)
     steps = iter(range(100))
-    broken = replace(RECIPE, loss=lambda logits, y: RECIPE.loss(logits, y) * (torch.nan if next(steps) >= 3 else 1))
+    broken = replace(RECIPE, loss=lambda batch: RECIPE.loss(batch) * (torch.nan if next(steps) >= 3 else 1))
+    ensemble, data = make_ensemble("convnet", 2), SETTINGS["digits"]
     with pytest.raises(FloatingPointError, match="became nan in epoch 2"):
-        train(broken, make_ensemble("convnet", 2), images, labels, out=tmp_path, epochs=3, batch_size=100, pad=1, flip=False)
+        train(broken, ensemble, images, labels, out=tmp_path, epochs=3, batch_size=100, data=data)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in kept["ensemble"].values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("amp", [False, True])
+def test_every_recipe_trains_reproducibly(name: str, amp: bool) -> None:
+    images, labels = load_dataset("digits", "train", n=16)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        ensemble = make_ensemble("convnet", 3, negative_slope=RECIPES[name].negative_slope)
+        generator = torch.Generator().manual_seed(0)
+        batch = Batch(ensemble, images[:8], labels[:8], lambda: images[8:], generator, 1, SETTINGS["digits"], amp)
+        loss = RECIPES[name].loss(batch)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert ensemble.training
+        return [p.grad for p in ensemble.parameters()]
+
+    first = gradients()
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+def test_training_starts_from_a_model(tmp_path: Path) -> None:
+    arguments = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
+    with pytest.raises(ValueError, match=r"unknown model for digits 'standard_convnet_2'.*train it first"):
+        train_model("dverge", out=tmp_path / "dverge", **arguments)
+    with pytest.raises(ValueError, match="has other members"):
+        train_model("gal", start_from="standard_convnet_3", out=tmp_path / "gal", **arguments)
+    assert not list(tmp_path.iterdir())
+    train_model("standard", out=tmp_path / "standard", **arguments)
+    card = train_model("dverge", max_lr=1e-6, out=tmp_path / "dverge", **arguments)
+    assert json.loads(card.read_text())["training"]["start_from"] == "standard_convnet_2"
+    ours, theirs = (load_model(f"{name}_convnet_2", tmp_path / "models", "digits") for name in ("dverge", "standard"))
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

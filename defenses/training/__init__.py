@@ -1,5 +1,5 @@
-"""One trainer for every recipe."""
+"""How the weights were made."""
 
-from defenses.training.trainer import Recipe, train
+from defenses.training.trainer import Batch, Recipe, Settings, adam, input_gradients, sgd, train
 
-__all__ = ["Recipe", "train"]
+__all__ = ["Batch", "Recipe", "Settings", "adam", "input_gradients", "sgd", "train"]

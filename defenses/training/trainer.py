@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,14 +26,99 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What the dataset decides, whatever the recipe.
+
+    Attributes:
+        pad, flip: augmentation (`augment`).
+        eps: Linf radius of adversarial training, in pixel units of [0, 1].
+        distillation_eps: of the images that DVERGE distils.
+    """
+
+    pad: int
+    flip: bool
+    eps: float
+    distillation_eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a recipe's loss sees of one step.
+
+    Attributes:
+        ensemble: in training mode.
+        x, y: augmented images (N, C, H, W) in [0, 1] and labels (N,).
+        other_images: draws as many images of a second, independent stream.
+        generator: for any other draw of this step.
+        epoch_seed: for draws that hold for the whole epoch.
+        data: the dataset's settings.
+        amp: whether networks run in bfloat16.
+    """
+
+    ensemble: Ensemble
+    x: Tensor
+    y: Tensor
+    other_images: Callable[[], Tensor]
+    generator: torch.Generator
+    epoch_seed: int
+    data: Settings
+    amp: bool = False
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.amp)
+
+    def logits(self, x: Tensor, member: int | None = None) -> Tensor:
+        """Logits in float32 of all members, (M, N, K), or of one, (N, K)."""
+        with self.autocast():
+            scores = self.ensemble.member_logits(x) if member is None else self.ensemble.members[member](x)
+        return scores.float()
+
+    @contextmanager
+    def crafting(self) -> Iterator[None]:
+        """Networks in eval mode, so that the images being made leave no trace in the batch statistics."""
+        self.ensemble.eval()
+        try:
+            yield
+        finally:
+            self.ensemble.train()
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one defense's training from another's."""
+    """What distinguishes one defense's training from another's.
+
+    Attributes:
+        loss: what to minimise, a scalar.
+        max_lr: peak of the one-cycle schedule.
+        negative_slope: of the members' leaky ReLU; 0 is ReLU.
+        start_from: the recipe whose weights training starts from; ``None``: random ones.
+    """
 
     name: str
-    loss: Callable[[Tensor, Tensor], Tensor]  # (logits_MNK, labels) -> scalar
+    loss: Callable[[Batch], Tensor]
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    max_lr: float  # peak of the one-cycle schedule
+    max_lr: float
     summary: str
+    negative_slope: float = 0.0
+    start_from: str | None = None
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-4, eps=1e-7)
+
+
+def input_gradients(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every member's logits (M, N, K) and gradient of its cross-entropy with respect to the image (M, N, C, H, W), through
+    which a loss can be differentiated.
+    """
+    inputs = [x.detach().clone().requires_grad_() for _ in batch.ensemble.members]
+    logits = [batch.logits(own, member) for member, own in enumerate(inputs)]
+    total = torch.stack([F.cross_entropy(logits_NK, batch.y, reduction="sum") for logits_NK in logits]).sum()
+    return torch.stack(logits), torch.stack(torch.autograd.grad(total, inputs, create_graph=True))
 
 
 def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -56,14 +143,18 @@ def train(
     *,
     out: Path,
     epochs: int,
+    data: Settings,
     batch_size: int = 128,
     seed: int = 0,
-    pad: int = 4,
-    flip: bool = True,
+    start_from: str | None = None,
     device: str | torch.device = "cpu",
     amp: bool = False,
 ) -> dict[str, float]:
     """Train ``ensemble`` in place by ``recipe``, with a checkpoint in ``out`` after every epoch; resumes from it.
+
+    Args:
+        start_from: what the ensemble's weights are, to tell this run from others.
+        amp: run the networks in bfloat16 autocast.
 
     Returns:
         ``{"seconds": training time over all sittings, "loss": mean loss of the last epoch}``.
@@ -79,12 +170,13 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
+        "start_from": start_from,
         "amp": amp,
     }
     checkpoint = out / "checkpoint.pt"
     state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
     if state is not None and state["run"] != run:
-        differ = ", ".join(key for key in run if state["run"][key] != run[key])
+        differ = ", ".join(key for key in run if state["run"].get(key) != run[key])
         raise ValueError(f"out {str(out)!r} holds a run with other {differ}: choose another folder, or remove this one")
     out.mkdir(parents=True, exist_ok=True)
     ensemble = ensemble.to(torch.device(device)).to(memory_format=torch.channels_last)
@@ -101,17 +193,22 @@ def train(
         start, seconds, mean_loss = state["epoch"], state["seconds"], state["loss"]
         logger.info("resuming %s after epoch %d of %d", out, start, epochs)
 
-    for epoch in range(start, epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(images), generator=generator)[: steps * batch_size].view(steps, batch_size)
+        for rows in order:
+            x = augment(images[rows], pad=data.pad, flip=data.flip, generator=generator)
+            yield x.to(device, memory_format=torch.channels_last), labels[rows].to(device)
+
+    bar = tqdm(desc=recipe.name, total=epochs * steps, initial=start * steps, disable=None)
+    for epoch in range(start, epochs):
+        streams = [torch.Generator().manual_seed(3 * (seed * 1_000_003 + epoch) + stream) for stream in range(3)]
+        others = batches(streams[1])
         ensemble.train()
-        began, total, correct = time.monotonic(), 0.0, 0.0
-        for batch in tqdm(order, desc=f"{recipe.name} epoch {epoch + 1}/{epochs}", disable=None, leave=False):
-            x = augment(images[batch], pad=pad, flip=flip, generator=generator)
-            x, y = x.to(device, memory_format=torch.channels_last), labels[batch].to(device)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-                logits_MNK = ensemble.member_logits(x).float()
-            loss = recipe.loss(logits_MNK, y)
+        began, total = time.monotonic(), 0.0
+        for x, y in batches(streams[0]):
+            loss = recipe.loss(
+                Batch(ensemble, x, y, lambda: next(others)[0], streams[2], streams[2].initial_seed(), data, amp)  # noqa: B023
+            )
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss of {recipe.name!r} became {loss.item()} in epoch {epoch + 1}: lower max_lr "
@@ -122,7 +219,7 @@ def train(
             optimizer.step()
             schedule.step()
             total += loss.item()
-            correct += (logits_MNK.argmax(-1) == y).float().mean(0).sum().item()
+            bar.update()
         seconds += time.monotonic() - began
         mean_loss = total / steps
         state = {
@@ -136,9 +233,10 @@ def train(
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-        row: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
-        row["member_train_accuracy"] = round(correct / (steps * batch_size), 4)
+        row = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
         with (out / "train.log").open("a") as log:
             log.write(json.dumps(row) + "\n")
-        logger.info("%s", row)
+        left = timedelta(seconds=round(seconds / (epoch + 1) * (epochs - epoch - 1)))
+        logger.info("epoch %d of %d: loss %.4f, %s left", epoch + 1, epochs, mean_loss, left)
+    bar.close()
     return {"seconds": seconds, "loss": mean_loss}

@@ -1,0 +1,97 @@
+"""How far adversarial examples carry from one member of an ensemble to another, and how far their gradients agree.
+
+    python benchmarks/transfer.py --model dverge_resnet20_3 --dataset cifar10 --data-dir DIR --out runs/transfer
+
+For every member, PGD (torchattacks) on that member alone, at the test images that all members classify rightly; then the
+share (%) of these images that each member gets wrong. The diagonal is the attack's own success; what a diversity-promoting
+defense lowers is the rest. The cosine is that of the members' input gradients of cross-entropy, on the clean images, mean
+over pairs and images.
+
+Prints the matrix as Markdown; keeps it as Markdown, JSON, CSV and heat map.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import click
+import torch
+import torchattacks
+from tables import save_table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defenses import load_model
+from ensemble_attacks.data import load_dataset
+
+
+def transfer_matrix(members: nn.ModuleList, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M)."""
+    rows = []
+    for member in members:
+        attack = torchattacks.PGD(member, eps=eps, alpha=eps / 4, steps=steps)
+        crafted = torch.cat([attack(*batch) for batch in zip(x.split(250), y.split(250), strict=True)])
+        with torch.no_grad():
+            rows.append(torch.stack([(other(crafted).argmax(1) != y).double().mean() for other in members]))
+    return 100 * torch.stack(rows)
+
+
+def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
+    """Mean cosine of the members' input gradients of cross-entropy, over pairs and images."""
+    x = x.clone().requires_grad_()
+    gradients = [torch.autograd.grad(F.cross_entropy(member(x), y, reduction="sum"), x)[0].flatten(1) for member in members]
+    return torch.stack([F.cosine_similarity(a, b).mean() for a, b in combinations(gradients, 2)]).mean().item()
+
+
+@click.command()
+@click.option("--model", required=True)
+@click.option("--model-dir")
+@click.option("--dataset", default="cifar10", show_default=True)
+@click.option("--data-dir", default="data", show_default=True)
+@click.option("--eps", default=0.03, show_default=True, help="Linf radius in pixel units of [0, 1].")
+@click.option("--steps", default=50, show_default=True, help="Of PGD, each eps / 4.")
+@click.option("--n", default=500, show_default=True, help="Test images.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/transfer"), show_default=True)
+def main(
+    model: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, steps: int, n: int, seed: int, out: Path
+) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    torch.manual_seed(seed)
+    x, y = load_dataset(dataset, data_dir=data_dir, n=n)
+    ensemble = load_model(model, model_dir, dataset)
+    with torch.no_grad():
+        right = (ensemble.member_logits(x).argmax(-1) == y).all(0)
+    x, y = x[right], y[right]
+    matrix = transfer_matrix(ensemble.members, x, y, eps, steps)
+    apart = matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean().item()
+    cosine = gradient_cosine(ensemble.members, x, y)
+
+    rows = [
+        {"crafted on": i, **{f"member {j}": share for j, share in enumerate(row)}} for i, row in enumerate(matrix.tolist())
+    ]
+    click.echo(f"{model}, {dataset}: Linf {eps:g}, PGD-{steps}, the {len(x)} of {n} images that all members get right\n")
+    click.echo(save_table(rows, out / model))
+    click.echo(f"between members: {apart:.1f}%; gradient cosine: {cosine:.3f}")
+    summary = {"model": model, "dataset": dataset, "eps": eps, "steps": steps, "n": n, "seed": seed, "images": len(x)}
+    summary |= {"transfer": apart, "cosine": cosine}
+    (out / f"{model}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    figure, axes = pyplot.subplots(figsize=(4, 3.4), layout="constrained")
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
+    for i, j in torch.cartesian_prod(torch.arange(len(matrix)), torch.arange(len(matrix))).tolist():
+        axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color="white" if matrix[i, j] < 60 else "black")
+    axes.set(xlabel="fooled member", ylabel="crafted on member", title=f"{model}, Linf {eps:g}")
+    axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+    figure.colorbar(image, label="fooled (%)")
+    figure.savefig(out / f"{model}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

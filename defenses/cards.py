@@ -1,0 +1,93 @@
+"""A model on disk: two files, ``<dataset>/<threat model>/<name>.safetensors`` and its card, ``<name>.json``.
+
+The card holds what it takes to build the ensemble (architecture, members, and options of the architecture that are not its
+defaults), the sha256 that the weights must have, and, to be read, where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from defenses.architectures import ARCHITECTURES
+from ensemble_attacks.ensembles import VOTES, Ensemble
+from ensemble_attacks.errors import WeightsError, unknown_name
+
+OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architecture, where a card has them
+
+
+def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Ensemble:
+    """An untrained ensemble of equal members; ``options`` of the architecture."""
+    if architecture not in ARCHITECTURES:
+        raise unknown_name("architecture", architecture, ARCHITECTURES)
+    return Ensemble([ARCHITECTURES[architecture](**options) for _ in range(members)], vote)
+
+
+def read_model(stem: Path, vote: str = "softmax") -> Ensemble:
+    """The ensemble of ``<stem>.json`` and ``<stem>.safetensors``, in eval mode.
+
+    Raises:
+        WeightsError: the weights are not those that the card describes.
+    """
+    card = json.loads(stem.with_suffix(".json").read_text())
+    options = {key: card[key] for key in OPTIONS if key in card}
+    ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
+    try:
+        ensemble.load_state_dict(read_weights(stem.with_suffix(".safetensors"), card["sha256"]))
+    except RuntimeError as error:
+        raise WeightsError(f"{stem}.safetensors does not fit {card['architecture']} x {card['members']}: {error}") from None
+    return ensemble.eval()
+
+
+def write_model(stem: Path, ensemble: Ensemble, card: dict[str, Any], *, half: bool) -> Path:
+    """Store ``ensemble``, with ``half`` as `halved`, and its card, which gets the sha256; returns the card's path."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in ensemble.state_dict().items()}
+    content = save_safetensors(halved(state) if half else state)
+    card = {"name": stem.name, **card, "sha256": hashlib.sha256(content).hexdigest()}
+    paths = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    for path, data in zip(paths, (content, (json.dumps(card, indent=2) + "\n").encode()), strict=True):
+        path.with_suffix(path.suffix + ".tmp").write_bytes(data)
+    for path in paths:
+        os.replace(path.with_suffix(path.suffix + ".tmp"), path)
+    return paths[1]
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convolutions and linear layers in half precision, the rest as it is."""
+    return {key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in state.items()}
+
+
+def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, in float32, after checking its digest."""
+    if not path.exists():
+        raise WeightsError(
+            f"the weights {path} are missing: install the package again, or train them (ensemble-attacks train)"
+        )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise WeightsError(f"the weights {path} have sha256 {found}, the card says {sha256}: fetch or train them again")
+    return {key: value.float() if value.is_floating_point() else value for key, value in load_safetensors(content).items()}
+
+
+@torch.no_grad()
+def clean_accuracies(ensemble: Ensemble, images: Tensor, labels: Tensor, device: str | torch.device) -> dict[str, Any]:
+    """Accuracy on the test set, in percent, of each member and of each vote."""
+    ensemble.eval()
+    batches = [ensemble.member_logits(batch.to(device)).cpu() for batch in images.split(500)]
+    logits_MNK = torch.cat(batches, dim=1)
+    percent = lambda predicted: round(100 * (predicted == labels).double().mean().item(), 2)  # noqa: E731
+    return {
+        "n": len(labels),
+        "members": [percent(logits_NK.argmax(1)) for logits_NK in logits_MNK],
+        **{vote: percent(aggregate(logits_MNK).argmax(1)) for vote, aggregate in VOTES.items()},
+    }

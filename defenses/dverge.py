@@ -1,0 +1,85 @@
+"""``dverge``: Diversifying Vulnerabilities for Enhanced Robust Generation of Ensembles (Yang et al., NeurIPS 2020), which
+teaches each member to resist the images that distil the non-robust features of the others.
+
+As released: starts from the standard ensemble; each epoch distils one layer, drawn at random; SGD.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defenses.training import Batch, Recipe, sgd
+from defenses.training.ascent import STEPS, sign_ascent
+
+
+class _Reached(Exception):
+    """The forward pass has come as far as it is needed."""
+
+
+def layers(member: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are the features before the nonlinearities, in order, the logits last: the batch norms, or
+    the convolutions of a network without any, and the linear layers. For ResNet-20, twenty.
+    """
+    normed = any(isinstance(module, nn.BatchNorm2d) for module in member.modules())
+    kinds = (nn.BatchNorm2d if normed else nn.Conv2d, nn.Linear)
+    return [module for name, module in member.named_modules() if isinstance(module, kinds) and "shortcut" not in name]
+
+
+def features(member: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """The output of ``layer``, flattened to (N, D); nothing beyond it is computed."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: object, output: Tensor) -> None:
+        seen.append(output)
+        raise _Reached
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        member(x)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].flatten(1).float()
+
+
+def distil(batch: Batch, member: int, targets: Tensor, layer: int) -> Tensor:
+    """Images near ``batch.x`` whose features in ``member`` are those of ``targets`` (DVERGE, eq. 1), (N, C, H, W): ten
+    signed steps of eps / 10 with momentum 1, minimising the squared distance.
+    """
+    net: nn.Module = batch.ensemble.members[member]
+    at = layers(net)[layer]
+    with batch.crafting(), batch.autocast():
+        with torch.no_grad():
+            wanted_ND = features(net, at, targets)
+        eps = batch.data.distillation_eps
+        distance = lambda x: -(features(net, at, x) - wanted_ND).square().mean(-1)  # noqa: E731
+        return sign_ascent(distance, batch.x, eps=eps, step=eps / STEPS, momentum=1.0)
+
+
+def loss(batch: Batch) -> Tensor:
+    """``sum_i sum_{j != i} CE(f_i(distilled_j), y)``, batch mean (DVERGE, eq. 3). The distilled images are made first, so
+    that one step on the sum is a step of every member on its own part.
+    """
+    members = len(batch.ensemble.members)
+    count = len(layers(batch.ensemble.members[0]))
+    layer = int(torch.randint(count, (), generator=torch.Generator().manual_seed(batch.epoch_seed)))
+    targets = batch.other_images()
+    distilled = [distil(batch, member, targets, layer) for member in range(members)]
+    pairs = permutations(range(members), 2)
+    return torch.stack([F.cross_entropy(batch.logits(distilled[j], i), batch.y) for i, j in pairs]).sum()
+
+
+RECIPE = Recipe(
+    name="dverge",
+    loss=loss,
+    optimizer=sgd,
+    max_lr=0.1,
+    start_from="standard",
+    summary="DVERGE (Yang et al. 2020) from the standard ensemble, a random layer each epoch; SGD with Nesterov momentum "
+    "0.9, weight decay 5e-4.",
+)

@@ -1,0 +1,95 @@
+"""Ensembles of anybody's models: of this package, of RobustBench's zoo, of timm."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from defenses.architectures import Normalize
+from ensemble_attacks.data import IMAGE_SHAPES
+from ensemble_attacks.ensembles import Ensemble
+from ensemble_attacks.errors import unknown_name
+
+
+def ensemble_of(
+    names: list[str],
+    load_own: Callable[[str], nn.Module | None],
+    *,
+    model_dir: str | Path | None,
+    dataset: str,
+    threat_model: str,
+    vote: str,
+) -> Ensemble:
+    """The models of these names, voting together, in eval mode.
+
+    Args:
+        names: of this package's models (found by ``load_own``), of RobustBench's zoo, or ``timm/<name>``.
+        model_dir: where RobustBench keeps its checkpoints; ``None`` is its default, ``models``.
+
+    Raises:
+        ValueError: fewer than two names, one that nobody knows, or members with different classes.
+    """
+    if len(names) < 2 or not all(names):
+        raise ValueError(
+            f"{'ensemble:' + '+'.join(names)!r}: name at least two models, as in 'ensemble:Standard+Rice2020Overfitting'"
+        )
+    members: list[nn.Module] = []
+    for name in names:
+        if name.startswith("timm/"):
+            members.append(_timm(name.removeprefix("timm/")))
+        elif (own := load_own(name)) is not None:
+            members.append(own)
+        else:
+            members.append(_robustbench(name, model_dir, dataset, threat_model))
+    ensemble = Ensemble(members, vote).eval()
+    with torch.no_grad():
+        classes = {
+            name: member(torch.zeros(1, *IMAGE_SHAPES[dataset])).shape[-1]
+            for name, member in zip(names, members, strict=True)
+        }
+    if len(set(classes.values())) > 1:
+        raise ValueError(f"the members of an ensemble must have the same classes, but these have {classes}")
+    return ensemble
+
+
+def _timm(name: str) -> nn.Module:
+    """A pretrained timm model that takes images in [0, 1]."""
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    net = timm.create_model(name, pretrained=True)
+    return nn.Sequential(Normalize(net.default_cfg["mean"], net.default_cfg["std"]), net)
+
+
+@contextmanager
+def _importable_robustbench() -> Iterator[None]:
+    """robustbench 1.1.1 imports ``autoattack`` and requires ``pyautoattack``: one stands in for the other for the import."""
+    if "robustbench" in sys.modules or importlib.util.find_spec("autoattack") is not None:
+        yield
+        return
+    stand_ins = {name: importlib.import_module(f"py{name}") for name in ("autoattack", "autoattack.state")}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
+def _robustbench(name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
+    with _importable_robustbench():
+        from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+        from robustbench.model_zoo.models import model_dicts
+        from robustbench.utils import load_model
+    datasets = {member.value for member in BenchmarkDataset}
+    zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)] if dataset in datasets else {}
+    if name not in zoo:
+        raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, zoo)
+    return load_model(name, model_dir=str(model_dir or "models"), dataset=dataset, threat_model=threat_model)

@@ -1,0 +1,149 @@
+"""The recipes by name, and the one call that makes a model of one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defenses import adp, adversarial, dverge, gal, standard, trs
+from defenses.adversarial import with_adversarial_training
+from defenses.cards import clean_accuracies, halved, make_ensemble, write_model
+from defenses.training import Recipe, Settings, train
+from defenses.zoo import list_models, load_model
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.ensembles import Ensemble
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.validation import check_count, check_positive
+
+_JOINT = (standard.RECIPE, adp.RECIPE, gal.RECIPE, trs.RECIPE)
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        *_JOINT,
+        dverge.RECIPE,
+        adversarial.RECIPE,
+        *map(with_adversarial_training, _JOINT[1:]),
+        with_adversarial_training(dverge.RECIPE, each_member=True),
+    )
+}
+DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
+SETTINGS = {
+    "digits": Settings(pad=1, flip=False, eps=0.1, distillation_eps=0.2),
+    "cifar10": Settings(pad=4, flip=True, eps=8 / 255, distillation_eps=0.07),
+}
+
+
+def train_model(
+    recipe: str,
+    *,
+    dataset: str = "digits",
+    architecture: str | None = None,
+    members: int = 3,
+    epochs: int = 30,
+    batch_size: int = 128,
+    seed: int = 0,
+    data_dir: str | Path = "data",
+    out: str | Path,
+    model_dir: str | Path | None = None,
+    start_from: str | None = None,
+    max_lr: float | None = None,
+    device: str | torch.device = "cpu",
+    amp: bool = False,
+) -> Path:
+    """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
+
+    Resumes from the checkpoint in ``out``, if there is one. ``model_dir`` defaults to ``out``.
+
+    Args:
+        start_from: a model whose weights training starts from; ``None``: as the recipe has it (DVERGE: the standard
+            ensemble of this size, the others: random ones).
+        max_lr: peak of the one-cycle schedule; ``None``: the recipe's.
+        amp: run the networks in bfloat16 autocast.
+
+    Returns:
+        The path of the card.
+    """
+    if recipe not in RECIPES:
+        raise unknown_name("recipe", recipe, RECIPES)
+    check_count("members", members, at_least=2)
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    chosen = RECIPES[recipe]
+    if max_lr is not None:
+        check_positive("max_lr", max_lr)
+        chosen = replace(chosen, max_lr=max_lr)
+    images, labels = load_dataset(dataset, "train", data_dir=data_dir)
+    test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir)
+    architecture = architecture or DEFAULT_ARCHITECTURE[dataset]
+    options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ensemble = make_ensemble(architecture, members, **options)
+    if start_from is None and chosen.start_from is not None:
+        start_from = f"{chosen.start_from}_{architecture}_{members}"
+    if start_from is not None:
+        ensemble.load_state_dict(_start(start_from, ensemble, model_dir or out, dataset))
+    outcome = train(
+        chosen,
+        ensemble,
+        images,
+        labels,
+        out=Path(out),
+        epochs=epochs,
+        data=SETTINGS[dataset],
+        batch_size=batch_size,
+        seed=seed,
+        start_from=start_from,
+        device=device,
+        amp=amp,
+    )
+    ensemble.load_state_dict(halved(ensemble.state_dict()))  # the accuracies are those of the weights as stored
+    card = {
+        "defense": chosen.summary,
+        "dataset": dataset,
+        "architecture": architecture,
+        "members": members,
+        **options,
+        "training": {
+            "recipe": recipe,
+            "start_from": start_from,
+            "max_lr": chosen.max_lr,
+            "schedule": "one cycle, peak at 30%",
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": "bfloat16 autocast" if amp else "float32",
+            **asdict(SETTINGS[dataset]),
+            "seconds": round(outcome["seconds"]),
+            "hardware": hardware(device),
+            "last_epoch_loss": round(outcome["loss"], 4),
+        },
+        "clean_accuracy": clean_accuracies(ensemble, test_images, test_labels, device),
+        "weights": "float16 convolutions and linear layers, float32 batch norm",
+        "license": "MIT",
+    }
+    return write_model(
+        Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}", ensemble, card, half=True
+    )
+
+
+def _start(name: str, ensemble: Ensemble, model_dir: str | Path, dataset: str) -> dict[str, Tensor]:
+    """The weights of the model ``name``, if they fit ``ensemble``."""
+    if name not in list_models(dataset, model_dir):
+        raise ValueError(f"{unknown_name(f'model for {dataset}', name, list_models(dataset, model_dir))}; train it first")
+    state = load_model(name, model_dir, dataset).state_dict()
+    wanted = ensemble.state_dict()
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in wanted.items()}:
+        raise ValueError(f"start_from {name!r} has other members than the ensemble to train: choose one of the same size")
+    return state
+
+
+def hardware(device: str | torch.device) -> str:
+    """What the training ran on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
