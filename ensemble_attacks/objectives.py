@@ -161,6 +161,4 @@ def mora(
 
     mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, labels, targets)
     mixture_NK = mixture_NK + beta * normalize_margin(members_NK, labels, targets)
-    if targets is None:
-        return ce(mixture_NK, labels)
-    return ce(mixture_NK, labels) - ce(mixture_NK, targets)
+    return ce(mixture_NK, labels) if targets is None else -ce(mixture_NK, targets)
