@@ -13,7 +13,7 @@ from ensemble_attacks import descent
 from ensemble_attacks.descent import Outputs, Stage, Trace
 from ensemble_attacks.ensembles import AdoptedEnsemble, check_members
 from ensemble_attacks.noise import generator_for, sample_keys
-from ensemble_attacks.objectives import best_other
+from ensemble_attacks.objectives import best_other, gather, margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.steps import StepRule
 from ensemble_attacks.validation import (
@@ -26,6 +26,15 @@ from ensemble_attacks.validation import (
 )
 
 NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image out of [0, 1]
+
+
+def lead(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """By how much the best other class, or the one aimed at, leads the label's score, (N,): ``max_{j != y} z_j - z_y`` or
+    ``z_t - z_y``.
+    """
+    if targets is None:
+        return -margin(outputs.scores_NK, labels)
+    return gather(outputs.scores_NK, targets) - gather(outputs.scores_NK, labels)
 
 
 class DescentAttack(Attack):

@@ -8,6 +8,7 @@ Shape suffixes: M members, N samples, K classes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ensemble_attacks.noise import sample_keys, start_noise
+from ensemble_attacks.noise import direction_noise, sample_keys, start_noise
 from ensemble_attacks.objectives import best_other, gather, margin, mask_class, targeted_margin
 from ensemble_attacks.projections import Ball, make_ball
 from ensemble_attacks.steps import StepRule
 from ensemble_attacks.validation import check_label_range
 
-MOMENTUM = 0.75  # share of the new step; the rest repeats the last move (Croce & Hein 2020, eq. 4; MORA, Algorithm 1)
 NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
+FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
 CLOSEST = 0  # target rank of the class that has come closest so far
 
 
@@ -37,6 +38,7 @@ class Outputs(NamedTuple):
 
 Forward = Callable[[Tensor], Outputs]
 Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]  # (outputs, labels, targets) -> loss (N,)
+Direction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noise, labels, ranked classes) -> direction (N, K)
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,21 @@ class Stage:
             the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages
             have aimed at; ``None``: at none.
         restart: which of the sample's random starts.
+        direction: a random direction in the space of scores, to be the objective's target (N, K): made of noise (N, K),
+            uniform in [-1, 1], the labels, and the wrong classes (N, K - 1) ranked by the scores of the clean image.
+        steps, step_rule: where they are not the attack's.
+        resume: go on where the stage before ended, on the samples that it took.
+        share: of the robust samples, those of the smallest margin that are worth the passes; `FEWEST` at least.
     """
 
     objective: Objective
     target_rank: int | None = None
     restart: int = 0
+    direction: Direction | None = None
+    steps: int | None = None
+    step_rule: Callable[..., StepRule] | None = None
+    resume: bool = False
+    share: float = 1.0
 
 
 @dataclass(eq=False)
@@ -112,16 +124,16 @@ def descend(
     step_rule: StepRule,
     steps: int,
     record: Callable[[int, int, int, int, Tensor | float], None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
 
     ``gaps_NK``, the smallest lead of the label's score over each class's so far, is brought up to date in place.
 
     Returns:
-        The iterate of the smallest margin for every sample, and that margin, (N,); below zero it is fooled. The margin is
-        that of the model's own prediction, whatever the objective.
+        The iterate of the smallest margin for every sample; that margin, (N,), below zero where it is fooled; and the last
+        iterate. The margin is that of the model's own prediction, whatever the objective.
     """
-    best_x, best_margin = start.clone(), torch.full_like(labels, torch.inf, dtype=start.dtype)
+    best_x, last_x, best_margin = start.clone(), start.clone(), torch.full_like(labels, torch.inf, dtype=start.dtype)
     active = torch.arange(len(start), device=start.device)
     x = previous = start
     for step in range(steps + 1):
@@ -138,6 +150,7 @@ def descend(
         keep = ~(margin_N < 0)
         alive = int(keep.sum())
         if last or not alive:
+            last_x[active] = x.detach()
             record(step, len(x) - alive, len(x), 0, 0.0)
             break
         with torch.enable_grad():
@@ -153,9 +166,9 @@ def descend(
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         x, gradient = step_rule.observe(step, x, loss_N, gradient)
         ahead = ball.project(x + step_rule.size(step, x) * ball.steepest(gradient))
-        share = MOMENTUM if step else 1.0
+        share = step_rule.momentum if step else 1.0
         x, previous = ball.project(x + share * (ahead - x) + (1 - share) * (x - previous)), x
-    return best_x, best_margin
+    return best_x, best_margin, last_x
 
 
 def attack(
@@ -207,28 +220,37 @@ def attack(
         trace.fooled_in.append(fooled_in)
     add(-1, 0, int((margins < 0).sum()), len(images), 0, 0.0)
 
-    adversarial = images.clone()
+    adversarial, ended = images.clone(), images.clone()
     keys = sample_keys(images)
+    chosen = torch.arange(0)
     for index, stage in enumerate(stages(clean_NK.shape[1])):
-        survivors = torch.nonzero(~(margins < 0)).squeeze(-1)
-        if not len(survivors):
+        robust = ~(margins < 0)
+        if not robust.any():
             break
-        survivors = survivors[margins[survivors].argsort(stable=True)]
-        for rows in survivors.split(batch_size):
+        if stage.resume:
+            chosen = chosen[robust[chosen]]
+        else:
+            chosen = torch.nonzero(robust).squeeze(-1)
+            chosen = chosen[margins[chosen].argsort(stable=True)]
+            chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
+        stage_steps = steps if stage.steps is None else stage.steps
+        for rows in chosen.split(batch_size):
             ball = make_ball(norm, images[rows], eps)
-            noise = start_noise(
-                [keys[row] for row in rows.tolist()], images[rows], seed=seed, restart=stage.restart, norm=norm
-            )
-            start = ball.start(noise)
+            own_keys = [keys[row] for row in rows.tolist()]
+            if stage.resume:
+                start = ended[rows]
+            else:
+                start = ball.start(start_noise(own_keys, images[rows], seed=seed, restart=stage.restart, norm=norm))
             targets = aim if aim is None else aim[rows]
-            if stage.target_rank == CLOSEST:
-                targets = closest_class(gaps_NK[rows], aims_NK[rows])
+            if stage.direction is not None:
+                noise_NK = direction_noise(own_keys, clean_NK[rows], seed=seed, restart=stage.restart)
+                targets = stage.direction(noise_NK, labels[rows], ranked_NK[rows, :-1])
             elif stage.target_rank is not None:
-                targets = ranked_NK[rows, stage.target_rank - 1]
-            if targets is not None:
+                closest = stage.target_rank == CLOSEST
+                targets = closest_class(gaps_NK[rows], aims_NK[rows]) if closest else ranked_NK[rows, stage.target_rank - 1]
                 aims_NK[rows, targets] += 1
             closest_NK = gaps_NK[rows]
-            best_x, best_margin = descend(
+            best_x, best_margin, ended[rows] = descend(
                 forward,
                 stage.objective,
                 ball,
@@ -237,8 +259,8 @@ def attack(
                 targets,
                 aim is not None,
                 closest_NK,
-                step_rule(start, eps=eps, steps=steps),
-                steps,
+                (stage.step_rule or step_rule)(start, eps=eps, steps=stage_steps),
+                stage_steps,
                 lambda *row, index=index: add(index, *row),
             )
             gaps_NK[rows] = closest_NK

@@ -42,3 +42,9 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
         )
     noise = torch.stack(draws).to(like.device, like.dtype)
     return 2 * noise - 1 if norm == "Linf" else noise
+
+
+def direction_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int) -> Tensor:
+    """Noise shaped ``like`` (N, K), uniform in [-1, 1], apart from the start's."""
+    draws = [torch.rand(like.shape[1:], generator=generator_for(key, seed, restart, 1)) for key in keys]
+    return 2 * torch.stack(draws).to(like.device, like.dtype) - 1

@@ -1,4 +1,7 @@
-"""Step rules: how far to go along the gradient, and when to go back. Momentum is the loop's."""
+"""Step rules: how far to go along the gradient, and when to go back.
+
+``momentum`` is the share of the new step in every move; the rest repeats the last one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from torch import Tensor
 from ensemble_attacks.projections import per_sample
 
 
-class CosineSteps:
-    """MORA's schedule: ``a_i = eps (1 + cos(pi i / I))``, from twice eps down to 0 (MORA, Algorithm 1)."""
+class _Fixed:
+    """A step size that depends on nothing but the step."""
+
+    momentum = 1.0
 
     def __init__(self, x: Tensor, *, eps: float, steps: int) -> None:
         self.eps, self.steps = eps, steps
@@ -19,11 +24,39 @@ class CosineSteps:
     def observe(self, step: int, x: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return x, gradient
 
+    def select(self, rows: Tensor) -> None:
+        """No per-sample state."""
+
+    def size(self, step: int, x: Tensor) -> float:
+        raise NotImplementedError
+
+
+class CosineSteps(_Fixed):
+    """MORA's schedule: ``a_i = eps (1 + cos(pi i / I))``, from twice eps down to 0 (MORA, Algorithm 1)."""
+
+    momentum = 0.75
+
     def size(self, step: int, x: Tensor) -> float:
         return self.eps * (1 + math.cos(math.pi * step / self.steps))
 
-    def select(self, rows: Tensor) -> None:
-        """No per-sample state."""
+
+class DecayingSteps(_Fixed):
+    """A3's schedule: along half a cosine from eps to eps / 1000, or eps / 10 in ten steps or fewer (Liu et al. 2022)."""
+
+    def size(self, step: int, x: Tensor) -> float:
+        least = 0.1 if self.steps <= 10 else 0.001
+        return self.eps * (least + (1 - least) * (1 + math.cos(math.pi * step / (self.steps + 1))) / 2)
+
+
+class ConstantSteps(_Fixed):
+    """PGD's: always the same share of eps."""
+
+    def __init__(self, x: Tensor, *, eps: float, steps: int, share: float) -> None:
+        super().__init__(x, eps=eps, steps=steps)
+        self.share = share
+
+    def size(self, step: int, x: Tensor) -> float:
+        return self.share * self.eps
 
 
 class CheckpointSteps:
@@ -31,6 +64,8 @@ class CheckpointSteps:
     sample whose loss rose in too few of the last steps (``rho``), or whose best loss and step size have both stood still,
     goes back to its best point with half the step size.
     """
+
+    momentum = 0.75  # Croce & Hein 2020, eq. 4
 
     def __init__(self, x: Tensor, *, eps: float, steps: int, rho: float = 0.75) -> None:
         self.rho = rho
@@ -77,4 +112,4 @@ class CheckpointSteps:
                 setattr(self, name, value[rows])
 
 
-StepRule = CosineSteps | CheckpointSteps
+StepRule = _Fixed | CheckpointSteps

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from ensemble_attacks import APGD, MORA, Ensemble
+from ensemble_attacks import A3, APGD, CAA, MORA, PGD, Ensemble
 from ensemble_attacks.preserve import private_random_state
 
 PIXELS, SAMPLES = 48, 60
@@ -96,6 +96,10 @@ BINARY_ATTACKS = {
     "mora-mt": lambda model, eps: MORA(model, eps=eps, steps=100, betas=(0.5,), targets=1),
     "mora-beta-0": lambda model, eps: MORA(model, eps=eps, steps=100, betas=(0.0,)),
     "apgd-ce": lambda model, eps: APGD(model, eps=eps, steps=100),
+    "pgd": lambda model, eps: PGD(model, eps=eps),
+    "cw": lambda model, eps: PGD(model, eps=eps, loss="margin"),
+    "a3": lambda model, eps: A3(model, eps=eps),
+    "caa": lambda model, eps: CAA(model, eps=eps),
 }
 
 
@@ -115,6 +119,8 @@ MANY_CLASS_ATTACKS = {
     "mora": lambda norm: lambda model, eps: MORA(model, norm=norm, eps=eps, steps=100),
     "mora-mt": lambda norm: lambda model, eps: MORA(model, norm=norm, eps=eps, steps=100, betas=(0.5,), targets=4),
     "apgd-dlr": lambda norm: lambda model, eps: APGD(model, norm=norm, eps=eps, steps=100, loss="dlr"),
+    "a3": lambda norm: lambda model, eps: A3(model, norm=norm, eps=eps),
+    "caa": lambda norm: lambda model, eps: CAA(model, norm=norm, eps=eps),
     "apgd-t": lambda norm: lambda model, eps: APGD(model, norm=norm, eps=eps, steps=100, loss="dlr-targeted"),
 }
 

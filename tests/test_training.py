@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +51,27 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     resumed = run(tmp_path / "killed", epochs=4)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert len((tmp_path / "killed" / "train.log").read_text().splitlines()) == 4
+
+
+def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """The real thing: ``kill -9`` of the command, and the same command again."""
+
+    def command(name: str) -> list[str]:
+        options = ["--dataset", "digits", "--members", "2", "--epochs", "8", "--out", str(tmp_path / name)]
+        return [sys.executable, "-m", "ensemble_attacks.cli", "train", "standard", *options]
+
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command("whole"), check=True, **quiet)
+    log = tmp_path / "shot" / "train.log"
+    with subprocess.Popen(command("shot"), **quiet) as process:
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 2):
+            time.sleep(0.01)
+        process.kill()
+    assert len(log.read_text().splitlines()) < 8
+    assert not list((tmp_path / "shot").glob("digits/**/*.json"))
+    subprocess.run(command("shot"), check=True, **quiet)
+    shas = [json.loads(next((tmp_path / name).glob("digits/**/*.json")).read_text())["sha256"] for name in ("whole", "shot")]
+    assert shas[0] == shas[1]
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

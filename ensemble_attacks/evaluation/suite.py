@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemble_attacks.a3 import A3
 from ensemble_attacks.apgd import APGD
 from ensemble_attacks.autoattack import STANDARD, standard_autoattack
+from ensemble_attacks.base import DescentAttack
+from ensemble_attacks.caa import CAA
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.mora import MORA
+from ensemble_attacks.pgd import PGD
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def _standard(*attacks: str) -> Craft:
     return craft
 
 
-def _ours(attack: type[MORA] | type[APGD], **arguments: Any) -> Craft:
+def _ours(attack: Callable[..., DescentAttack], **arguments: Any) -> Craft:
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = attack(
             model,
@@ -105,6 +109,10 @@ ATTACKS: dict[str, Entry] = {
     "mora-mt": Entry(
         _ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps", needs_members=True
     ),
+    "pgd": Entry(_ours(PGD), "PGD, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it"),
+    "cw": Entry(_ours(PGD, loss="margin"), "CW (the margin of the logits), 5 restarts x 100 steps of eps / 4"),
+    "a3": Entry(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
+    "caa": Entry(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
     "ea-apgd-ce": Entry(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
     "ea-apgd-dlr": Entry(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
     "ea-apgd-t": Entry(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),

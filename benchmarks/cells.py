@@ -1,0 +1,120 @@
+"""The cells of a benchmark, each attack on each shard of the test images in a folder of its own, kept.
+
+A shard that has been run is not run again, so a benchmark goes on where it stopped, and several processes can take different
+cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+
+from defenses import load_model
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Settings
+
+SHARD = 250
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, its vote, and the Linf radius in pixel units of [0, 1]."""
+
+    model: str
+    vote: str
+    eps: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.vote}:{self.eps:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all cells of a benchmark share."""
+
+    out: Path
+    n: int
+    seed: int
+    data_dir: str
+    model_dir: str | None = None
+    dataset: str = "cifar10"
+
+    def shards(self) -> range:
+        if self.n < 1 or self.n % SHARD:
+            raise click.BadParameter(f"{self.n} is not a multiple of {SHARD}", param_hint="--n")
+        return range(self.n // SHARD)
+
+    def folder(self, cell: Cell, shard: int, attack: str) -> Path:
+        return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / f"{shard}_{attack}"
+
+    def attack(self, cells: Iterable[Cell], attacks: Iterable[str]) -> None:
+        """Run what has not been run."""
+        for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
+            where = self.folder(cell, shard, attack)
+            if (where / "summary.json").exists():
+                continue
+            x, y = load_dataset(self.dataset, data_dir=self.data_dir, n=(shard + 1) * SHARD)
+            x, y = x[shard * SHARD :], y[shard * SHARD :]
+            model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote)
+            evaluate(
+                model,
+                x,
+                y,
+                [attack],
+                Settings(eps=cell.eps, seed=self.seed, batch_size=SHARD),
+                describe={"model": cell.model, "vote": cell.vote, "dataset": self.dataset, "first": shard * SHARD},
+                out=where,
+                report=lambda name, row, at=f"{cell.name} {shard}": click.echo(
+                    f"{at} {name}: {100 * row['accuracy']:.1f}", err=True
+                ),
+            )
+
+    def finished(self, cell: Cell, attacks: Iterable[str]) -> list[dict[str, Path]]:
+        """Of the shards that all ``attacks`` have run, the folder of each attack."""
+        shards = [{attack: self.folder(cell, shard, attack) for attack in attacks} for shard in self.shards()]
+        return [shard for shard in shards if all((path / "summary.json").exists() for path in shard.values())]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def passes(row: dict[str, float]) -> float:
+    return row["forwards_per_image"] + row["backwards_per_image"]
+
+
+def choose(names: str | None, known: Iterable[Cell]) -> list[Cell]:
+    """The cells of these comma-separated names; all, if there are none."""
+    by_name = {cell.name: cell for cell in known}
+    unknown = [name for name in names.split(",") if name not in by_name] if names else []
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(by_name)}", param_hint="--cells")
+    return [by_name[name] for name in names.split(",")] if names else list(by_name.values())
+
+
+def run_options(out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The command-line options of a `Run`."""
+    options = [
+        click.option("--data-dir", default="data", show_default=True),
+        click.option("--model-dir", help="Where models are looked for, before those that ship."),
+        click.option("--out", type=click.Path(path_type=Path), default=Path(out), show_default=True),
+        click.option("--n", default=500, show_default=True, help=f"Test images, in shards of {SHARD}."),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--cells", help="Comma-separated model:vote:eps.  [default: all]"),
+        click.option("--table-only", is_flag=True, help="Run nothing, print what is there."),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,0 +1,83 @@
+"""Table 1 of the MORA paper (and the row of its Table 2), in kind, on the models that ship: defense x members x vote.
+
+    python benchmarks/table1.py --data-dir DIR --out runs/table1
+
+Goes on where it stopped (see `cells`); prints a Markdown table of what is there, and keeps it as Markdown, JSON and CSV.
+
+Columns, as the paper has them: clean; PGD and CW, 5 restarts x 100 steps of eps / 4; MORA, 5 x 100; A3; the standard
+AutoAttack; CAA; MORA-mt, 14 x 100. Robust accuracy (%), the judge's, and the passes (forward + backward) per image.
+
+PGD and CW are this package's: torchattacks' PGD has no restarts and goes on with images that are fooled already, and its CW
+minimises an L2 distance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from cells import Cell, Run, choose, passes, run_options, summary
+from tables import save_table
+
+from defenses import list_models
+from ensemble_attacks.ensembles import VOTES
+
+DEFENSES = ("standard", "adp", "gal", "dverge", "trs")
+COLUMNS = {  # the attack that is run, and the stage of it that is the column's, if not its end
+    "PGD": ("pgd", None),
+    "CW": ("cw", None),
+    "MORA": ("mora-mt", "mora"),
+    "A3": ("a3", None),
+    "AutoAttack": ("autoattack", None),
+    "CAA": ("caa", None),
+    "MORA-mt": ("mora-mt", None),
+}
+ATTACKS = tuple(dict.fromkeys(attack for attack, _ in COLUMNS.values()))
+
+
+def cells_of(eps: float, model_dir: str | None) -> list[Cell]:
+    """Every defense of the paper that can be loaded, at the paper's eps: 0.03 where it is trained adversarially."""
+    plain = [name for name in list_models("cifar10", model_dir) if name.rsplit("_", 2)[0] in DEFENSES]
+    trained = [name for name in list_models("cifar10", model_dir) if name.startswith("dverge_at_")]
+    return [Cell(name, vote, size) for names, size in ((plain, eps), (trained, 3 * eps)) for name in names for vote in VOTES]
+
+
+def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | None:
+    """The row of a cell, over the shards that all of ``attacks`` have run."""
+    shards = run.finished(cell, attacks)
+    if not shards:
+        return None
+    summaries = [{attack: summary(path) for attack, path in folders.items()} for folders in shards]
+    firsts = [shard[attacks[0]] for shard in summaries]
+    n = sum(first["n"] for first in firsts)
+    defense, _, members = cell.model.rsplit("_", 2)
+    row: dict[str, Any] = {"defense": defense, "members": int(members), "vote": cell.vote, "eps": cell.eps, "n": n}
+    row["clean"] = 100 * sum(first["clean"]["robust"] for first in firsts) / n
+    for column, (attack, stage) in COLUMNS.items():
+        if attack not in attacks:
+            continue
+        parts = [shard[attack]["attacks"][attack] for shard in summaries]
+        parts = [part["stages"][stage] if stage else part for part in parts]
+        row[column] = 100 * sum(part["robust"] for part in parts) / n
+        row[f"{column} passes"] = sum(passes(part) * first["n"] for part, first in zip(parts, firsts, strict=True)) / n
+    return row
+
+
+@click.command()
+@run_options("runs/table1")
+@click.option("--eps", default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models.")
+@click.option("--attacks", default=",".join(ATTACKS), show_default=True)
+def main(attacks: str, eps: float, cells: str | None, table_only: bool, **options: Any) -> None:
+    run = Run(**options)
+    chosen, names = choose(cells, cells_of(eps, run.model_dir)), tuple(attacks.split(","))
+    unknown = set(names) - set(ATTACKS)
+    if unknown:
+        raise click.BadParameter(f"{sorted(unknown)[0]!r}: choose from {', '.join(ATTACKS)}", param_hint="--attacks")
+    if not table_only:
+        run.attack(chosen, names)
+    rows = [row for cell in chosen if (row := row_of(cell, run, names))]
+    click.echo(save_table(rows, run.out / "table1") if rows else f"no cell in {run.out} has been run by {attacks} yet")
+
+
+if __name__ == "__main__":
+    main()
