@@ -58,7 +58,7 @@ def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
 
     def command(name: str) -> list[str]:
         options = ["--dataset", "digits", "--members", "2", "--epochs", "8", "--out", str(tmp_path / name)]
-        return [sys.executable, "-m", "ensemble_attacks.cli", "train", "standard", *options]
+        return [str(Path(sys.executable).with_name("ensemble-attacks")), "train", "standard", *options]
 
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run(command("whole"), check=True, **quiet)
