@@ -25,7 +25,7 @@ from ensemble_attacks.evaluation.suite import ATTACKS, Settings, find_attack
 from ensemble_attacks.validation import check_device, check_norm, check_positive
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
-DEMO_MODELS = ("standard_convnet_3", "adp_convnet_3")
+DEMO_MODELS = ("gal_convnet_3", "trs_convnet_3")
 DEMO_VOTES = ("softmax", "voting")
 DEMO_EPS, DEMO_N = 0.12, 50
 
