@@ -1,14 +1,18 @@
-"""The loop: which class a stage aims at."""
+"""The loop: where a stage starts, which samples it takes, which class it aims at."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from helpers import make_ensemble
 from torch import Tensor
 
+from ensemble_attacks import descent
 from ensemble_attacks.descent import CLOSEST, Outputs, Stage, attack, closest_class
-from ensemble_attacks.objectives import ce
-from ensemble_attacks.steps import CosineSteps
+from ensemble_attacks.objectives import ce, margin
+from ensemble_attacks.steps import ConstantSteps, CosineSteps
 
 
 def test_the_closest_of_the_classes_aimed_at_least() -> None:
@@ -48,3 +52,58 @@ def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor,
     counts = sum(torch.bincount(targets, minlength=4) for targets in aimed[:3])
     assert torch.equal(counts, len(images) - torch.bincount(labels, minlength=4))
     assert torch.equal(aimed[0], model(images).topk(2).indices[:, 1].sort().values)
+
+
+def run(stages: list[Stage], images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
+    model = make_ensemble()
+    step_rule = partial(ConstantSteps, share=0.3)
+    arguments = dict(norm="Linf", eps=eps, steps=steps, step_rule=step_rule, seed=0)
+    return attack(lambda x: Outputs(model(x)), images, labels, lambda num_classes: stages, **arguments)
+
+
+def raise_ce(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+    return ce(outputs.scores_NK, labels)
+
+
+def test_a_resumed_stage_goes_on_where_the_last_one_ended(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    whole = run([Stage(raise_ce)], images, labels, eps=0.03, steps=6)
+    parts = [Stage(raise_ce, steps=2), Stage(raise_ce, steps=1, resume=True), Stage(raise_ce, steps=3, resume=True)]
+    torch.testing.assert_close(run(parts, images, labels, eps=0.03, steps=99), whole, rtol=0, atol=1e-12)
+
+
+def test_a_share_is_that_of_the_smallest_margins(batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = batch
+    seen: list[int] = []
+
+    def objective(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        seen.append(len(labels))
+        return ce(outputs.scores_NK, labels)
+
+    monkeypatch.setattr(descent, "FEWEST", 10)
+    stages = [Stage(objective, share=share) for share in (0.5, 0.1)]
+    stages.append(Stage(objective, resume=True))
+    moved = run(stages, images, labels, eps=1e-6, steps=1) != images
+    assert seen == [32, 10, 10]
+    order = margin(make_ensemble()(images), labels).argsort()
+    assert set(torch.nonzero(moved.flatten(1).any(1)).flatten().tolist()) <= set(order[:32].tolist())
+
+
+def test_directions_are_the_samples_own(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    seen: list[Tensor] = []
+
+    def direction(noise: Tensor, labels: Tensor, ranked: Tensor) -> Tensor:
+        assert noise.abs().max() <= 1
+        assert ranked.shape == (len(labels), 3)
+        assert not (ranked == labels[:, None]).any()
+        seen.append(noise)
+        return noise
+
+    def along(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        return (outputs.scores_NK * targets).sum(1)
+
+    for part in (slice(0, 1), slice(0, 5)):
+        run([Stage(along, direction=direction)], images[part], labels[part], eps=1e-6, steps=1)
+    assert any(torch.equal(row, seen[0][0]) for row in seen[1])
+    assert len({tuple(row.tolist()) for row in seen[1]}) == 5
