@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from defenses import load_model
+from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
@@ -59,7 +59,10 @@ class Run:
         """Run what has not been run."""
         for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
             where = self.folder(cell, shard, attack)
+            weights = model_card(cell.model, self.model_dir, self.dataset)["sha256"]
             if (where / "summary.json").exists():
+                if summary(where).get("weights") != weights:
+                    raise click.UsageError(f"{where} was run on other weights of {cell.model}: choose another --out")
                 continue
             x, y = load_dataset(self.dataset, data_dir=self.data_dir, n=(shard + 1) * SHARD)
             x, y = x[shard * SHARD :], y[shard * SHARD :]
@@ -70,7 +73,13 @@ class Run:
                 y,
                 [attack],
                 Settings(eps=cell.eps, seed=self.seed, batch_size=SHARD),
-                describe={"model": cell.model, "vote": cell.vote, "dataset": self.dataset, "first": shard * SHARD},
+                describe={
+                    "model": cell.model,
+                    "vote": cell.vote,
+                    "dataset": self.dataset,
+                    "first": shard * SHARD,
+                    "weights": weights,
+                },
                 out=where,
                 report=lambda name, row, at=f"{cell.name} {shard}": click.echo(
                     f"{at} {name}: {100 * row['accuracy']:.1f}", err=True

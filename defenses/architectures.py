@@ -52,6 +52,7 @@ class BasicBlock(nn.Module):
         if projection and self.pad:
             convolution = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(planes))
+        self.sum = nn.Identity()  # so that the features before the last activation can be seen
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.activation(self.bn1(self.conv1(x)))
@@ -60,7 +61,7 @@ class BasicBlock(nn.Module):
             x = self.shortcut(x)
         elif self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return self.activation(out + x)
+        return self.activation(self.sum(out + x))
 
 
 class ResNet(nn.Module):
@@ -105,6 +106,13 @@ class ResNet(nn.Module):
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(out.mean((2, 3)))
 
+    def pre_activations(self) -> list[nn.Module]:
+        """The modules that put out the features before each nonlinearity, in order, and the logits."""
+        modules: list[nn.Module] = [self.bn1]
+        for block in (*self.layer1, *self.layer2, *self.layer3):
+            modules += [block.get_submodule("bn1"), block.get_submodule("sum")]
+        return [*modules, self.linear]
+
 
 class ConvNet(nn.Module):
     """A small network for the 1x8x8 digits: two convolutions, one pooling, two linear layers."""
@@ -121,6 +129,10 @@ class ConvNet(nn.Module):
         out = self.activation(self.conv1(2 * x - 1))
         out = F.max_pool2d(self.activation(self.conv2(out)), 2)
         return self.linear2(self.activation(self.linear1(out.flatten(1))))
+
+    def pre_activations(self) -> list[nn.Module]:
+        """The modules that put out the features before each nonlinearity, in order, and the logits."""
+        return [self.conv1, self.conv2, self.linear1, self.linear2]
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {

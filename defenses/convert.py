@@ -7,7 +7,7 @@ plain state dicts; shortcuts with or without a projection. Pickled code is never
 
 from __future__ import annotations
 
-import pickle
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from defenses.architectures import NORMALIZATIONS
 from defenses.cards import make_ensemble, write_model
+from ensemble_attacks.data import DATASETS, NUM_CLASSES
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import WeightsError, unknown_name
 
@@ -25,12 +26,6 @@ State = dict[str, Tensor]
 Normalization = tuple[list[float], list[float]]
 FIRST = re.compile(r"(?:^|.*\.)(?=conv_?1\.weight$)")
 RENAMED = ((r"stage_(\d)", r"layer\1"), (r"(conv|bn)_(\d)", r"\1\2"), (r"\bdownsample\b", "shortcut"), (r"\bfc\b", "linear"))
-
-
-def check_normalization(name: str) -> str:
-    if name not in NORMALIZATIONS:
-        raise unknown_name("normalization", name, NORMALIZATIONS)
-    return name
 
 
 def read_checkpoint(path: str | Path) -> list[State]:
@@ -45,26 +40,26 @@ def read_checkpoint(path: str | Path) -> list[State]:
         raise FileNotFoundError(f"no checkpoint {str(path)!r}: name the downloaded file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch.load and pickle fail in many ways on what is no checkpoint, or holds code
         raise WeightsError(
-            f"checkpoint {str(path)!r} cannot be read as plain weights ({reason}): save its state dicts"
+            f"checkpoint {str(path)!r} cannot be read as plain weights ({type(error).__name__}): it is no torch checkpoint, "
+            "or holds pickled objects. Save the members' state dicts alone, with the code that made it"
         ) from None
     members = _members(content)
     if not members:
         raise WeightsError(
-            f"checkpoint {str(path)!r} holds no state dict: expected a dict of tensors, or one for each member"
+            f"checkpoint {str(path)!r} holds no CIFAR ResNet: expected a state dict with a first 'conv1.weight', or one for "
+            "each member"
         )
     return members
 
 
 def _members(content: Any) -> list[State]:
-    """Descend through lists, ``state_dict`` and ``model_0`` to dicts of tensors."""
+    """Descend through lists and dicts to the state dicts of networks; optimisers and the like are passed by."""
     if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return [tensors]
-        content = [content[key] for key in sorted(content, key=_natural) if isinstance(content[key], dict | list)]
+        if any(FIRST.match(str(key)) for key in content):
+            return [{key: value for key, value in content.items() if isinstance(value, Tensor)}]
+        content = [content[key] for key in sorted(content, key=_natural)]
     return [state for part in content for state in _members(part)] if isinstance(content, list | tuple) else []
 
 
@@ -108,7 +103,12 @@ def architecture_of(network: State) -> tuple[str, int]:
 
 
 def ensemble_from_checkpoint(
-    paths: Sequence[str | Path], *, normalization: str = "cifar10", negative_slope: float = 0.0, vote: str = "softmax"
+    paths: Sequence[str | Path],
+    *,
+    dataset: str = "cifar10",
+    normalization: str = "cifar10",
+    negative_slope: float = 0.0,
+    vote: str = "softmax",
 ) -> tuple[Ensemble, dict[str, Any]]:
     """The members of one or several checkpoints, as an ensemble, and what a card must say to build it again.
 
@@ -120,7 +120,13 @@ def ensemble_from_checkpoint(
     Raises:
         FileNotFoundError, WeightsError: see `read_checkpoint`; also where members differ in architecture or classes.
     """
-    mean, std = NORMALIZATIONS[check_normalization(normalization)]
+    if normalization not in NORMALIZATIONS:
+        raise unknown_name("normalization", normalization, NORMALIZATIONS)
+    if not (math.isfinite(negative_slope) and negative_slope >= 0):
+        raise ValueError(f"negative_slope is {negative_slope}: expected 0 (ReLU) or more")
+    if dataset not in DATASETS:
+        raise unknown_name("dataset", dataset, DATASETS)
+    mean, std = NORMALIZATIONS[normalization]
     translated = [translate(state) for path in paths for state in read_checkpoint(path)]
     kinds = {architecture_of(network) for network, _ in translated}
     found = [own for _, own in translated if own is not None]
@@ -129,6 +135,8 @@ def ensemble_from_checkpoint(
             f"the members differ: {sorted(kinds)}: convert them one by one, and make an ensemble of the models"
         )
     architecture, num_classes = kinds.pop()
+    if num_classes != NUM_CLASSES[dataset]:
+        raise WeightsError(f"the checkpoint has {num_classes} classes, {dataset} has {NUM_CLASSES[dataset]}")
     options: dict[str, Any] = {"num_classes": num_classes, "normalization": found[0] if found else (list(mean), list(std))}
     if negative_slope:
         options["negative_slope"] = negative_slope
@@ -151,8 +159,13 @@ def convert(
     negative_slope: float = 0.0,
 ) -> Path:
     """Make a model of published checkpoints, for ``load_model(name, model_dir, dataset)``; returns its card's path."""
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"name {name!r} is to become a file's: use letters, digits, '_', '-' and '.'")
-    ensemble, build = ensemble_from_checkpoint(paths, normalization=normalization, negative_slope=negative_slope)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name {name!r} is to become a file's: use letters, digits, '_' and '-'")
+    stem = Path(model_dir) / dataset / "Linf" / name
+    if stem.with_suffix(".json").exists():
+        raise FileExistsError(f"model_dir already holds {str(stem)!r}: choose another name, or remove it")
+    ensemble, build = ensemble_from_checkpoint(
+        paths, dataset=dataset, normalization=normalization, negative_slope=negative_slope
+    )
     card = {"defense": f"converted from {', '.join(Path(path).name for path in paths)}", "dataset": dataset, **build}
-    return write_model(Path(model_dir) / dataset / "Linf" / name, ensemble, card, half=False)
+    return write_model(stem, ensemble, card, half=False)

@@ -7,6 +7,7 @@ As released: starts from the standard ensemble; each epoch distils one layer, dr
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ class _Reached(Exception):
     """The forward pass has come as far as it is needed."""
 
 
-def layers(member: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs are the features before the nonlinearities, in order, the logits last: the batch norms, or
-    the convolutions of a network without any, and the linear layers. For ResNet-20, twenty.
+def layers(member: Any) -> list[nn.Module]:
+    """The modules that put out the features before the nonlinearities, in order, the logits last; for ResNet-20, twenty.
+
+    Those that the member names (``pre_activations``), or its batch norms, or convolutions if it has none, and linear layers.
     """
+    if hasattr(member, "pre_activations"):
+        return member.pre_activations()
     normed = any(isinstance(module, nn.BatchNorm2d) for module in member.modules())
     kinds = (nn.BatchNorm2d if normed else nn.Conv2d, nn.Linear)
-    return [module for name, module in member.named_modules() if isinstance(module, kinds) and "shortcut" not in name]
+    return [module for module in member.modules() if isinstance(module, kinds)]
 
 
 def features(member: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from defenses import adp, adversarial, dverge, gal, standard, trs
 from defenses.adversarial import with_adversarial_training
 from defenses.cards import clean_accuracies, halved, make_ensemble, write_model
 from defenses.training import Recipe, Settings, train
-from defenses.zoo import list_models, load_model
-from ensemble_attacks.data import load_dataset
+from defenses.zoo import list_models, load_model, model_card
+from ensemble_attacks.data import NUM_CLASSES, load_dataset
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.validation import check_count, check_positive
@@ -53,6 +54,7 @@ def train_model(
     max_lr: float | None = None,
     device: str | torch.device = "cpu",
     amp: bool = False,
+    download: bool = False,
 ) -> Path:
     """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
 
@@ -63,9 +65,14 @@ def train_model(
             ensemble of this size, the others: random ones).
         max_lr: peak of the one-cycle schedule; ``None``: the recipe's.
         amp: run the networks in bfloat16 autocast.
+        download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
 
     Returns:
         The path of the card.
+
+    Raises:
+        ValueError: an argument that cannot be used, or a folder that holds another run; nothing has been trained.
+        FloatingPointError: training diverged; the last finite checkpoint stays.
     """
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
@@ -76,17 +83,31 @@ def train_model(
     if max_lr is not None:
         check_positive("max_lr", max_lr)
         chosen = replace(chosen, max_lr=max_lr)
-    images, labels = load_dataset(dataset, "train", data_dir=data_dir)
-    test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir)
+    images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
+    test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
     architecture = architecture or DEFAULT_ARCHITECTURE[dataset]
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         ensemble = make_ensemble(architecture, members, **options)
+    _check_fits(ensemble, images[:2], architecture, dataset)
     if start_from is None and chosen.start_from is not None:
         start_from = f"{chosen.start_from}_{architecture}_{members}"
     if start_from is not None:
         ensemble.load_state_dict(_start(start_from, ensemble, model_dir or out, dataset))
+    stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}"
+    settings = {
+        "recipe": recipe,
+        "start_from": start_from,
+        "max_lr": chosen.max_lr,
+        "schedule": "one cycle, peak at 30%",
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": "bfloat16 autocast" if amp else "float32",
+        **asdict(SETTINGS[dataset]),
+    }
+    _check_free(stem, settings)
     outcome = train(
         chosen,
         ensemble,
@@ -109,15 +130,7 @@ def train_model(
         "members": members,
         **options,
         "training": {
-            "recipe": recipe,
-            "start_from": start_from,
-            "max_lr": chosen.max_lr,
-            "schedule": "one cycle, peak at 30%",
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "seed": seed,
-            "precision": "bfloat16 autocast" if amp else "float32",
-            **asdict(SETTINGS[dataset]),
+            **settings,
             "seconds": round(outcome["seconds"]),
             "hardware": hardware(device),
             "last_epoch_loss": round(outcome["loss"], 4),
@@ -126,9 +139,29 @@ def train_model(
         "weights": "float16 convolutions and linear layers, float32 batch norm",
         "license": "MIT",
     }
-    return write_model(
-        Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}", ensemble, card, half=True
-    )
+    return write_model(stem, ensemble, card, half=True)
+
+
+@torch.no_grad()
+def _check_fits(ensemble: Ensemble, images: Tensor, architecture: str, dataset: str) -> None:
+    try:
+        classes = ensemble.eval().member_logits(images).shape[-1]
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"architecture {architecture!r} does not take the images of {dataset}: {reason}") from None
+    if classes != NUM_CLASSES[dataset]:
+        raise ValueError(f"architecture {architecture!r} has {classes} classes, {dataset} has {NUM_CLASSES[dataset]}")
+
+
+def _check_free(stem: Path, settings: dict[str, Any]) -> None:
+    """Raise a ValueError if there is a model of this name that was trained otherwise."""
+    if stem.with_suffix(".json").exists():
+        found = json.loads(stem.with_suffix(".json").read_text()).get("training", {})
+        differ = [key for key in settings if found.get(key) != settings[key]]
+        if differ:
+            raise ValueError(
+                f"model_dir holds {str(stem)!r}, trained with other {', '.join(differ)}: choose another folder, or remove it"
+            )
 
 
 def _start(name: str, ensemble: Ensemble, model_dir: str | Path, dataset: str) -> dict[str, Tensor]:
@@ -137,8 +170,12 @@ def _start(name: str, ensemble: Ensemble, model_dir: str | Path, dataset: str) -
         raise ValueError(f"{unknown_name(f'model for {dataset}', name, list_models(dataset, model_dir))}; train it first")
     state = load_model(name, model_dir, dataset).state_dict()
     wanted = ensemble.state_dict()
-    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in wanted.items()}:
-        raise ValueError(f"start_from {name!r} has other members than the ensemble to train: choose one of the same size")
+    shapes = [{key: value.shape for key, value in weights.items()} for weights in (state, wanted)]
+    if shapes[0] != shapes[1] or "normalization" in model_card(name, model_dir, dataset):
+        raise ValueError(
+            f"start_from {name!r} has other members than the ensemble to train: choose one of the same architecture, number "
+            "of members and normalisation"
+        )
     return state
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from defenses.cards import read_model
 from defenses.convert import ensemble_from_checkpoint
@@ -67,26 +69,37 @@ def load_model(
         raise unknown_name("threat model", threat_model, THREAT_MODELS)
     check_vote(vote)
     if checkpoint is not None:
-        return _load_checkpoint(model_name, checkpoint, vote)
+        return _load_checkpoint(model_name, checkpoint, dataset, vote)
     if model_name.startswith("ensemble:"):
         own = lambda name: load_model(name, model_dir, dataset) if name in list_models(dataset, model_dir) else None  # noqa: E731
         names = model_name.removeprefix("ensemble:").split("+")
         return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
+    return read_model(_stem(model_name, model_dir, dataset), vote)
+
+
+def model_card(model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10") -> dict[str, Any]:
+    """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
+    return json.loads(_stem(model_name, model_dir, dataset).with_suffix(".json").read_text())
+
+
+def _stem(model_name: str, model_dir: str | Path | None, dataset: str) -> Path:
+    """The path of a model's files, without what tells them apart."""
     for folder in _folders(model_dir):
-        stem = folder / dataset / threat_model / model_name
-        if stem.with_suffix(".json").exists():
-            return read_model(stem, vote)
+        for threat_model in THREAT_MODELS:
+            stem = folder / dataset / threat_model / model_name
+            if stem.with_suffix(".json").exists():
+                return stem
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 
 
-def _load_checkpoint(model_name: str, checkpoint: str | Path, vote: str) -> Ensemble:
+def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote: str) -> Ensemble:
     defense, *build = model_name.rsplit("_", 2)
     if len(build) != 2 or not build[1].isdigit():
         raise ValueError(
             f"model_name {model_name!r}: with a checkpoint it is <defense>_<architecture>_<members>, as gal_resnet20_3"
         )
     slope = GAL_SLOPE if defense.startswith("gal") else 0.0
-    ensemble, found = ensemble_from_checkpoint([checkpoint], negative_slope=slope, vote=vote)
+    ensemble, found = ensemble_from_checkpoint([checkpoint], dataset=dataset, negative_slope=slope, vote=vote)
     wanted = {"architecture": build[0], "members": int(build[1])}
     if any(found[key] != wanted[key] and f"{wanted[key]}b" != found[key] for key in wanted):
         holds = f"{found['architecture']}_{found['members']}"

@@ -6,7 +6,8 @@ and ever more steps go to ever fewer samples, the most promising ones (online st
 
 The released code takes the signs of two entries of the direction from what succeeded in an earlier restart, over all images.
 Here they have the signs that it finds in general: against the label, towards one wrong class after the other, so that no
-sample's direction depends on the others. Of its last restart's fifty repetitions ten are made.
+sample's direction depends on the others. Nor does the schedule change, as there, with the success of the directions or with
+fewer than a tenth of the samples left; and of its last restart's fifty repetitions ten are made.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """CAA: Composite Adversarial Attacks (Mao et al., AAAI 2021): the Linf policy that its search found for CIFAR-10, each
 attack starting where the one before ended.
+
+The released code aims by targeted DLR, from a new random start for every class, and takes its CW steps without momentum;
+here every descent climbs the plain difference of the logits with APGD's steps, and goes on from the last.
 """
 
 from __future__ import annotations

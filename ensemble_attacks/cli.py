@@ -151,6 +151,7 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
 @click.argument("recipe")
 @click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
 @click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir.")
 @click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for cifar10]")
 @click.option("--members", type=int, default=3)
 @click.option("--epochs", type=int, default=30)
@@ -169,8 +170,7 @@ def train(recipe: str, **options: Any) -> None:
     """
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)
-    console.print(card.read_text(), highlight=False)
-    console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir'] or options['out']}")
+    _print_card(card, options["dataset"], options["model_dir"] or options["out"])
 
 
 @main.command()
@@ -183,8 +183,12 @@ def train(recipe: str, **options: Any) -> None:
 def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
     """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts."""
     card = providers.able_to("convert").convert(checkpoints, name, **options)
+    _print_card(card, options["dataset"], options["model_dir"])
+
+
+def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
     console.print(card.read_text(), highlight=False)
-    console.print(f"Load it with --model {card.stem} --model-dir {options['model_dir']}")
+    console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
 
 
 @main.command()

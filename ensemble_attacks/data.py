@@ -13,6 +13,7 @@ from torch import Tensor
 from ensemble_attacks.errors import unknown_name
 
 DATASETS = ("digits", "cifar10")
+NUM_CLASSES = {"digits": 10, "cifar10": 10}
 IMAGE_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
 
 

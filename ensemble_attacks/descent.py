@@ -233,6 +233,8 @@ def attack(
             chosen = torch.nonzero(robust).squeeze(-1)
             chosen = chosen[margins[chosen].argsort(stable=True)]
             chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
+        if not len(chosen):
+            continue
         stage_steps = steps if stage.steps is None else stage.steps
         for rows in chosen.split(batch_size):
             ball = make_ball(norm, images[rows], eps)

@@ -56,7 +56,18 @@ def test_dverges_layout(tmp_path: Path) -> None:
     torch.testing.assert_close(again.member_logits(X), loaded.member_logits(X), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "best_prec1": 91.0}, lambda s: [s]])
+def with_training_state(state: dict[str, Tensor]) -> dict[str, object]:
+    buffers = {index: {"momentum_buffer": value} for index, value in enumerate(state.values())}
+    return {
+        "best_acc1": torch.tensor(91.0),
+        "optimizer": {"state": buffers, "param_groups": [{"lr": 0.1}]},
+        "state_dict": state,
+    }
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s, "best_prec1": 91.0}, lambda s: [s], with_training_state]
+)
 def test_single_networks(wrap: object, tmp_path: Path) -> None:
     states = [member_state("resnet20", seed) for seed in range(2)]
     for index, state in enumerate(states):
@@ -86,7 +97,7 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be read as plain weights"):
         load_model("dverge_resnet20_3", checkpoint=tmp_path / "text.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(WeightsError, match="holds no state dict"):
+    with pytest.raises(WeightsError, match="holds no CIFAR ResNet"):
         load_model("dverge_resnet20_3", checkpoint=tmp_path / "empty.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(WeightsError, match="no CIFAR ResNet"):
@@ -96,6 +107,11 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
         load_model("dverge_resnet20_3", checkpoint=tmp_path / "two.pth")
     with pytest.raises(ValueError, match="<defense>_<architecture>_<members>"):
         load_model("dverge", checkpoint=tmp_path / "two.pth")
+    (tmp_path / "hello.pth").write_text("hello world")
+    (tmp_path / "nothing.pth").write_bytes(b"")
+    for name in ("hello", "nothing"):
+        with pytest.raises(WeightsError, match="cannot be read as plain weights"):
+            load_model("dverge_resnet20_3", checkpoint=tmp_path / f"{name}.pth")
     broken = member_state()
     broken["layer2.0.conv1.weight"] = broken["layer2.0.conv1.weight"][:5]
     torch.save(broken, tmp_path / "broken.pth")
@@ -105,11 +121,21 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save(member_state("resnet20"), tmp_path / "ten.pth")
     with pytest.raises(WeightsError, match="the members differ"):
         convert([tmp_path / "seven.pth", tmp_path / "ten.pth"], "mixed", model_dir=tmp_path / "models")
+    with pytest.raises(WeightsError, match="has 7 classes, cifar10 has 10"):
+        load_model("dverge_resnet20_1", checkpoint=tmp_path / "seven.pth")
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models", dataset="cifr10")
+    with pytest.raises(ValueError, match="negative_slope is nan"):
+        convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models", negative_slope=float("nan"))
     with pytest.raises(ValueError, match="did you mean 'imagenet'"):
         convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models", normalization="imagnet")
-    with pytest.raises(ValueError, match="is to become a file's"):
-        convert([tmp_path / "ten.pth"], "../ten", model_dir=tmp_path / "models")
+    for name in ("../ten", "ten_1.0"):
+        with pytest.raises(ValueError, match="is to become a file's"):
+            convert([tmp_path / "ten.pth"], name, model_dir=tmp_path / "models")
     assert not (tmp_path / "models").exists()
+    convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models")
+    with pytest.raises(FileExistsError, match="already holds"):
+        convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models")
 
 
 def test_an_ensemble_of_our_models() -> None:

@@ -54,6 +54,18 @@ def test_the_layers_of_a_resnet20_are_twenty() -> None:
     assert len(layers(make_ensemble("resnet20", 1).members[0])) == 20
     assert len(layers(make_ensemble("resnet20b", 1).members[0])) == 20
     assert len(layers(make_ensemble("convnet", 1).members[0])) == 4
+    foreign = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    assert layers(foreign) == [foreign[1], foreign[4]]
+
+
+def test_a_blocks_second_features_include_the_shortcut() -> None:
+    member = make_ensemble("resnet20", 1).eval().members[0]
+    x = torch.rand(2, 3, 32, 32)
+    stem = torch.relu(features(member, layers(member)[0], x))
+    second = features(member, layers(member)[2], x)
+    block = member.layer1[0]
+    inner = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(stem.view(2, 16, 32, 32))))))
+    torch.testing.assert_close(second, inner.flatten(1) + stem)
 
 
 def test_features_are_a_layers_output_and_leave_no_hook() -> None:

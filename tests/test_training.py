@@ -15,7 +15,7 @@ from torch import Tensor
 
 from defenses import load_model, train_model
 from defenses.cards import make_ensemble
-from defenses.recipes import RECIPES, SETTINGS
+from defenses.recipes import RECIPES, SETTINGS, _check_fits
 from defenses.standard import RECIPE
 from defenses.training import Batch, train
 from defenses.training.trainer import augment
@@ -77,9 +77,9 @@ def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     arguments = dict(dataset="digits", members=2, epochs=1, out=tmp_path)
     card = train_model("standard", **arguments)
-    for change in ({"seed": 5}, {"epochs": 2}, {"members": 3}, {"batch_size": 64}):
+    for change in ({"seed": 5}, {"epochs": 2}, {"members": 3}, {"batch_size": 64}, {"max_lr": 0.01}):
         with pytest.raises(ValueError, match="holds a run with other"):
-            train_model("standard", **{**arguments, **change})
+            train_model("standard", model_dir=tmp_path / "elsewhere", **{**arguments, **change})
     with pytest.raises(ValueError, match="other recipe"):
         train_model("adp", **arguments)
     before = card.read_bytes()
@@ -99,7 +99,7 @@ def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     steps = iter(range(100))
     broken = replace(RECIPE, loss=lambda batch: RECIPE.loss(batch) * (torch.nan if next(steps) >= 3 else 1))
     ensemble, data = make_ensemble("convnet", 2), SETTINGS["digits"]
-    with pytest.raises(FloatingPointError, match="became nan in epoch 2"):
+    with pytest.raises(FloatingPointError, match=r"diverged in epoch 2, its loss became nan.*after epoch 1 are kept"):
         train(broken, ensemble, images, labels, out=tmp_path, epochs=3, batch_size=100, data=data)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["epoch"] == 1
@@ -150,7 +150,21 @@ def test_bad_arguments(tmp_path: Path) -> None:
         train_model("adp", dataset="cifar10", data_dir=tmp_path, out=tmp_path / "x")
     with pytest.raises(ValueError, match="unknown architecture"):
         train_model("adp", architecture="resnet", out=tmp_path / "x")
+    with pytest.raises(ValueError, match="'convnet' does not take the images of cifar10"):
+        _check_fits(make_ensemble("convnet", 2), torch.rand(2, 3, 32, 32), "convnet", "cifar10")
+    with pytest.raises(ValueError, match="batch_size is 2000, but there are 1200 images"):
+        train_model("adp", batch_size=2000, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_trained_otherwise_is_not_overwritten(tmp_path: Path) -> None:
+    arguments = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
+    card = train_model("standard", out=tmp_path / "first", **arguments)
+    before = card.read_bytes()
+    with pytest.raises(ValueError, match="trained with other seed"):
+        train_model("standard", seed=1, out=tmp_path / "second", **arguments)
+    assert card.read_bytes() == before
+    assert not (tmp_path / "second").exists()
 
 
 def test_augmentation_shifts_and_mirrors() -> None:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -171,8 +171,13 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "start_from": start_from,
+        "max_lr": recipe.max_lr,
         "amp": amp,
+        **asdict(data),
     }
+    if batch_size > len(images):
+        raise ValueError(f"batch_size is {batch_size}, but there are {len(images)} images: choose a smaller one")
+
     checkpoint = out / "checkpoint.pt"
     state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
     if state is not None and state["run"] != run:
@@ -199,6 +204,11 @@ def train(
             x = augment(images[rows], pad=data.pad, flip=data.flip, generator=generator)
             yield x.to(device, memory_format=torch.channels_last), labels[rows].to(device)
 
+    def diverged(what: str, epoch: int) -> FloatingPointError:
+        kept = f"; the weights after epoch {epoch} are kept in {checkpoint}" if epoch else ""
+        remedy = f"train again in another folder with a lower max_lr (now {recipe.max_lr:g})"
+        return FloatingPointError(f"{recipe.name!r} diverged in epoch {epoch + 1}, its {what}: {remedy}{kept}")
+
     bar = tqdm(desc=recipe.name, total=epochs * steps, initial=start * steps, disable=None)
     for epoch in range(start, epochs):
         streams = [torch.Generator().manual_seed(3 * (seed * 1_000_003 + epoch) + stream) for stream in range(3)]
@@ -210,16 +220,15 @@ def train(
                 Batch(ensemble, x, y, lambda: next(others)[0], streams[2], streams[2].initial_seed(), data, amp)  # noqa: B023
             )
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of {recipe.name!r} became {loss.item()} in epoch {epoch + 1}: lower max_lr "
-                    f"(now {recipe.max_lr}); the last good checkpoint is {checkpoint}"
-                )
+                raise diverged(f"loss became {loss.item()}", epoch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item()
             bar.update()
+        if not all(torch.isfinite(p).all() for p in ensemble.parameters()):
+            raise diverged("weights are no longer finite", epoch)
         seconds += time.monotonic() - began
         mean_loss = total / steps
         state = {
