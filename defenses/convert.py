@@ -131,9 +131,7 @@ def ensemble_from_checkpoint(
     kinds = {architecture_of(network) for network, _ in translated}
     found = [own for _, own in translated if own is not None]
     if len(kinds) > 1 or any(own != found[0] for own in found):
-        raise WeightsError(
-            f"the members differ: {sorted(kinds)}: convert them one by one, and make an ensemble of the models"
-        )
+        raise WeightsError(f"the members differ: {sorted(kinds)}: convert them one by one, then load 'ensemble:NAME+NAME'")
     architecture, num_classes = kinds.pop()
     if num_classes != NUM_CLASSES[dataset]:
         raise WeightsError(f"the checkpoint has {num_classes} classes, {dataset} has {NUM_CLASSES[dataset]}")

@@ -1,0 +1,54 @@
+"""The benchmarks' machinery: cells that are kept, rows that are summed over shards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import against_autoattack
+import click
+import pytest
+import table1
+from cells import Cell, Run, choose
+
+CELL = Cell("standard_convnet_3", "voting", 0.12)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(out=tmp_path, n=250, seed=0, data_dir="data", dataset="digits")
+
+
+def test_a_cell_is_run_once_and_on_one_set_of_weights(run: Run) -> None:
+    run.attack([CELL], ["mora"])
+    (shard,) = run.finished(CELL, ["mora"])
+    path = shard["mora"] / "summary.json"
+    before = path.stat().st_mtime_ns
+    run.attack([CELL], ["mora"])
+    assert path.stat().st_mtime_ns == before
+    row = table1.row_of(CELL, run, ("mora",))
+    assert row is not None
+    assert row["n"] == 250
+    assert row["clean"] == 100 * json.loads(path.read_text())["clean"]["accuracy"]
+
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "others"}))
+    with pytest.raises(click.UsageError, match="other weights of standard_convnet_3"):
+        run.attack([CELL], ["mora"])
+
+
+def test_bad_cells_and_counts(run: Run) -> None:
+    with pytest.raises(click.BadParameter, match="choose from standard_convnet_3:voting"):
+        choose("standard_convnet_3:softmax:0.12", [CELL])
+    with pytest.raises(click.BadParameter, match="not a multiple of 250"):
+        Run(out=run.out, n=300, seed=0, data_dir="data").shards()
+
+
+def test_passes_until_counts_over_stages() -> None:
+    trace: Counter[tuple[int, int, str]] = Counter()
+    for stage, step, fooled, passes in ((-1, 0, 1, 10), (0, 0, 4, 18), (0, 1, 2, 10), (1, 0, 3, 6)):
+        trace.update({(stage, step, "fooled"): fooled, (stage, step, "forwards"): passes, (stage, step, "backwards"): 0})
+    assert against_autoattack.passes_until(trace, 10, 5) == 28
+    assert against_autoattack.passes_until(trace, 10, 3) == 38
+    assert against_autoattack.passes_until(trace, 10, 0) == 44
+    assert against_autoattack.passes_until(trace, 11, 0) == float("inf")
