@@ -134,7 +134,8 @@ def mora(
         scores_NK: the ensemble's scores; used for an aggregation that is none of the three votes (``vote=None``).
         labels: the classes to leave, (N,).
         targets: the classes to reach instead, (N,); ``None`` is the ensemble's best other class, at every step anew.
-        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's.
+        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's. With ``vote="logits"`` and the true
+            derivative it makes no difference: every member moves the mean by 1 / M.
         vote: the ensemble's vote, which decides temperature, indicator and ensemble term.
         tau: temperature of the members' softmax. ``None``: 1, but for ``"voting"`` each member's own top-1 minus top-2
             gap, per sample, which follows the hard vote more closely than any fixed temperature.
@@ -156,8 +157,11 @@ def mora(
     else:
         ensemble_NK = scores_NK
     others = best_other(ensemble_NK.detach(), labels) if targets is None else targets
-    weights_MN = reweigh(detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule)
-    members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)
+    if vote == "logits" and rule == "derivative":
+        members_NK = ensemble_NK  # E is the mean of the logits: its derivative by k^m is 1 / M for every member
+    else:
+        weights_MN = reweigh(detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule)
+        members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)
 
     mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, labels, targets)
     mixture_NK = mixture_NK + beta * normalize_margin(members_NK, labels, targets)

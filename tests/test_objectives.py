@@ -129,6 +129,15 @@ def test_no_nan_at_the_edges(vote: str | None, rule: str, beta: float, tau: floa
         assert torch.isfinite(gradient).all()
 
 
+def test_with_mean_logits_every_member_weighs_the_same() -> None:
+    logits, labels, _ = problem()
+    losses = [mora(logits, logits.mean(0), labels, beta=beta, vote="logits") for beta in (0.0, 0.5, 1.0)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    other = mora(logits, logits.mean(0), labels, beta=1.0, vote="logits", rule="published")
+    assert not torch.allclose(other, losses[0])
+
+
 def test_targeted_mora_climbs_towards_the_target_not_the_runner_up() -> None:
     logits, labels, others = problem()
     targets = (others + 1) % 5
