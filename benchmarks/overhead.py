@@ -15,7 +15,7 @@ import click
 import torch
 from torch import Tensor
 
-from defenses.zoo import make_ensemble
+from defenses.cards import make_ensemble
 from ensemble_attacks import MORA
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.prepare import prepare
