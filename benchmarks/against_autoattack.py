@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cells import Cell, Run, choose, passes, run_options, summary
+from cells import Cell, Run, choose, run_options, summary
 from tables import save_table
 
 from ensemble_attacks.ensembles import VOTES
+from ensemble_attacks.evaluation.passes import passes_per_image
 
 CELLS = [  # eps: where AutoAttack leaves 10 to 50%, and 0.01 for ADP as in the MORA paper
     Cell("standard_resnet20_3", "softmax", 0.005),
@@ -63,7 +64,7 @@ def row_of(cell: Cell, shards: list[dict[str, Path]]) -> dict[str, Any]:
         robust["clean"] += both["mora-mt"]["clean"]["robust"]
         for name, part in parts.items():
             robust[name] += part["robust"]
-            spent[name] += passes(part) * images
+            spent[name] += passes_per_image(part) * images
         for row in json.loads((folders["mora-mt"] / "mora-mt.trace.json").read_text()):
             for kind in ("forwards", "backwards", "fooled"):
                 trace[row["stage"], row["step"], kind] += row[kind]

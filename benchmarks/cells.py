@@ -57,20 +57,26 @@ class Run:
 
     def attack(self, cells: Iterable[Cell], attacks: Iterable[str]) -> None:
         """Run what has not been run."""
+        missing = []
         for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
             where = self.folder(cell, shard, attack)
             weights = model_card(cell.model, self.model_dir, self.dataset)["sha256"]
-            if (where / "summary.json").exists():
-                if summary(where).get("weights") != weights:
-                    raise click.UsageError(f"{where} was run on other weights of {cell.model}: choose another --out")
+            if not (where / "summary.json").exists():
+                missing.append((shard, cell, attack, where, weights))
+            elif summary(where).get("weights") != weights:
+                raise click.UsageError(f"{where} was run on other weights of {cell.model}: choose another --out")
+        if not missing:
+            return
+        images, labels = load_dataset(self.dataset, data_dir=self.data_dir, n=self.n)
+        for shard, cell, attack, where, weights in missing:
+            if (where / "summary.json").exists():  # another process was quicker
                 continue
-            x, y = load_dataset(self.dataset, data_dir=self.data_dir, n=(shard + 1) * SHARD)
-            x, y = x[shard * SHARD :], y[shard * SHARD :]
+            part = slice(shard * SHARD, (shard + 1) * SHARD)
             model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote)
             evaluate(
                 model,
-                x,
-                y,
+                images[part],
+                labels[part],
                 [attack],
                 Settings(eps=cell.eps, seed=self.seed, batch_size=SHARD),
                 describe={
@@ -94,10 +100,6 @@ class Run:
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
-
-
-def passes(row: dict[str, float]) -> float:
-    return row["forwards_per_image"] + row["backwards_per_image"]
 
 
 def choose(names: str | None, known: Iterable[Cell]) -> list[Cell]:

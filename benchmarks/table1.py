@@ -16,11 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from cells import Cell, Run, choose, passes, run_options, summary
+from cells import Cell, Run, choose, run_options, summary
 from tables import save_table
 
 from defenses import list_models
 from ensemble_attacks.ensembles import VOTES
+from ensemble_attacks.evaluation.passes import passes_per_image
 
 DEFENSES = ("standard", "adp", "gal", "dverge", "trs")
 COLUMNS = {  # the attack that is run, and the stage of it that is the column's, if not its end
@@ -59,7 +60,9 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
         parts = [shard[attack]["attacks"][attack] for shard in summaries]
         parts = [part["stages"][stage] if stage else part for part in parts]
         row[column] = 100 * sum(part["robust"] for part in parts) / n
-        row[f"{column} passes"] = sum(passes(part) * first["n"] for part, first in zip(parts, firsts, strict=True)) / n
+        row[f"{column} passes"] = (
+            sum(passes_per_image(part) * first["n"] for part, first in zip(parts, firsts, strict=True)) / n
+        )
     return row
 
 

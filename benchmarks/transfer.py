@@ -13,7 +13,6 @@ Prints the matrix as Markdown; keeps it as Markdown, JSON, CSV and heat map.
 from __future__ import annotations
 
 import json
-from itertools import combinations
 from pathlib import Path
 
 import click
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses import load_model
+from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
 
 
@@ -41,8 +41,8 @@ def transfer_matrix(members: nn.ModuleList, x: Tensor, y: Tensor, eps: float, st
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
     """Mean cosine of the members' input gradients of cross-entropy, over pairs and images."""
     x = x.clone().requires_grad_()
-    gradients = [torch.autograd.grad(F.cross_entropy(member(x), y, reduction="sum"), x)[0].flatten(1) for member in members]
-    return torch.stack([F.cosine_similarity(a, b).mean() for a, b in combinations(gradients, 2)]).mean().item()
+    gradients = [torch.autograd.grad(F.cross_entropy(member(x), y, reduction="sum"), x)[0] for member in members]
+    return pair_cosines(torch.stack(gradients)).mean().item()
 
 
 @click.command()

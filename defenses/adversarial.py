@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from defenses import standard
 from defenses.standard import cross_entropy_sum
@@ -26,7 +25,7 @@ def loss_against_ensemble(batch: Batch) -> Tensor:
 def loss_against_members(batch: Batch) -> Tensor:
     """``sum_m CE(f_m(x'_m), y)``, batch mean, at images x'_m that raise the member's own cross-entropy."""
     members = range(len(batch.ensemble.members))
-    return torch.stack([F.cross_entropy(batch.logits(pgd(batch, m), m), batch.y) for m in members]).sum()
+    return cross_entropy_sum(torch.stack([batch.logits(pgd(batch, m), m) for m in members]), batch.y)
 
 
 def with_adversarial_training(recipe: Recipe, *, each_member: bool = False) -> Recipe:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from defenses.standard import cross_entropy_sum
 from defenses.training import Batch, Recipe, sgd
 from defenses.training.ascent import STEPS, sign_ascent
 
@@ -75,7 +75,7 @@ def loss(batch: Batch) -> Tensor:
     targets = batch.other_images()
     distilled = [distil(batch, member, targets, layer) for member in range(members)]
     pairs = permutations(range(members), 2)
-    return torch.stack([F.cross_entropy(batch.logits(distilled[j], i), batch.y) for i, j in pairs]).sum()
+    return cross_entropy_sum(torch.stack([batch.logits(distilled[j], i) for i, j in pairs]), batch.y)
 
 
 RECIPE = Recipe(

@@ -6,13 +6,11 @@ As released with DVERGE: Adam, members with leaky ReLU (slope 0.1), Gaussian noi
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defenses.training import Batch, Recipe, adam, input_gradients
+from defenses.training import Batch, Recipe, adam, input_gradients, pair_cosines
 
 COEFFICIENT = 0.5
 NOISE, NOISE_SHARE = 0.045, 0.5
@@ -23,9 +21,7 @@ def coherence(gradients_MN: Tensor) -> Tensor:
     """``log sum_{a<b} exp(cos(g_a, g_b))``, (N,): the smooth maximum of the cosines between members' input gradients
     (M, N, ...), the "GAL" regulariser of Kariyappa & Qureshi, section 4. Least, ``log(pairs) - 1``, where all oppose.
     """
-    flat_MND = gradients_MN.flatten(2)
-    pairs = combinations(range(len(flat_MND)), 2)
-    return torch.stack([F.cosine_similarity(flat_MND[a], flat_MND[b], dim=-1) for a, b in pairs]).logsumexp(0)
+    return pair_cosines(gradients_MN).logsumexp(0)
 
 
 def loss(batch: Batch) -> Tensor:

@@ -7,23 +7,17 @@ leaves out the flag that would perturb them.
 
 from __future__ import annotations
 
-from itertools import combinations
-
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from defenses.standard import cross_entropy_sum
-from defenses.training import Batch, Recipe, adam, input_gradients
+from defenses.training import Batch, Recipe, adam, input_gradients, pair_cosines
 
 SIMILARITY, SMOOTHNESS, SCALE = 2.0, 2.0, 5.0
 
 
 def gradient_similarity(gradients_MN: Tensor) -> Tensor:
     """Mean over pairs of members of ``|cos(g_a, g_b)|``, (N,), for input gradients (M, N, ...) (Yang et al., L_sim)."""
-    flat_MND = gradients_MN.flatten(2)
-    pairs = combinations(range(len(flat_MND)), 2)
-    return torch.stack([F.cosine_similarity(flat_MND[a], flat_MND[b], dim=-1).abs() for a, b in pairs]).mean(0)
+    return pair_cosines(gradients_MN).abs().mean(0)
 
 
 def smoothness(gradients_MN: Tensor) -> Tensor:

@@ -71,24 +71,26 @@ def load_model(
     if checkpoint is not None:
         return _load_checkpoint(model_name, checkpoint, dataset, vote)
     if model_name.startswith("ensemble:"):
-        own = lambda name: load_model(name, model_dir, dataset) if name in list_models(dataset, model_dir) else None  # noqa: E731
+        known = list_models(dataset, model_dir)
+        own = lambda name: load_model(name, model_dir, dataset, threat_model) if name in known else None  # noqa: E731
         names = model_name.removeprefix("ensemble:").split("+")
         return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
-    return read_model(_stem(model_name, model_dir, dataset), vote)
+    return read_model(_stem(model_name, model_dir, dataset, threat_model), vote)
 
 
-def model_card(model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10") -> dict[str, Any]:
+def model_card(
+    model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
+) -> dict[str, Any]:
     """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
-    return json.loads(_stem(model_name, model_dir, dataset).with_suffix(".json").read_text())
+    return json.loads(_stem(model_name, model_dir, dataset, threat_model).with_suffix(".json").read_text())
 
 
-def _stem(model_name: str, model_dir: str | Path | None, dataset: str) -> Path:
+def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:
     """The path of a model's files, without what tells them apart."""
     for folder in _folders(model_dir):
-        for threat_model in THREAT_MODELS:
-            stem = folder / dataset / threat_model / model_name
-            if stem.with_suffix(".json").exists():
-                return stem
+        stem = folder / dataset / threat_model / model_name
+        if stem.with_suffix(".json").exists():
+            return stem
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 
 

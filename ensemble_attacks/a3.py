@@ -12,7 +12,6 @@ fewer than a tenth of the samples left; and of its last restart's fifty repetiti
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -104,7 +103,15 @@ class A3(DescentAttack):
         for restart, (steps, share) in enumerate(SCHEDULE[: self.n_restarts]):
             if restart:
                 direction = towards_class(restart - 2) if restart > 1 else any_direction
-                initial = Stage(along, restart=restart, direction=direction, steps=INITIAL_STEPS, share=share)
-                stages.append(replace(initial, step_rule=whole_steps))
+                stages.append(
+                    Stage(
+                        along,
+                        restart=restart,
+                        direction=direction,
+                        steps=INITIAL_STEPS,
+                        step_rule=whole_steps,
+                        share=share,
+                    )
+                )
             stages.append(Stage(lead, restart=restart, steps=steps, resume=restart > 0))
         return stages

@@ -7,6 +7,8 @@ here every descent climbs the plain difference of the logits with APGD's steps, 
 
 from __future__ import annotations
 
+from itertools import product
+
 from torch import nn
 
 from ensemble_attacks.base import DescentAttack, lead
@@ -49,9 +51,6 @@ class CAA(DescentAttack):
 
     def _stages(self, num_classes: int) -> list[Stage]:
         ranks = range(1, min(TARGETS, num_classes - 1) + 1)
-        aimed = [
-            Stage(lead, target_rank=rank, steps=steps, resume=steps != 50 or rank > 1)
-            for steps in (50, 25)
-            for rank in ranks
-        ]
-        return [*aimed, Stage(lead, resume=True)]
+        aimed = enumerate(product((50, 25), ranks))
+        stages = [Stage(lead, target_rank=rank, steps=steps, resume=index > 0) for index, (steps, rank) in aimed]
+        return [*stages, Stage(lead, resume=True)]

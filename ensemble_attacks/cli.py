@@ -20,6 +20,7 @@ from ensemble_attacks import __version__, providers
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.ensembles import check_vote
+from ensemble_attacks.evaluation.passes import passes_per_image
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
 from ensemble_attacks.evaluation.suite import ATTACKS, Settings, find_attack
 from ensemble_attacks.validation import check_device, check_norm, check_positive
@@ -142,7 +143,7 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
     ensemble = providers.load_model(model, dataset="digits", vote=vote)
     summary = run_evaluation(ensemble, x, y, ["autoattack", "mora"], Settings(eps=DEMO_EPS, seed=seed))
     rows = [summary["attacks"][name] for name in ("autoattack", "mora")]
-    spent = [f"{row['forwards_per_image'] + row['backwards_per_image']:,.0f}" for row in rows]
+    spent = [f"{passes_per_image(row):,.0f}" for row in rows]
     accuracies = [f"{100 * row['accuracy']:.1f}" for row in (summary["clean"], *rows)]
     return [model.partition("_")[0], vote, *accuracies, *spent]
 

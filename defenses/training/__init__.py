@@ -1,5 +1,5 @@
 """How the weights were made."""
 
-from defenses.training.trainer import Batch, Recipe, Settings, adam, input_gradients, sgd, train
+from defenses.training.trainer import Batch, Recipe, Settings, adam, input_gradients, pair_cosines, sgd, train
 
-__all__ = ["Batch", "Recipe", "Settings", "adam", "input_gradients", "sgd", "train"]
+__all__ = ["Batch", "Recipe", "Settings", "adam", "input_gradients", "pair_cosines", "sgd", "train"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -119,6 +120,13 @@ def input_gradients(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = [batch.logits(own, member) for member, own in enumerate(inputs)]
     total = torch.stack([F.cross_entropy(logits_NK, batch.y, reduction="sum") for logits_NK in logits]).sum()
     return torch.stack(logits), torch.stack(torch.autograd.grad(total, inputs, create_graph=True))
+
+
+def pair_cosines(gradients_MN: Tensor) -> Tensor:
+    """The cosines between the members' input gradients (M, N, ...), one row a pair of members, (M (M - 1) / 2, N)."""
+    flat_MND = gradients_MN.flatten(2)
+    pairs = combinations(range(len(flat_MND)), 2)
+    return torch.stack([F.cosine_similarity(flat_MND[a], flat_MND[b], dim=-1) for a, b in pairs])
 
 
 def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator) -> Tensor:

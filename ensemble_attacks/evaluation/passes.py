@@ -8,6 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def passes_per_image(row: dict[str, Any]) -> float:
+    """Forward and backward passes per image, of a summary's row."""
+    return row["forwards_per_image"] + row["backwards_per_image"]
+
+
 class CountingModel(nn.Module):
     """A model that counts the images put through it, forward and backward."""
 
