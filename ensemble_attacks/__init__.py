@@ -2,24 +2,35 @@
 
 from ensemble_attacks.a3 import A3
 from ensemble_attacks.apgd import APGD
+from ensemble_attacks.arc import ARC
+from ensemble_attacks.bpda import BPDAIdentity
 from ensemble_attacks.caa import CAA
+from ensemble_attacks.crossmax import CrossMaxTransfer
 from ensemble_attacks.ensembles import Ensemble, as_ensemble
-from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, OutOfBallError, WeightsError
+from ensemble_attacks.eot import EOTAPGD
+from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, OutOfBallError, PartError, WeightsError
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.pgd import PGD
+from ensemble_attacks.surrogates import Surrogate
 
 __all__ = [
     "A3",
     "APGD",
+    "ARC",
     "AggregateMismatchError",
+    "BPDAIdentity",
     "CAA",
+    "CrossMaxTransfer",
+    "EOTAPGD",
     "Ensemble",
     "Judgement",
     "MORA",
     "NotAnEnsembleError",
     "OutOfBallError",
     "PGD",
+    "PartError",
+    "Surrogate",
     "WeightsError",
     "as_ensemble",
     "judge",

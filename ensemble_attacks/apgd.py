@@ -32,6 +32,7 @@ class APGD(DescentAttack):
         loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
         rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
         targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
+        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Shape:
@@ -59,10 +60,11 @@ class APGD(DescentAttack):
         *,
         rho: float = 0.75,
         targets: int = 9,
+        eot_iter: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__("APGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
-        self.n_restarts, self.loss, self.rho, self.targets = n_restarts, loss, rho, targets
+        self.n_restarts, self.loss, self.rho, self.targets, self.eot_iter = n_restarts, loss, rho, targets, eot_iter
         self._check()
 
     def _check(self) -> None:

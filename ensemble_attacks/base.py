@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks import descent
-from ensemble_attacks.descent import Outputs, Stage, Trace
-from ensemble_attacks.ensembles import AdoptedEnsemble, check_members
+from ensemble_attacks.descent import Draws, Objective, Outputs, Stage, Trace
+from ensemble_attacks.ensembles import AdoptedEnsemble, check_members, log_expected_softmax, probabilities_of
 from ensemble_attacks.noise import generator_for, sample_keys
 from ensemble_attacks.objectives import best_other, gather, margin
 from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.projections import make_ball
 from ensemble_attacks.steps import StepRule
+from ensemble_attacks.surrogates import Surrogate
 from ensemble_attacks.validation import (
     check_count,
     check_images,
@@ -37,43 +40,16 @@ def lead(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
     return gather(outputs.scores_NK, targets) - gather(outputs.scores_NK, labels)
 
 
-class DescentAttack(Attack):
-    """A torchattacks ``Attack`` that runs in `ensemble_attacks.descent`.
-
-    Subclasses say which stages to run (`_stages`) and by which step rule; everything that torchattacks users rely on
-    (``MultiAttack``, ``set_normalization_used``, ``set_mode_targeted_*``, ``save``, ...) works as usual. Beyond
-    torchattacks: inputs are checked, callers may be under ``torch.no_grad()``, the result does not depend on batch size or
-    order, and nothing about the model or the global random state is left changed, even after an exception.
-
-    Attributes:
-        trace: a `Trace` to fill, or ``None``.
+class CarefulAttack(Attack):
+    """A torchattacks ``Attack`` that leaves everything as it found it, even after an exception: the model, the global random
+    state, gradient mode, its own normalisation; and that can be called under ``torch.no_grad()``.
     """
 
     needs_members = False
-    step_rule: type[StepRule]
-
-    def __init__(
-        self, name: str, model: nn.Module, *, norm: str, eps: float, steps: int, seed: int, batch_size: int | None
-    ) -> None:
-        super().__init__(name, model)
-        self.norm, self.eps, self.steps, self.seed, self.batch_size = norm, eps, steps, seed, batch_size
-        self.trace: Trace | None = None
-        self.supported_mode = ["default", "targeted"]
+    seed: int
 
     def _check(self) -> None:
         """Raise on a setting that cannot be run. Called on construction and, as settings may be changed, at each call."""
-        check_norm(self.norm)
-        check_positive("eps", self.eps)
-        check_count("steps", self.steps)
-        check_count("seed", self.seed, at_least=0)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
-
-    def _stages(self, num_classes: int) -> list[Stage]:
-        raise NotImplementedError
-
-    def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
-        return self.step_rule(x, eps=eps, steps=steps)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""
@@ -86,14 +62,108 @@ class DescentAttack(Attack):
             check_members(model, type(self).__name__)
         super().set_model(model)
 
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        self._check()
+        normalized = self._normalization_applied
+        try:
+            with (
+                preserved(self.model),
+                private_random_state(getattr(self, "seed", 0)),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                return super().__call__(inputs, labels, *args, **kwargs)
+        finally:
+            self._set_normalization_applied(normalized)
+
+    def save(
+        self, data_loader: Any, save_path: Any = None, verbose: bool = True, return_verbose: bool = False, **kwargs: Any
+    ) -> Any:
+        """torchattacks' ``save``, which predicts only where it reports: so it reports, to nobody, where it would not."""
+        with preserved(self.model):
+            report = super().save(data_loader, save_path, verbose, return_verbose or not verbose, **kwargs)
+        return report if return_verbose else None
+
+
+class DescentAttack(CarefulAttack):
+    """A torchattacks ``Attack`` that runs in `ensemble_attacks.descent`.
+
+    Subclasses say which stages to run (`_stages`) and by which step rule; everything that torchattacks users rely on
+    (``MultiAttack``, ``set_normalization_used``, ``set_mode_targeted_*``, ``save``, ...) works as usual. Beyond
+    torchattacks: inputs are checked, callers may be under ``torch.no_grad()``, the result does not depend on batch size or
+    order, and nothing about the model or the global random state is left changed, even after an exception.
+
+    Attributes:
+        trace: a `Trace` to fill, or ``None``.
+        eot_iter: of a random model, forward passes of every iterate, over which loss, gradient, success, best iterate and
+            step size are means (Athalye et al. 2018, "Synthesizing Robust Adversarial Examples"). Where the model names its
+            members and their probabilities, the mean is exact, and one pass of all of them. ``None``: a model without
+            randomness.
+        draws_per_pass: how many of these go through the model as one batch; more than 1 only if it draws for each image by
+            itself.
+    """
+
+    step_rule: type[StepRule]
+
+    def __init__(
+        self, name: str, model: nn.Module, *, norm: str, eps: float, steps: int, seed: int, batch_size: int | None
+    ) -> None:
+        super().__init__(name, model)
+        self.norm, self.eps, self.steps, self.seed, self.batch_size = norm, eps, steps, seed, batch_size
+        self.trace: Trace | None = None
+        self.eot_iter: int | None = None
+        self.draws_per_pass = 1
+        self.supported_mode = ["default", "targeted"]
+
+    def _check(self) -> None:
+        check_norm(self.norm)
+        check_positive("eps", self.eps)
+        check_count("steps", self.steps)
+        check_count("seed", self.seed, at_least=0)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        if self.eot_iter is not None:
+            check_count("eot_iter", self.eot_iter)
+        check_count("draws_per_pass", self.draws_per_pass)
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        raise NotImplementedError
+
+    def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
+        return self.step_rule(x, eps=eps, steps=steps)
+
     def outputs(self, images: Tensor) -> Outputs:
-        """Scores, and members' logits where the attack needs them, of images in [0, 1]; normalises as `get_logits` does."""
-        if not self.needs_members:
-            return Outputs(self.get_logits(images))
+        """What the loop sees of images in [0, 1]; normalises as `get_logits` does."""
         if self._normalization_applied is False:
             images = self.normalize(images)
+        if isinstance(self.model, Surrogate):
+            return self.model.look(images)
+        probabilities = self._probabilities()
+        if not self.needs_members and probabilities is None:
+            return Outputs(self.model(images))
         logits_MNK = self.model.member_logits(images)
-        return Outputs(self.model.aggregate(logits_MNK), logits_MNK)
+        if probabilities is None:
+            return Outputs(self.model.aggregate(logits_MNK), logits_MNK)
+        return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
+
+    def _probabilities(self) -> Tensor | None:
+        """Of the members, if the expectation over them can be taken exactly and the attack is one that takes it."""
+        return probabilities_of(self.model) if self.needs_members or self.eot_iter is not None else None
+
+    def _expected_stages(self, num_classes: int) -> list[Stage]:
+        return [replace(stage, objective=self._expected(stage.objective)) for stage in self._stages(num_classes)]
+
+    @staticmethod
+    def _expected(objective: Objective) -> Objective:
+        """The mean of a loss over the members that the model draws from."""
+
+        def mean(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+            assert outputs.logits_MNK is not None
+            assert outputs.weights_E is not None
+            losses = [objective(Outputs(logits_NK), labels, targets) for logits_NK in outputs.logits_MNK]
+            return torch.einsum("m,mn->n", outputs.weights_E.to(losses[0]), torch.stack(losses))
+
+        return mean
 
     @staticmethod
     def rivals(outputs: Outputs, aim: Tensor | None) -> Tensor:
@@ -111,12 +181,14 @@ class DescentAttack(Attack):
         ]
         return (labels + torch.stack(shifts).to(labels)) % num_classes
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
         """Attack.
 
         Args:
             images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
             labels: (N,), integer class indices.
+            start: images in [0, 1] to start from, (N, C, H, W), projected into the ball around ``images``; ``None``: at
+                random.
 
         Returns:
             Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
@@ -131,6 +203,12 @@ class DescentAttack(Attack):
         labels = labels.detach().clone().to(device).long()
         if not len(images):
             return images
+        if start is not None:
+            check_images(start, "start")
+            if start.shape != images.shape:
+                raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
+            start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
+        exact = self._probabilities() is not None
         aim = None
         if self.targeted:
             with torch.no_grad():
@@ -143,38 +221,18 @@ class DescentAttack(Attack):
             self.outputs,
             images,
             labels,
-            self._stages,
+            self._expected_stages if exact and not self.needs_members else self._stages,
             norm=self.norm,
             eps=self.eps,
             steps=self.steps,
             step_rule=self._step_rule,
             seed=self.seed,
             aim=aim,
+            start=start,
+            draws=None if exact or self.eot_iter is None else Draws(self.eot_iter, self.draws_per_pass),
             batch_size=self.batch_size,
             trace=self.trace,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self.normalize(adversarial) if self._normalization_applied is False else adversarial)
         return adversarial
-
-    def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        self._check()
-        normalized = self._normalization_applied
-        try:
-            with (
-                preserved(self.model),
-                private_random_state(self.seed),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
-                return super().__call__(inputs, labels, *args, **kwargs)
-        finally:
-            self._set_normalization_applied(normalized)
-
-    def save(
-        self, data_loader: Any, save_path: Any = None, verbose: bool = True, return_verbose: bool = False, **kwargs: Any
-    ) -> Any:
-        """torchattacks' ``save``, which predicts only where it reports: so it reports, to nobody, where it would not."""
-        with preserved(self.model):
-            report = super().save(data_loader, save_path, verbose, return_verbose or not verbose, **kwargs)
-        return report if return_verbose else None

@@ -3,7 +3,10 @@
 One forward pass per iterate serves both the success test and the gradient; the last iterate is tested too. A sample leaves
 the batch the moment it is fooled. The clean image is the centre of the ball in every stage.
 
-Shape suffixes: M members, N samples, K classes.
+For a random model every one of these, loss, gradient, success, and which iterate is best, is the mean over draws, and a
+sample leaves only when no draw of many is right.
+
+Shape suffixes: M members, N samples, K classes, E outcomes of a random model.
 """
 
 from __future__ import annotations
@@ -27,13 +30,24 @@ from ensemble_attacks.validation import check_label_range
 NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
 FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
 CLOSEST = 0  # target rank of the class that has come closest so far
+CONFIRMING = 20  # further draws of a sample that no draw has been right on, before it leaves
+TIE = 1e-3  # what the mean margin counts beside the probability of being right
 
 
 class Outputs(NamedTuple):
-    """What one forward pass shows: the model's scores and, for an ensemble, its members' logits."""
+    """What one forward pass shows.
+
+    Attributes:
+        scores_NK: what is differentiated: the model's scores, or its surrogate's.
+        logits_MNK: the members', of an ensemble.
+        verdict_ENK: the scores that decide success, where they are others: of each outcome, by the ``weights_E`` that sum
+            to 1, of a model that is random, or of the one outcome of a model that a surrogate stands for.
+    """
 
     scores_NK: Tensor
     logits_MNK: Tensor | None = None
+    verdict_ENK: Tensor | None = None
+    weights_E: Tensor | None = None
 
 
 Forward = Callable[[Tensor], Outputs]
@@ -101,9 +115,121 @@ class Trace:
         return rows
 
 
-def success_margin(scores_NK: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
-    """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (N,)."""
-    return margin(scores_NK, labels) if aim is None else targeted_margin(scores_NK, aim)
+@dataclass(frozen=True)
+class Draws:
+    """How a random model is looked at.
+
+    Attributes:
+        count: forward passes of every iterate.
+        per_pass: how many of them go through the model as one batch; more than one only where a model draws for every
+            image of a batch by itself.
+    """
+
+    count: int
+    per_pass: int = 1
+
+
+class Point(NamedTuple):
+    """What was seen at iterates (N, C, H, W): the mean over draws of scores and loss, and the loss's gradient.
+
+    ``margin_N`` is negative where the sample is fooled: the margin of a deterministic model; else the probability of being
+    right, with the mean margin to break ties.
+    """
+
+    scores_NK: Tensor
+    margin_N: Tensor
+    loss_N: Tensor
+    gradient: Tensor | None
+    forwards: int
+    backwards: int
+
+
+def success_margin(scores: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
+    """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (..., N)."""
+    return margin(scores, labels) if aim is None else targeted_margin(scores, aim)
+
+
+def expected_margin(right_N: Tensor, margin_N: Tensor) -> Tensor:
+    """Orders samples by the probability of being right, then by mean margin; negative where that probability is 0."""
+    closeness_N = 0.5 + margin_N.atan() / math.pi
+    return torch.where(right_N > 0, right_N, -1.0) + TIE * closeness_N
+
+
+def verdict(outputs: Outputs, labels: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The probability of being right, or of not being where an attack aims, and the mean margin; (N,), (N,)."""
+    if outputs.verdict_ENK is None:
+        margin_N = success_margin(outputs.scores_NK.detach(), labels, aim)
+        return (~(margin_N < 0)).to(margin_N), margin_N
+    margin_EN = success_margin(outputs.verdict_ENK.detach(), labels, aim)
+    weights_E = torch.ones(1) if outputs.weights_E is None else outputs.weights_E
+    weights_E = weights_E.to(margin_EN)
+    return weights_E @ (~(margin_EN < 0)).to(margin_EN), weights_E @ margin_EN
+
+
+def look(
+    forward: Forward,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    targeted: bool,
+    objective: Objective | None,
+    draws: Draws | None,
+) -> Point:
+    """Scores, success and, with an ``objective``, its loss and gradient at ``x``: one forward pass serves all three.
+
+    The draws of a random model are accumulated, so that memory does not grow with their number.
+    """
+    count, at_once = (1, 1) if draws is None else (draws.count, draws.per_pass)
+    x = x.detach().requires_grad_(objective is not None)
+    right_N = margin_N = loss_N = scores_NK = torch.zeros((), dtype=x.dtype, device=x.device)
+    gradient: Tensor | None = None
+    random, backwards = draws is not None, 0
+    for copies in _chunks(count, at_once):
+        at, to = tile(labels, copies), None if targets is None else tile(targets, copies)
+        with torch.set_grad_enabled(objective is not None):
+            outputs = forward(tile(x, copies))
+        right, lead = verdict(outputs, at, to if targeted else None)
+        right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
+        scores_NK = scores_NK + total(outputs.scores_NK.detach(), copies)
+        random = random or outputs.weights_E is not None
+        if objective is None or (draws is None and not right.any()):
+            continue
+        with torch.enable_grad():
+            loss = objective(outputs, at, to)
+        (part,) = torch.autograd.grad(loss.sum(), x)
+        gradient = part if gradient is None else gradient + part
+        loss_N = loss_N + total(loss.detach(), copies)
+        backwards += copies * len(x)
+    forwards, seen = count * len(x), torch.full_like(right_N, count)
+    doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else ()
+    if len(doubtful):  # before a sample leaves on these draws, others have to confirm them
+        forwards += CONFIRMING * len(doubtful)
+        seen[doubtful] += CONFIRMING
+        aim = targets[doubtful] if targeted and targets is not None else None
+        for copies in _chunks(CONFIRMING, at_once):
+            with torch.no_grad():
+                outputs = forward(tile(x.detach()[doubtful], copies))
+            again = verdict(outputs, tile(labels[doubtful], copies), None if aim is None else tile(aim, copies))
+            right_N[doubtful] += total(again[0], copies)
+            margin_N[doubtful] += total(again[1], copies)
+    if random:
+        margin_N = expected_margin(right_N / seen, margin_N / seen)
+    return Point(scores_NK / count, margin_N, loss_N / count, gradient, forwards, backwards)
+
+
+def tile(t: Tensor, copies: int) -> Tensor:
+    """(N, ...) -> (copies * N, ...)."""
+    return t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1))
+
+
+def total(t: Tensor, copies: int) -> Tensor:
+    """(copies * N, ...) -> (N, ...), summed over copies."""
+    return t if copies == 1 else t.view(copies, -1, *t.shape[1:]).sum(0)
+
+
+def _chunks(count: int, size: int) -> list[int]:
+    """``count`` in parts of ``size``."""
+    return [size] * (count // size) + ([count % size] if count % size else [])
 
 
 def closest_class(gaps_NK: Tensor, aims_NK: Tensor) -> Tensor:
@@ -123,6 +249,7 @@ def descend(
     gaps_NK: Tensor,
     step_rule: StepRule,
     steps: int,
+    draws: Draws | None,
     record: Callable[[int, int, int, int, Tensor | float], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
@@ -130,44 +257,36 @@ def descend(
     ``gaps_NK``, the smallest lead of the label's score over each class's so far, is brought up to date in place.
 
     Returns:
-        The iterate of the smallest margin for every sample; that margin, (N,), below zero where it is fooled; and the last
-        iterate. The margin is that of the model's own prediction, whatever the objective.
+        The iterate of the smallest margin (`Point`) for every sample; that margin, (N,), below zero where it is fooled; and
+        the last iterate. The margin is that of the model's own prediction, whatever the objective.
     """
     best_x, last_x, best_margin = start.clone(), start.clone(), torch.full_like(labels, torch.inf, dtype=start.dtype)
     active = torch.arange(len(start), device=start.device)
     x = previous = start
     for step in range(steps + 1):
         last = step == steps
-        x = x.detach().requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            outputs = forward(x)
-        scores_NK = outputs.scores_NK.detach()
-        gaps_NK[active] = gaps_NK[active].fmin(gather(scores_NK, labels).unsqueeze(-1) - scores_NK)
-        margin_N = success_margin(scores_NK, labels, targets if targeted else None).to(best_margin.dtype)
+        point = look(forward, x, labels, targets, targeted, None if last else objective, draws)
+        gaps_NK[active] = gaps_NK[active].fmin(gather(point.scores_NK, labels).unsqueeze(-1) - point.scores_NK)
+        margin_N = point.margin_N.to(best_margin.dtype)
         improved = margin_N < best_margin[active]
         rows = active[improved]
-        best_x[rows], best_margin[rows] = x.detach()[improved], margin_N[improved]
+        best_x[rows], best_margin[rows] = x[improved], margin_N[improved]
         keep = ~(margin_N < 0)
         alive = int(keep.sum())
+        record(step, len(x) - alive, point.forwards, point.backwards, point.loss_N.sum() * (point.backwards / len(x)))
         if last or not alive:
-            last_x[active] = x.detach()
-            record(step, len(x) - alive, len(x), 0, 0.0)
+            last_x[active] = x
             break
-        with torch.enable_grad():
-            loss_N = objective(outputs, labels, targets)
-        (gradient,) = torch.autograd.grad(loss_N.sum(), x)
-        x, loss_N = x.detach(), loss_N.detach()
-        record(step, len(x) - alive, len(x), len(x), loss_N.sum())
+        loss_N, gradient = point.loss_N, point.gradient
+        assert gradient is not None
         if alive < len(x):
-            active, x, previous, gradient, loss_N = (t[keep] for t in (active, x, previous, gradient, loss_N))
+            active, x, previous, gradient = (t[keep] for t in (active, x, previous, gradient))
+            loss_N, margin_N = loss_N[keep], margin_N[keep]
             labels, targets = labels[keep], None if targets is None else targets[keep]
             ball = ball.select(keep)
             step_rule.select(keep)
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        x, gradient = step_rule.observe(step, x, loss_N, gradient)
-        ahead = ball.project(x + step_rule.size(step, x) * ball.steepest(gradient))
-        share = step_rule.momentum if step else 1.0
-        x, previous = ball.project(x + share * (ahead - x) + (1 - share) * (x - previous)), x
+        previous, x = step_rule.move(step, ball, previous, x, gradient, loss_N, margin_N)
     return best_x, best_margin, last_x
 
 
@@ -183,6 +302,8 @@ def attack(
     step_rule: Callable[..., StepRule],
     seed: int,
     aim: Tensor | None = None,
+    start: Tensor | None = None,
+    draws: Draws | None = None,
     batch_size: int | None = None,
     trace: Trace | None = None,
 ) -> Tensor:
@@ -196,6 +317,8 @@ def attack(
         steps: gradient steps of each stage.
         aim: the class to reach, (N,), for a targeted attack: success is then its prediction. ``None``: success is any
             prediction but the label.
+        start: where the first restart starts, (N, C, H, W), in the ball, if not at random.
+        draws: how a random model is looked at; ``None``: the model is deterministic.
         batch_size: samples per pass; ``None`` is all at once.
 
     Returns:
@@ -204,23 +327,39 @@ def attack(
     """
     batch_size = batch_size or max(len(images), 1)
     add = trace.add if trace is not None else (lambda *row: None)
-    with torch.no_grad():
-        clean_NK = torch.cat([forward(batch).scores_NK for batch in images.split(batch_size)])
-        check_label_range(labels, clean_NK.shape[1])
+
+    def checked(x: Tensor) -> Outputs:
+        outputs = forward(x)
+        check_label_range(labels, outputs.scores_NK.shape[1])
         if aim is not None:
-            check_label_range(aim, clean_NK.shape[1], "target labels")
-        margins = success_margin(clean_NK, labels, aim)
-        ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
-        if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
-            labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
+            check_label_range(aim, outputs.scores_NK.shape[1], "target labels")
+        return outputs
+
+    def survey(x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Scores, margins and forward passes of all samples."""
+        parts = torch.arange(len(x), device=x.device).split(batch_size)
+        targeted = aim is not None
+        points = [look(checked, x[i], labels[i], None if aim is None else aim[i], targeted, None, draws) for i in parts]
+        scores_NK, margins = torch.cat([p.scores_NK for p in points]), torch.cat([p.margin_N for p in points])
+        return scores_NK, margins, sum(point.forwards for point in points)
+
+    clean_NK, margins, forwards = survey(images)
+    ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
+    adversarial, ended = images.clone(), images.clone()
+    if start is not None:
+        _, start_margins, more = survey(start)
+        forwards += more
+        closer = start_margins < margins
+        adversarial[closer], margins = start[closer], margins.fmin(start_margins)
+    if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
+        labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
     gaps_NK = gather(clean_NK, labels).unsqueeze(-1) - clean_NK
     aims_NK = F.one_hot(labels, clean_NK.shape[1]) * NEVER
     fooled_in = torch.full_like(labels, NEVER).masked_fill(margins < 0, -1)
     if trace is not None:
         trace.fooled_in.append(fooled_in)
-    add(-1, 0, int((margins < 0).sum()), len(images), 0, 0.0)
+    add(-1, 0, int((margins < 0).sum()), forwards, 0, 0.0)
 
-    adversarial, ended = images.clone(), images.clone()
     keys = sample_keys(images)
     chosen = torch.arange(0)
     for index, stage in enumerate(stages(clean_NK.shape[1])):
@@ -240,9 +379,11 @@ def attack(
             ball = make_ball(norm, images[rows], eps)
             own_keys = [keys[row] for row in rows.tolist()]
             if stage.resume:
-                start = ended[rows]
+                begin = ended[rows]
+            elif start is not None and stage.restart == 0:
+                begin = ball.project(start[rows])
             else:
-                start = ball.start(start_noise(own_keys, images[rows], seed=seed, restart=stage.restart, norm=norm))
+                begin = ball.start(start_noise(own_keys, images[rows], seed=seed, restart=stage.restart, norm=norm))
             targets = aim if aim is None else aim[rows]
             if stage.direction is not None:
                 noise_NK = direction_noise(own_keys, clean_NK[rows], seed=seed, restart=stage.restart)
@@ -256,13 +397,14 @@ def attack(
                 forward,
                 stage.objective,
                 ball,
-                start,
+                begin,
                 labels[rows],
                 targets,
                 aim is not None,
                 closest_NK,
-                (stage.step_rule or step_rule)(start, eps=eps, steps=stage_steps),
+                (stage.step_rule or step_rule)(begin, eps=eps, steps=stage_steps),
                 stage_steps,
+                draws,
                 lambda *row, index=index: add(index, *row),
             )
             gaps_NK[rows] = closest_NK

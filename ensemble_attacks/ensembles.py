@@ -29,6 +29,12 @@ def log_mean_softmax(logits_MNK: Tensor) -> Tensor:
     return logits_MNK.log_softmax(-1).logsumexp(0) - math.log(len(logits_MNK))
 
 
+def log_expected_softmax(logits_MNK: Tensor, probabilities_M: Tensor) -> Tensor:
+    """``log sum_m p_m softmax(z^m)``, (N, K): of a model that draws member m with probability p_m."""
+    log_p_M = probabilities_M.to(logits_MNK).log().view(-1, 1, 1)
+    return (logits_MNK.log_softmax(-1) + log_p_M).logsumexp(0)
+
+
 def mean_logits(logits_MNK: Tensor) -> Tensor:
     """``mean_m z^m``, (N, K)."""
     return logits_MNK.mean(0)
@@ -240,3 +246,12 @@ def check_members(model: nn.Module, who: str) -> None:
             f"{who} looks inside an ensemble, but {type(model).__name__} has no {' and no '.join(missing)}: "
             "pass ensemble_attacks.Ensemble([...], vote=...), or as_ensemble(model, members=[...], vote=...)"
         )
+
+
+def probabilities_of(model: nn.Module) -> Tensor | None:
+    """With which probability a model that draws a member for each answer draws each, (M,); ``None``: it does not say so.
+
+    Such a model has ``member_logits(x) -> (M, N, K)`` and ``probabilities``, (M,), that sum to 1.
+    """
+    probabilities = getattr(model, "probabilities", None)
+    return probabilities if isinstance(probabilities, Tensor) and hasattr(model, "member_logits") else None

@@ -18,6 +18,10 @@ class OutOfBallError(ValueError):
     """An image that claims to be adversarial lies outside the threat model's ball or the [0, 1] box."""
 
 
+class PartError(ValueError):
+    """No such part of the model, or one that the identity cannot stand in for."""
+
+
 class WeightsError(ValueError):
     """A weights file that is not what the registry says it is."""
 

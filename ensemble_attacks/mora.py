@@ -42,6 +42,7 @@ class MORA(DescentAttack):
         seed (int): of the random starts. (Default: 0)
         aimed (bool): whether the sweep's later descents aim at single classes. (Default: True)
         weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
+        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Raises:
@@ -78,9 +79,11 @@ class MORA(DescentAttack):
         *,
         aimed: bool = True,
         weight_rule: str = "derivative",
+        eot_iter: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__("MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        self.eot_iter = eot_iter
         self.betas, self.targets, self.tau, self.aimed, self.weight_rule = betas, targets, tau, aimed, weight_rule
         self._check()
 
@@ -113,6 +116,7 @@ class MORA(DescentAttack):
             targets,
             beta=beta,
             vote=getattr(self.model, "vote", None),
+            probabilities=outputs.weights_E,
             tau=self.tau,
             rule=self.weight_rule,
         )

@@ -91,15 +91,28 @@ def log_reweighing(logits_MNK: Tensor, labels: Tensor, others: Tensor, rule: str
     return log_s_other + first + torch.log(-torch.expm1((second - first).clamp_max(0)))
 
 
-def reweigh(logits_MNK: Tensor, labels: Tensor, others: Tensor, *, masked: bool, rule: str) -> Tensor:
+def reweigh(
+    logits_MNK: Tensor,
+    labels: Tensor,
+    others: Tensor,
+    *,
+    masked: bool,
+    rule: str,
+    probabilities: Tensor | None = None,
+) -> Tensor:
     """MORA's member weights (M, N), summing to 1 over the members (MORA, eq. 10 and the indicator of eq. 11).
 
     With ``masked``, members that already prefer ``others`` to y weigh nothing; where that, or the rule, leaves no member,
-    all weigh the same.
+    all weigh the same. Of a model that draws members with ``probabilities`` (M,), the weights are those of the expected
+    vote, and the members that weigh nothing those that are wrong already, whichever class they prefer.
     """
     log_weights_MN = log_reweighing(logits_MNK, labels, others, rule)
+    if probabilities is not None:
+        log_weights_MN = log_weights_MN + probabilities.to(log_weights_MN).log().unsqueeze(-1)
     if masked:
         lead_MN = gather(logits_MNK, labels) - gather(logits_MNK, others)
+        if probabilities is not None:
+            lead_MN = margin(logits_MNK, labels)
         log_weights_MN = log_weights_MN.masked_fill(lead_MN <= 0, -torch.inf)
     nobody_N = log_weights_MN.amax(0) == -torch.inf
     return log_weights_MN.masked_fill(nobody_N, 0.0).softmax(0)
@@ -125,6 +138,7 @@ def mora(
     vote: str | None,
     tau: float | None = None,
     rule: str = "derivative",
+    probabilities: Tensor | None = None,
 ) -> Tensor:
     """MORA's loss, (N,) (Yu et al., NeurIPS 2022, eq. 7-12): cross-entropy of a mixture of the ensemble's own scores and
     its members' logits, reweighed towards the members whose change moves the vote most.
@@ -139,6 +153,7 @@ def mora(
         vote: the ensemble's vote, which decides temperature, indicator and ensemble term.
         tau: temperature of the members' softmax. ``None``: 1, but for ``"voting"`` each member's own top-1 minus top-2
             gap, per sample, which follows the hard vote more closely than any fixed temperature.
+        probabilities: with which the model draws each member, (M,), if it is a random one.
     """
     detached_MNK = logits_MNK.detach()
     temperature: float | Tensor
@@ -160,7 +175,9 @@ def mora(
     if vote == "logits" and rule == "derivative":
         members_NK = ensemble_NK  # E is the mean of the logits: its derivative by k^m is 1 / M for every member
     else:
-        weights_MN = reweigh(detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule)
+        weights_MN = reweigh(
+            detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule, probabilities=probabilities
+        )
         members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)
 
     mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, labels, targets)

@@ -28,6 +28,7 @@ class PGD(DescentAttack):
         n_restarts (int): random starts; each only on the samples still robust. (Default: 5)
         seed (int): of the random starts. (Default: 0)
         loss (str): ``"ce"``, or ``"margin"`` (CW: the best other logit minus the label's). (Default: ``"ce"``)
+        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Shape:
@@ -47,10 +48,11 @@ class PGD(DescentAttack):
         seed: int = 0,
         loss: str = "ce",
         *,
+        eot_iter: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__("PGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
-        self.alpha, self.n_restarts, self.loss = alpha, n_restarts, loss
+        self.alpha, self.n_restarts, self.loss, self.eot_iter = alpha, n_restarts, loss, eot_iter
         self._check()
 
     def _check(self) -> None:

@@ -10,28 +10,45 @@ import math
 import torch
 from torch import Tensor
 
-from ensemble_attacks.projections import per_sample
+from ensemble_attacks.projections import Ball, per_sample
 
 
-class _Fixed:
-    """A step size that depends on nothing but the step."""
+class StepRule:
+    """How far to go, and from where. Subclasses give the `size` of a step, and may go back (`observe`).
+
+    Attributes that are tensors have one row per sample.
+    """
 
     momentum = 1.0
 
     def __init__(self, x: Tensor, *, eps: float, steps: int) -> None:
         self.eps, self.steps = eps, steps
 
-    def observe(self, step: int, x: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return x, gradient
-
-    def select(self, rows: Tensor) -> None:
-        """No per-sample state."""
-
-    def size(self, step: int, x: Tensor) -> float:
+    def size(self, step: int, x: Tensor) -> float | Tensor:
+        """Of the step, in the ball's norm."""
         raise NotImplementedError
 
+    def observe(self, step: int, x: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Book the point just evaluated; return the point and gradient to go on from."""
+        return x, gradient
 
-class CosineSteps(_Fixed):
+    def move(
+        self, step: int, ball: Ball, previous: Tensor, x: Tensor, gradient: Tensor, loss: Tensor, margin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The point gone on from and the next, (N, C, H, W) both."""
+        x, gradient = self.observe(step, x, loss, gradient)
+        ahead = ball.project(x + self.size(step, x) * ball.steepest(gradient))
+        share = self.momentum if step else 1.0
+        return x, ball.project(x + share * (ahead - x) + (1 - share) * (x - previous))
+
+    def select(self, rows: Tensor) -> None:
+        """Forget the samples that left."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+
+
+class CosineSteps(StepRule):
     """MORA's schedule: ``a_i = eps (1 + cos(pi i / I))``, from twice eps down to 0 (MORA, Algorithm 1)."""
 
     momentum = 0.75
@@ -40,7 +57,7 @@ class CosineSteps(_Fixed):
         return self.eps * (1 + math.cos(math.pi * step / self.steps))
 
 
-class DecayingSteps(_Fixed):
+class DecayingSteps(StepRule):
     """A3's schedule: along half a cosine from eps to eps / 1000, or eps / 10 in ten steps or fewer (Liu et al. 2022)."""
 
     def size(self, step: int, x: Tensor) -> float:
@@ -48,7 +65,7 @@ class DecayingSteps(_Fixed):
         return self.eps * (least + (1 - least) * (1 + math.cos(math.pi * step / (self.steps + 1))) / 2)
 
 
-class ConstantSteps(_Fixed):
+class ConstantSteps(StepRule):
     """PGD's: always the same share of eps."""
 
     def __init__(self, x: Tensor, *, eps: float, steps: int, share: float) -> None:
@@ -59,7 +76,7 @@ class ConstantSteps(_Fixed):
         return self.share * self.eps
 
 
-class CheckpointSteps:
+class CheckpointSteps(StepRule):
     """APGD's schedule (Croce & Hein 2020, section 3): starts at twice eps; at check-points that come ever closer, a
     sample whose loss rose in too few of the last steps (``rho``), or whose best loss and step size have both stood still,
     goes back to its best point with half the step size.
@@ -79,7 +96,6 @@ class CheckpointSteps:
         self.loss: Tensor | None = None
 
     def observe(self, step: int, x: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Book the point just evaluated; return the point and gradient to go on from."""
         if self.loss is None:
             self.loss, self.best_loss, self.checked_loss = loss, loss, loss
             self.best_x, self.best_gradient = x, gradient
@@ -104,12 +120,3 @@ class CheckpointSteps:
 
     def size(self, step: int, x: Tensor) -> Tensor:
         return per_sample(self.sizes, x)
-
-    def select(self, rows: Tensor) -> None:
-        """Forget the samples that left: every tensor here has one row per sample."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[rows])
-
-
-StepRule = _Fixed | CheckpointSteps

@@ -11,10 +11,16 @@ from helpers import make_ensemble
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks import A3, APGD, CAA, MORA, PGD
+from ensemble_attacks import A3, APGD, CAA, EOTAPGD, MORA, PGD, BPDAIdentity, CrossMaxTransfer
 
 EPS = 0.1
 ROUNDING = 1e-8  # in float64, carried through up to 800 steps
+
+
+def dropouts(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
 ATTACKS = {
     "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8),
     "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=5, betas=(0.5, 0.0), targets=3),
@@ -25,6 +31,11 @@ ATTACKS = {
     "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),
     "apgd-dlr": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, loss="dlr"),
     "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
+    "eot-apgd": lambda model, norm: EOTAPGD(model, norm=norm, eps=EPS, steps=12, eot_iter=2),
+    "bpda": lambda model, norm: BPDAIdentity(model, parts=dropouts(model), norm=norm, eps=EPS, steps=12),
+    "crossmax": lambda model, norm: CrossMaxTransfer(
+        model, attack=APGD, refine=APGD, refine_steps=5, norm=norm, eps=EPS, steps=12
+    ),
 }
 pytestmark = [pytest.mark.parametrize("name", ATTACKS), pytest.mark.parametrize("norm", ["Linf", "L2"])]
 

@@ -1,0 +1,39 @@
+"""Randomness that a model owns: fresh by default, seedable, and freezable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class OwnDraws(nn.Module):
+    """A module that draws from a generator of its own, and leaves the global ones alone."""
+
+    generator: torch.Generator
+    frozen_at: int | None
+
+    def own_draws(self, seed: int | None = None) -> None:
+        """Start the generator, at ``seed`` or anywhere."""
+        self.generator, self.frozen_at = torch.Generator(), None
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def next_draws(self) -> torch.Generator:
+        """The generator, for the draws of one forward pass."""
+        return self.generator if self.frozen_at is None else self.generator.manual_seed(self.frozen_at)
+
+    @contextmanager
+    def frozen_noise(self, seed: int = 0) -> Iterator[None]:
+        """Within it, every forward pass makes the same draws; afterwards, the model draws on where it was."""
+        state, before = self.generator.get_state(), self.frozen_at
+        self.frozen_at = seed
+        try:
+            yield
+        finally:
+            self.frozen_at = before
+            self.generator.set_state(state)

@@ -1,0 +1,70 @@
+"""CrossMax-disable transfer: craft on the members' mean, judge and refine on the defended model (Zhang et al., "Evaluating
+the Robustness of the Ensemble Everything Everywhere Defense", arXiv:2411.14834).
+
+The clean image stays the centre of the ball in every stage; the first version of the paper's attack moved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ensemble_attacks.composed import ComposedAttack
+from ensemble_attacks.eot import EOTAPGD
+from ensemble_attacks.surrogates import Surrogate
+
+
+class CrossMaxTransfer(ComposedAttack):
+    r"""An attack on a surrogate, refined on the target from the images that it found.
+
+    The surrogate has the same weights and another aggregation, by default the mean of the members' raw logits. From the same
+    forward pass, this package's attacks also see what the target itself answers, stop where that is wrong, and return the
+    image on which it is least often right; another's attack stops where the surrogate is wrong.
+
+    Arguments:
+        model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``; any
+            classifier if ``surrogate`` is a module.
+        attack (callable): makes the attack on the surrogate. (Default: `EOTAPGD`)
+        surrogate (str, callable or nn.Module): see `Surrogate`. (Default: ``"mean"``)
+        refine (callable): makes the attack on the target, which takes ``start``; ``None``: no refinement.
+            (Default: `EOTAPGD`)
+        refine_steps (int): gradient steps of the refinement. (Default: 100)
+        arguments: of ``attack``; ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size`` are those of the refinement,
+            too.
+
+    Raises:
+        NotAnEnsembleError: the model shows no members, and the surrogate is to aggregate them.
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: Callable[..., Any] = EOTAPGD,
+        surrogate: str | Callable[[Tensor], Tensor] | nn.Module = "mean",
+        refine: Callable[..., Any] | None = EOTAPGD,
+        refine_steps: int = 100,
+        **arguments: Any,
+    ) -> None:
+        super().__init__("CrossMaxTransfer", model)
+        self.surrogate = surrogate
+        self.inner = attack(Surrogate(model, surrogate), **arguments)
+        shared = {key: arguments[key] for key in ("norm", "eps", "seed", "eot_iter", "batch_size") if key in arguments}
+        self.refine = None if refine is None else refine(model, steps=refine_steps, **shared)
+        self.supported_mode = self.inner.supported_mode
+
+    def set_model(self, model: nn.Module) -> None:
+        super().set_model(model)
+        if "inner" in vars(self):
+            self.inner.set_model(Surrogate(model, self.surrogate))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
+        adversarial = self.inner(images, labels)
+        return adversarial if self.refine is None else self.refine(images, labels, start=adversarial)

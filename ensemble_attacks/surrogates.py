@@ -1,0 +1,187 @@
+"""What to differentiate instead of the defended model.
+
+A defense whose gradient misleads is attacked through a `Surrogate` that has the same weights and an aggregation that does
+not, or through `straight_through` parts, which are the identity in the backward pass (BPDA; Athalye, Carlini & Wagner,
+"Obfuscated Gradients Give a False Sense of Security", ICML 2018). Success is decided by the defended model all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.descent import Outputs
+from ensemble_attacks.ensembles import VOTES, check_members, log_expected_softmax, probabilities_of
+from ensemble_attacks.errors import PartError, unknown_name
+from ensemble_attacks.preserve import preserved
+
+AGGREGATIONS = {"mean": "logits", "probability": "softmax"}  # by the vote that it is
+
+
+class Surrogate(nn.Module):
+    """A model to be attacked in place of ``target``: its members, aggregated otherwise, or any other model.
+
+    Its forward is the surrogate's, so that any attack can craft on it; those of this package also see the target's own
+    prediction, and stop at that one.
+
+    Args:
+        target: the defended model, images in [0, 1] -> scores (N, K).
+        surrogate: ``"mean"`` (mean of the members' raw logits), ``"probability"`` (log of their mean, or for a model that
+            draws members their expected, probability), a function (M, N, K) -> (N, K), or a module (N, C, H, W) -> (N, K).
+
+    Raises:
+        NotAnEnsembleError: an aggregation was given, but ``target`` shows no members to aggregate.
+    """
+
+    def __init__(self, target: nn.Module, surrogate: str | nn.Module | Callable[[Tensor], Tensor] = "mean") -> None:
+        super().__init__()
+        if isinstance(surrogate, str) and surrogate not in AGGREGATIONS:
+            raise unknown_name("surrogate", surrogate, AGGREGATIONS)
+        if not isinstance(surrogate, nn.Module):
+            check_members(target, f"the surrogate {surrogate!r}")
+        self.target: Any = target
+        self.other: Any = surrogate if isinstance(surrogate, nn.Module) else None
+        self.vote = AGGREGATIONS[surrogate] if isinstance(surrogate, str) else None
+        self._aggregate: Callable[[Tensor], Tensor] = VOTES[self.vote] if self.vote else surrogate  # type: ignore[assignment]
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) if self.other is not None else self.aggregate(self.member_logits(x))
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """The target's members', (M, N, K), or those of a surrogate that is another ensemble."""
+        return (self.target if self.other is None else self.other).member_logits(x)
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        """(M, N, K) -> (N, K)."""
+        if self.other is not None:
+            return self.other.aggregate(logits_MNK)
+        probabilities = probabilities_of(self.target)
+        if self.vote == "softmax" and probabilities is not None:
+            return log_expected_softmax(logits_MNK, probabilities)
+        return self._aggregate(logits_MNK)
+
+    def look(self, x: Tensor) -> Outputs:
+        """The surrogate's scores and, from the same forward pass if it is an aggregation, the target's."""
+        if self.other is not None:
+            with torch.no_grad():
+                verdict_NK = self.target(x)
+            logits_MNK = self.other.member_logits(x) if hasattr(self.other, "member_logits") else None
+            scores_NK = self.other(x) if logits_MNK is None else self.other.aggregate(logits_MNK)
+            return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
+        logits_MNK = self.target.member_logits(x)
+        scores_NK = self.aggregate(logits_MNK)
+        probabilities = probabilities_of(self.target)
+        if probabilities is not None:
+            return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
+        return Outputs(scores_NK, logits_MNK, self.target.aggregate(logits_MNK.detach()).unsqueeze(0))
+
+
+class _Identity(torch.autograd.Function):
+    """``(x, f(x)) -> f(x)``, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def find_parts(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The parts of a model, by name or as modules: every submodule of that name, or whose name ends in it.
+
+    Raises:
+        PartError: nothing is called so; the message lists what there is.
+    """
+    chosen: Iterable[str | nn.Module] = [parts] if isinstance(parts, (str, nn.Module)) else parts
+    known = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, nn.Module] = {}
+    for part in chosen:
+        matches = {
+            name: module
+            for name, module in known.items()
+            if module is part or (isinstance(part, str) and (name == part or name.endswith(f".{part}")))
+        }
+        if not matches:
+            what = repr(part) if isinstance(part, str) else f"the given {type(part).__name__}"
+            raise PartError(f"parts: {what} is no part of {type(model).__name__}: choose from {', '.join(known) or 'none'}")
+        found |= matches
+    if not found:
+        raise PartError("parts is empty: name at least one part of the model")
+    return list(found.items())
+
+
+@contextmanager
+def straight_through(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> Iterator[None]:
+    """Within it, the backward pass of these parts is the identity; afterwards, whatever happens, all is as before.
+
+    Raises:
+        PartError: no such part, or, in a forward pass, one that changes the shape of what goes through it.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def pass_through(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            _check_shape(name, inputs[0], output)
+            return _Identity.apply(inputs[0], output)  # type: ignore[no-untyped-call]
+
+        return pass_through
+
+    with ExitStack() as stack:
+        for name, module in find_parts(model, parts):
+            stack.callback(module.register_forward_hook(hook(name)).remove)
+        yield
+
+
+def _check_shape(name: str, x: Tensor, y: Tensor) -> None:
+    if y.shape != x.shape:
+        raise PartError(
+            f"parts: {name!r} turns {tuple(x.shape)} into {tuple(y.shape)}, so that the identity cannot stand in for it: "
+            "name parts that keep the shape"
+        )
+
+
+def premise(
+    model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module], x: Tensor, labels: Tensor
+) -> dict[str, dict[str, float] | float]:
+    """How far BPDA-identity may be trusted: is each part near the identity on images (N, C, H, W)?
+
+    Returns:
+        For each part ``relative``, the mean of ``|f(x) - x|_2 / |x|_2``, and ``largest``, that of ``|f(x) - x|_inf``; and
+        ``gradient_cosine``, the mean cosine between the input gradients of the cross-entropy with and without the parts'
+        own backward pass. A low cosine is not a failure: it is what a defense that masks its gradient looks like.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            _check_shape(name, inputs[0], output)
+            seen[name] = (inputs[0].detach().flatten(1), output.detach().flatten(1))
+
+        return keep
+
+    def gradient() -> Tensor:
+        images = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+        return torch.autograd.grad(loss, images)[0].flatten(1)
+
+    with preserved(model), ExitStack() as stack:
+        model.eval()
+        for name, module in find_parts(model, parts):
+            stack.callback(module.register_forward_hook(hook(name)).remove)
+        own = gradient()
+        with straight_through(model, parts):
+            surrogate = gradient()
+    figures: dict[str, dict[str, float] | float] = {}
+    for name, (before, after) in seen.items():
+        change = after - before
+        relative = change.norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
+        figures[name] = {"relative": relative.mean().item(), "largest": change.abs().amax(1).mean().item()}
+    figures["gradient_cosine"] = nn.functional.cosine_similarity(own, surrogate).mean().item()
+    return figures

@@ -1,0 +1,206 @@
+"""Attacks through a stand-in for the gradient: BPDA with the identity, CrossMax disabled, and other surrogates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchattacks
+from helpers import make_ensemble, make_member
+from torch import Tensor, nn
+
+from defenses import load_model
+from defenses.crossmax import CrossMax, crossmax
+from ensemble_attacks import APGD, EOTAPGD, MORA, PGD, BPDAIdentity, CrossMaxTransfer, Ensemble, Surrogate, judge
+from ensemble_attacks.errors import NotAnEnsembleError, PartError
+from ensemble_attacks.surrogates import premise, straight_through
+
+EPS = 0.1
+
+
+class Shattering(nn.Module):
+    """Nearly the identity, with a gradient that says nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 50).round() / 50
+
+
+class Guarded(nn.Module):
+    def __init__(self, seed: int = 0, frontend: nn.Module | None = None) -> None:
+        super().__init__()
+        self.frontend = frontend or Shattering()
+        self.backbone = make_member(4, seed).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(self.frontend(x))
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return (model(x).argmax(1) == y).double().mean().item()
+
+
+@pytest.fixture
+def guarded(batch: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+    model = Guarded().eval()
+    return model, batch[0], model(batch[0]).argmax(1)
+
+
+@pytest.mark.parametrize("attack", [APGD, PGD, torchattacks.PGD], ids=["apgd", "pgd", "torchattacks-pgd"])
+def test_bpda_takes_the_mask_off(attack: type, guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = guarded
+    direct = attack(model, eps=EPS, steps=10)(x, y)
+    bpda = BPDAIdentity(model, attack=attack, eps=EPS, steps=10)
+    adversarial = bpda(x, y)
+    assert accuracy(model, adversarial, y) < accuracy(model, direct, y) - 0.2
+    judge(model, x, y, adversarial, eps=EPS)
+    assert bpda.premise["frontend"]["largest"] <= 0.01 + 1e-9
+    assert bpda.premise["gradient_cosine"] == 0
+
+
+def test_the_gradient_is_that_of_the_model_without_its_part(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, _ = guarded
+    x = Shattering()(x).requires_grad_()  # where the front end is the identity, so is everything behind it
+    (expected,) = torch.autograd.grad(model.backbone(x).logsumexp(1).sum(), x)
+    with straight_through(model, "frontend"):
+        scores = model(x)
+    (found,) = torch.autograd.grad(scores.logsumexp(1).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(scores, model(x))
+
+
+def test_parts_are_put_back_after_an_exception(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = guarded
+
+    def failing(target: nn.Module, **arguments: object) -> APGD:
+        attack = APGD(target)
+        attack.forward = lambda *args: 1 / 0  # type: ignore[assignment]
+        return attack
+
+    with pytest.raises(ZeroDivisionError):
+        BPDAIdentity(model, attack=failing)(x, y)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_parts_that_do_not_exist_or_fit() -> None:
+    model = Guarded().eval()
+    with pytest.raises(PartError, match=r"'front' is no part of Guarded: choose from frontend, backbone, backbone\.0"):
+        BPDAIdentity(model, parts="front")
+    with pytest.raises(PartError, match="given Linear is no part"):
+        BPDAIdentity(model, parts=[nn.Linear(2, 2)])
+    with pytest.raises(PartError, match="parts is empty"):
+        BPDAIdentity(model, parts=[])
+    x = torch.rand(4, 3, 6, 6, dtype=torch.float64)
+    with pytest.raises(PartError, match=r"'backbone\.0' turns \(4, 3, 6, 6\) into \(4, 8, 6, 6\)"):
+        BPDAIdentity(model, parts="backbone.0")(x, torch.zeros(4, dtype=torch.long))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_part_far_from_the_identity_is_warned_of(batch: tuple[Tensor, Tensor]) -> None:
+    class Inverting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1 - x
+
+    model = Guarded(frontend=Inverting()).eval()
+    x, y = batch[0], model(batch[0]).argmax(1)
+    with pytest.warns(UserWarning, match="'frontend' is far from the identity"):
+        BPDAIdentity(model, eps=EPS, steps=2)(x, y)
+    assert premise(model, "frontend", x, y)["gradient_cosine"] == pytest.approx(-1, abs=0.2)
+
+
+def test_settings_of_the_attack_inside(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = guarded
+    bpda = BPDAIdentity(model, eps=EPS, steps=5)
+    first = bpda(x, y)
+    bpda.seed = 1
+    assert bpda.inner.seed == bpda.seed == 1
+    assert not torch.equal(bpda(x, y), first)
+    with pytest.raises(AttributeError, match="no attribute 'alpha'"):
+        _ = bpda.alpha
+    bpda.eps = -1
+    with pytest.raises(ValueError, match="eps must be"):
+        bpda(x, y)
+
+
+def test_bpda_of_mora_on_guarded_members(batch: tuple[Tensor, Tensor]) -> None:
+    model = Ensemble([Guarded(seed) for seed in range(3)], "voting").eval()
+    x, y = batch[0], model(batch[0]).argmax(1)
+    direct = MORA(model, eps=EPS, steps=10, betas=(0.5,))(x, y)
+    adversarial = BPDAIdentity(model, attack=MORA, eps=EPS, steps=10, betas=(0.5,))(x, y)
+    assert accuracy(model, adversarial, y) < accuracy(model, direct, y) - 0.2
+    judge(model, x, y, adversarial, eps=EPS)
+
+
+def test_crossmax_by_hand() -> None:
+    logits = torch.tensor([[[3.0, 1.0, 0.0]], [[0.0, 5.0, 1.0]], [[2.0, 2.0, 4.0]]])
+    # less the largest class: [0, -2, -3], [-5, 0, -4], [-2, -2, 0]; the largest predictor of every class is 0
+    expected = {1: [0.0, 0.0, 0.0], 2: [-2.0, -2.0, -3.0], 3: [-5.0, -2.0, -4.0], None: [-2.0, -2.0, -3.0]}
+    for k, scores in expected.items():
+        assert crossmax(logits, k).tolist() == [scores]
+    even = torch.randn(4, 5, 3)
+    assert torch.equal(crossmax(even), crossmax(even, 3))  # the lower median
+    for k in (0, 4):
+        with pytest.raises(ValueError, match="k must be at"):
+            CrossMax([make_member()] * 3, k=k)
+
+
+@pytest.fixture(scope="module")
+def masked(digits: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+    """CrossMax of nine networks, on the digits that they get right."""
+    names = ("standard", "adp", "gal")
+    model = CrossMax([net for name in names for net in load_model(f"{name}_convnet_3", dataset="digits").members]).eval()
+    right = model(digits[0]).argmax(1) == digits[1]
+    return model, digits[0][right], digits[1][right]
+
+
+@pytest.mark.parametrize(
+    "attack", [APGD, EOTAPGD, MORA, torchattacks.PGD], ids=["apgd", "eotapgd", "mora", "torchattacks-pgd"]
+)
+def test_crossmax_transfer(attack: type, masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = masked
+    arguments = {"eps": 0.12, "steps": 20} | ({"eot_iter": None} if attack is EOTAPGD else {})
+    direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
+    transfer = CrossMaxTransfer(model, attack=attack, refine=None, **arguments)(x, y)
+    refined = CrossMaxTransfer(model, attack=attack, refine=APGD, refine_steps=20, **arguments)(x, y)
+    assert accuracy(model, transfer, y) < accuracy(model, direct, y) - 0.05
+    assert accuracy(model, refined, y) <= accuracy(model, transfer, y)
+    for adversarial in (transfer, refined):
+        judge(model, x, y, adversarial, eps=0.12)
+
+
+def test_the_target_decides_on_success(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """The attack on the surrogate goes on until the target is wrong, and costs one pass of the members for both."""
+    model, x, y = masked
+    surrogate = Surrogate(model)
+    attack = APGD(surrogate, eps=0.12, steps=20)
+    seen = attack.outputs(x)
+    assert torch.equal(seen.scores_NK, model.member_logits(x).mean(0))
+    assert seen.verdict_ENK is not None
+    assert torch.equal(seen.verdict_ENK[0], model(x))
+    assert torch.equal(surrogate(x), seen.scores_NK)
+    fooled = model(attack(x, y)).argmax(1) != y
+    assert fooled.any()
+
+
+def test_any_model_can_be_the_surrogate(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = guarded
+    adversarial = CrossMaxTransfer(model, attack=APGD, surrogate=model.backbone, refine=None, eps=EPS, steps=10)(x, y)
+    assert accuracy(model, adversarial, y) < 0.8
+    first = CrossMaxTransfer(make_ensemble(), attack=APGD, surrogate=lambda logits: logits[0], refine=None, eps=EPS, steps=3)
+    assert first(x, y).shape == x.shape
+
+
+def test_surrogates_that_do_not_exist(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    with pytest.raises(ValueError, match="unknown surrogate 'maen': did you mean 'mean'"):
+        CrossMaxTransfer(make_ensemble(), surrogate="maen")
+    with pytest.raises(NotAnEnsembleError, match="Guarded has no member_logits"):
+        CrossMaxTransfer(guarded[0])
+
+
+def test_refinement_starts_where_told_and_stays_around_the_clean_image(
+    masked: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, x, y = masked
+    far = (x + 0.5).clamp(0, 1)
+    adversarial = APGD(model, eps=EPS, steps=5)(x, y, start=far)
+    judge(model, x, y, adversarial, eps=EPS)
+    with pytest.raises(ValueError, match="start has shape"):
+        APGD(model, eps=EPS, steps=5)(x, y, start=far[:3])
