@@ -1,4 +1,5 @@
-"""The standard AutoAttack, from whichever package is installed: fra31's ``autoattack`` or PyPI's ``pyautoattack``.
+"""AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
+``pyautoattack``.
 
 The two are the same mathematics behind different interfaces. Each of the suite's attacks is run as a segment of its own, on
 the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds, and it
@@ -20,6 +21,8 @@ from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.validation import check_choice
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND = ("apgd-ce", "apgd-dlr")
+SUITES = {"standard": STANDARD, "rand": RAND}
 
 
 def installed_autoattack() -> ModuleType:
@@ -36,10 +39,12 @@ def installed_autoattack() -> ModuleType:
     raise ImportError("no AutoAttack is installed: pip install pyautoattack==0.2.0")
 
 
-def make_adversary(model: nn.Module, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int) -> Any:
-    """An AutoAttack object set as ``version="standard"``: one restart, nine targets (or as many as there are)."""
+def make_adversary(
+    model: nn.Module, version: str, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int
+) -> Any:
+    """An AutoAttack object of that version: one restart, nine targets (or as many as there are), 20 draws (``"rand"``)."""
     package = installed_autoattack()
-    arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version="standard", device=device)
+    arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version=version, device=device)
     if package.__name__ == "autoattack":
         arguments["verbose"] = False
     adversary = package.AutoAttack(model, **arguments)
@@ -56,7 +61,7 @@ def run_segment(adversary: Any, name: str, x: Tensor, y: Tensor, batch_size: int
     return result[0] if isinstance(result, tuple) else result
 
 
-def standard_autoattack(
+def run_autoattack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -65,22 +70,27 @@ def standard_autoattack(
     norm: str = "Linf",
     seed: int = 0,
     batch_size: int = 250,
-    attacks: Sequence[str] = STANDARD,
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
     on_attack: Callable[[str], object] = lambda name: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the standard suite, or some of its attacks, in order; each on what is left robust.
+    """Run the suite, or some of its attacks, in order; each on what its own flags say is left robust.
 
     Args:
         model: images in [0, 1] -> scores (N, K).
         x, y: images (N, C, H, W) and labels (N,).
         eps: radius of the ball, in pixel units of [0, 1].
+        version: ``"standard"`` or ``"rand"``.
+        attacks: of the version's, which; ``None``: all.
         on_attack: called with each attack's name when it has finished.
 
     Returns:
         The images, and by attack name the suite's own robust flags (N,) after it.
     """
+    check_choice("version of AutoAttack", version, tuple(SUITES))
+    attacks = SUITES[version] if attacks is None else attacks
     for name in attacks:
-        check_choice("attack of the standard suite", name, STANDARD)
+        check_choice(f"attack of AutoAttack's version {version!r}", name, SUITES[version])
     device = next((p.device for p in model.parameters()), x.device)
     tracer = sys.gettrace()
     x_adv, flags = x.clone(), {}
@@ -95,7 +105,8 @@ def standard_autoattack(
                     "run its others by name (apgd-ce, fab-t, square)"
                 )
             robust = scores_NK.argmax(1) == y
-            adversary = make_adversary(model, norm=norm, eps=eps, seed=seed, device=device, num_classes=scores_NK.shape[1])
+            classes = scores_NK.shape[1]
+            adversary = make_adversary(model, version, norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
             for name in attacks:
                 rows = torch.nonzero(robust).squeeze(-1)
                 if len(rows):

@@ -64,6 +64,8 @@ def main(debug: bool) -> None:
 @click.option("--attacks", default="autoattack,mora", help="Comma-separated: " + ", ".join(ATTACKS) + ".")
 @click.option("--batch-size", type=int, default=250)
 @click.option("--seed", type=int, default=0)
+@click.option("--draws", type=int, default=1, help="Forward passes by which the judge decides, of a random model.")
+@click.option("--eot-iter", type=int, help="Draws of every iterate, of a random model.")
 @click.option("--device", default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder for summary, times and images.")
 def evaluate(
@@ -79,6 +81,8 @@ def evaluate(
     attacks: str,
     batch_size: int,
     seed: int,
+    draws: int,
+    eot_iter: int | None,
     device: str,
     out: Path | None,
 ) -> None:
@@ -111,7 +115,7 @@ def evaluate(
         invalid = f" ({row['invalid']} invalid)" if row.get("invalid") else ""
         table.add_row(name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *spent(row))
 
-    settings = Settings(eps=eps, norm=norm, seed=seed, batch_size=batch_size)
+    settings = Settings(eps=eps, norm=norm, seed=seed, batch_size=batch_size, draws=draws, eot_iter=eot_iter)
     run_evaluation(ensemble, x, y, names, settings, describe=describe, out=out, report=add_row)
     console.print(table)
     if out is not None:

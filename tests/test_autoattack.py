@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks import autoattack
-from ensemble_attacks.autoattack import STANDARD, standard_autoattack
+from ensemble_attacks.autoattack import STANDARD, run_autoattack
 
 
 def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeyp
     sys.settrace(tracer)
     make = autoattack.make_adversary
     monkeypatch.setattr(autoattack, "make_adversary", lambda *args, **kw: quick(make(*args, **kw)))
-    images, flags = standard_autoattack(model, x, y, eps=0.12, seed=0, batch_size=5)
+    images, flags = run_autoattack(model, x, y, eps=0.12, seed=0, batch_size=5)
     assert list(flags) == list(STANDARD)
     assert torch.equal(images, expected)
     assert torch.equal(flags["square"], predicted == y)
@@ -46,7 +46,7 @@ def test_fewer_than_ten_classes_and_an_untouched_process(batch: tuple[Tensor, Te
     sys.settrace(tracer)
     before = torch.get_rng_state()
     try:
-        images, _ = standard_autoattack(model, x, y, eps=0.05, attacks=("apgd-t",))
+        images, _ = run_autoattack(model, x, y, eps=0.05, attacks=("apgd-t",))
         assert sys.gettrace() is tracer
     finally:
         sys.settrace(None)
@@ -66,14 +66,14 @@ def test_parameter_gradients_are_left_alone(digits: tuple[Tensor, Tensor]) -> No
             return made
 
         patch.setattr(autoattack, "make_adversary", quick)
-        standard_autoattack(model, digits[0][:4], digits[1][:4], eps=0.1, attacks=("fab-t",))
+        run_autoattack(model, digits[0][:4], digits[1][:4], eps=0.1, attacks=("fab-t",))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_too_few_classes_for_apgd_t() -> None:
     model = make_ensemble(classes=3, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs at least 4 classes, the model has 3"):
-        standard_autoattack(model, torch.rand(2, 3, 6, 6), torch.tensor([0, 1]), eps=0.1)
+        run_autoattack(model, torch.rand(2, 3, 6, 6), torch.tensor([0, 1]), eps=0.1)
 
 
 def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
@@ -106,7 +106,7 @@ def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, 
     module.AutoAttack = AutoAttack
     monkeypatch.setitem(sys.modules, "autoattack", module)
     x, y = batch[0].float(), batch[1]
-    images, flags = standard_autoattack(
+    images, flags = run_autoattack(
         make_ensemble(dtype=torch.float32), x, y, eps=0.05, seed=3, batch_size=9, attacks=("apgd-ce",)
     )
     assert seen == {
@@ -119,4 +119,4 @@ def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, 
 
 def test_an_unknown_attack_of_the_suite() -> None:
     with pytest.raises(ValueError, match="did you mean 'apgd-t'"):
-        standard_autoattack(make_ensemble(), torch.rand(1, 3, 6, 6), torch.tensor([0]), eps=0.1, attacks=("apgd_t",))
+        run_autoattack(make_ensemble(), torch.rand(1, 3, 6, 6), torch.tensor([0]), eps=0.1, attacks=("apgd_t",))

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, NotAnEnsembleError, Surrogate, judge
+from ensemble_attacks.autoattack import run_autoattack
 from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, expected_margin, look
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.objectives import ce
 
 EPS = 0.1
@@ -45,6 +48,27 @@ def test_lucky_draws_are_no_success(images: tuple[Tensor, Tensor]) -> None:
     low, high = verdict.interval
     assert low <= 0.95 <= high
     assert int(verdict.robust.sum()) == len(x)
+
+
+def test_what_rand_says_of_lucky_draws(images: tuple[Tensor, Tensor]) -> None:
+    """Why there is EOTAPGD: AutoAttack's own flags count one lucky draw of an image as a success."""
+    x, y = images
+    adversarial, flags = run_autoattack(Flipping(), x, y, eps=EPS, version="rand")
+    assert flags["apgd-dlr"].double().mean() < 0.9
+    assert 0.92 < judge(Flipping(), x, y, adversarial, eps=EPS, draws=20).accuracy < 0.98
+
+
+def test_evaluate_a_random_model(batch: tuple[Tensor, Tensor]) -> None:
+    model = make_randomized()
+    x, y = agreed(model, batch)
+    settings = Settings(eps=EPS, draws=40, eot_iter=3)
+    summary = evaluate(model.float(), x.float(), y, ["arc", "mora", "eot-apgd"], settings)
+    assert summary["clean"]["accuracy"] == 1
+    rows = summary["attacks"].values()
+    assert all(row["draws"] == 40 and row["accuracy"] < 1 for row in rows)
+    assert summary["worst_case"]["accuracy"] <= min(row["accuracy"] for row in rows)
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        evaluate(model, x.float(), y, ["mora"], Settings(eps=EPS, draws=0))
 
 
 def test_memory_does_not_grow_with_the_draws(images: tuple[Tensor, Tensor]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ensemble_attacks.ensembles import probabilities_of
+
 
 def passes_per_image(row: dict[str, Any]) -> float:
     """Forward and backward passes per image, of a summary's row."""
@@ -45,6 +47,11 @@ class CountingEnsemble(CountingModel):
         return getattr(self.counted, "vote", None)
 
     counted: Any
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """Of a randomized ensemble (`probabilities_of`)."""
+        return probabilities_of(self.counted)
 
     def member_logits(self, x: Tensor) -> Tensor:
         return self._count(len(x), self.counted.member_logits(x))

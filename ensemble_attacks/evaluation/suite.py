@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from ensemble_attacks.a3 import A3
 from ensemble_attacks.apgd import APGD
-from ensemble_attacks.autoattack import STANDARD, standard_autoattack
-from ensemble_attacks.base import DescentAttack
+from ensemble_attacks.arc import ARC
+from ensemble_attacks.autoattack import RAND, STANDARD, run_autoattack
+from ensemble_attacks.base import CarefulAttack
+from ensemble_attacks.bpda import BPDAIdentity
 from ensemble_attacks.caa import CAA
+from ensemble_attacks.crossmax import CrossMaxTransfer
 from ensemble_attacks.descent import Trace
+from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.mora import MORA
@@ -23,12 +27,20 @@ from ensemble_attacks.pgd import PGD
 
 @dataclass(frozen=True)
 class Settings:
-    """What all attacks of one evaluation share; eps in pixel units of [0, 1]."""
+    """What all attacks of one evaluation share.
+
+    Attributes:
+        eps: radius of the ball, in pixel units of [0, 1].
+        draws: fresh forward passes by which the judge decides on each image of a random model.
+        eot_iter: of a random model, draws of every iterate; ``None``: the model is deterministic.
+    """
 
     eps: float
     norm: str = "Linf"
     seed: int = 0
     batch_size: int = 250
+    draws: int = 1
+    eot_iter: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +63,23 @@ Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
 
 @dataclass(frozen=True)
 class Entry:
-    """A named attack."""
+    """A named attack.
+
+    Attributes:
+        needs_members: it looks inside an ensemble.
+        twin: it may craft on a prepared twin; not if it goes by the names of the model's parts.
+    """
 
     craft: Craft
     summary: str
     needs_members: bool = False
+    twin: bool = True
 
 
-def _standard(*attacks: str) -> Craft:
+def _autoattack(*attacks: str, version: str = "standard") -> Craft:
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         passes: dict[str, tuple[int, int]] = {}
-        images, flags = standard_autoattack(
+        images, flags = run_autoattack(
             model,
             x,
             y,
@@ -69,6 +87,7 @@ def _standard(*attacks: str) -> Craft:
             norm=settings.norm,
             seed=settings.seed,
             batch_size=settings.batch_size,
+            version=version,
             attacks=attacks,
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
         )
@@ -77,42 +96,61 @@ def _standard(*attacks: str) -> Craft:
     return craft
 
 
-def _ours(attack: Callable[..., DescentAttack], **arguments: Any) -> Craft:
+def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **arguments: Any) -> Craft:
+    """An attack of this package; ``expected``: one that can take the expectation over draws."""
+
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
-        made = attack(
+        made = make(
             model,
             norm=settings.norm,
             eps=settings.eps,
             seed=settings.seed,
             batch_size=settings.batch_size,
+            **({"eot_iter": settings.eot_iter} if expected else {}),
             **arguments,
         )
-        made.trace = Trace()
+        made.trace = trace = Trace()
         images = made(x, y).to(x.device)
-        rows, stages = made.trace.rows(), {}
+        rows, stages = trace.rows(), {}
         if isinstance(made, MORA) and made.targets:
             sweep = [row for row in rows if row["stage"] < len(made.betas)]
-            robust = torch.cat(made.trace.fooled_in).cpu() >= len(made.betas)
+            robust = torch.cat(trace.fooled_in).cpu() >= len(made.betas)
             stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
         return Crafted(images, stages, rows)
 
     return craft
 
 
+def _eot(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    return _ours(EOTAPGD)(model, x, y, replace(settings, eot_iter=settings.eot_iter or 20))
+
+
 ATTACKS: dict[str, Entry] = {
-    "apgd-ce": Entry(_standard("apgd-ce"), "AutoAttack's APGD on cross-entropy, 100 steps"),
-    "apgd-t": Entry(_standard("apgd-t"), "AutoAttack's targeted APGD on DLR, 9 targets x 100 steps"),
-    "fab-t": Entry(_standard("fab-t"), "AutoAttack's targeted FAB, 9 targets x 100 steps"),
-    "square": Entry(_standard("square"), "AutoAttack's Square, 5000 queries"),
-    "autoattack": Entry(_standard(*STANDARD), "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square"),
+    "apgd-ce": Entry(_autoattack("apgd-ce"), "AutoAttack's APGD on cross-entropy, 100 steps"),
+    "apgd-t": Entry(_autoattack("apgd-t"), "AutoAttack's targeted APGD on DLR, 9 targets x 100 steps"),
+    "fab-t": Entry(_autoattack("fab-t"), "AutoAttack's targeted FAB, 9 targets x 100 steps"),
+    "square": Entry(_autoattack("square"), "AutoAttack's Square, 5000 queries"),
+    "autoattack": Entry(_autoattack(*STANDARD), "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square"),
+    "autoattack-rand": Entry(
+        _autoattack(*RAND, version="rand"), "AutoAttack's version for random models: apgd-ce, apgd-dlr, 20 draws"
+    ),
     "mora": Entry(_ours(MORA), "MORA: five betas x 100 steps", needs_members=True),
     "mora-mt": Entry(
         _ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps", needs_members=True
     ),
     "pgd": Entry(_ours(PGD), "PGD, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it"),
     "cw": Entry(_ours(PGD, loss="margin"), "CW (the margin of the logits), 5 restarts x 100 steps of eps / 4"),
-    "a3": Entry(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
-    "caa": Entry(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
+    "a3": Entry(_ours(A3, expected=False), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
+    "caa": Entry(_ours(CAA, expected=False), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
+    "eot-apgd": Entry(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
+    "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", twin=False),
+    "bpda-mora": Entry(
+        _ours(BPDAIdentity, attack=MORA), "MORA past the parts called frontend", needs_members=True, twin=False
+    ),
+    "crossmax-transfer": Entry(
+        _ours(CrossMaxTransfer), "APGD on the mean of the members' logits, refined on the model itself", needs_members=True
+    ),
+    "arc": Entry(_ours(ARC, expected=False), "ARC, 20 rounds over the members of a randomized ensemble", needs_members=True),
     "ea-apgd-ce": Entry(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
     "ea-apgd-dlr": Entry(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
     "ea-apgd-t": Entry(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),
