@@ -75,6 +75,7 @@ class ResNet(nn.Module):
         depth: int,
         num_classes: int = 10,
         *,
+        in_channels: int = 3,
         projection: bool = False,
         negative_slope: float = 0.0,
         normalization: tuple[Sequence[float], Sequence[float]] = NORMALIZATIONS["cifar10"],
@@ -83,7 +84,7 @@ class ResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.activation = activation(negative_slope)
         self.normalize = Normalize(*normalization)
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         block = partial(BasicBlock, projection=projection, negative_slope=negative_slope)
         self.layer1 = self._stage(block, 16, 16, 1, blocks)
@@ -117,10 +118,10 @@ class ResNet(nn.Module):
 class ConvNet(nn.Module):
     """A small network for the 1x8x8 digits: two convolutions, one pooling, two linear layers."""
 
-    def __init__(self, num_classes: int = 10, *, negative_slope: float = 0.0) -> None:
+    def __init__(self, num_classes: int = 10, *, in_channels: int = 1, negative_slope: float = 0.0) -> None:
         super().__init__()
         self.activation = activation(negative_slope)
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.linear1 = nn.Linear(32 * 4 * 4, 64)
         self.linear2 = nn.Linear(64, num_classes)

@@ -1,0 +1,93 @@
+"""``frontend``: a fully convolutional front end with a skip connection before a frozen backbone (Boytsov, Joshi & Condessa,
+"A Curious Case of Remarkable Resilience to Gradient Attacks via Fully Convolutional and Differentiable Front End with a Skip
+Connection", arXiv:2402.17018).
+
+The front end is the DnCNN of Zhang et al. (2017), in the space of normalised images. It starts as the identity, and about an
+epoch of adversarial training at a small learning rate turns its gradient away from the useful one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from defenses.architectures import NORMALIZATIONS, Normalize
+from defenses.standard import cross_entropy_sum
+from defenses.training import Batch, Recipe
+from defenses.training.ascent import pgd
+
+DEPTH, WIDTH = 17, 64
+
+
+class DnCNN(nn.Module):
+    """``x - f(x)``: convolution and ReLU; ``depth - 2`` times convolution, batch norm and ReLU; convolution. (N, C, H, W) ->
+    (N, C, H, W).
+
+    The last convolution starts at zero, so that the whole starts as the identity.
+    """
+
+    def __init__(self, channels: int = 3, depth: int = DEPTH, width: int = WIDTH) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        for _ in range(depth - 2):
+            layers += [
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width, eps=1e-4, momentum=0.95),
+                nn.ReLU(),
+            ]
+        last = nn.Conv2d(width, channels, 3, padding=1, bias=False)
+        self.residual = nn.Sequential(*layers, last)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.orthogonal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.residual(x)
+
+
+class FrontEnded(nn.Module):
+    """A frozen backbone behind a front end. Images in [0, 1] (N, C, H, W) -> logits (N, K).
+
+    Args:
+        backbone: takes images in [0, 1] and normalises them itself; its parameters are frozen, and it stays in eval mode.
+        frontend: (N, C, H, W) -> (N, C, H, W), on images normalised by ``normalization``, a name of `NORMALIZATIONS`.
+    """
+
+    def __init__(self, backbone: nn.Module, frontend: nn.Module, normalization: str = "cifar10") -> None:
+        super().__init__()
+        self.normalize = Normalize(*NORMALIZATIONS[normalization])
+        self.frontend = frontend
+        self.backbone = backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> FrontEnded:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(self.frontend(self.normalize(x)) * self.normalize.std + self.normalize.mean)
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for parameter in parameters if parameter.requires_grad])
+
+
+def loss(batch: Batch) -> Tensor:
+    """``sum_m CE(f_m(x'), y)``, batch mean, at PGD-10 images x' of the ensemble."""
+    return cross_entropy_sum(batch.logits(pgd(batch)), batch.y)
+
+
+RECIPE = Recipe(
+    name="frontend",
+    loss=loss,
+    optimizer=adamw,
+    max_lr=1e-5,
+    start_from="standard",
+    summary="DnCNN front end with a skip connection before a frozen backbone (Boytsov et al. 2024); AdamW, adversarial "
+    "training of the front end on PGD-10 images.",
+)

@@ -1,0 +1,271 @@
+"""``multiresolution``: Ensemble everything everywhere (Fort & Lakshminarayanan, "Ensemble Everything Everywhere: Multi-scale
+Aggregation for Adversarial Robustness", arXiv:2408.05446): one network sees a stack of noisy copies of the image at several
+resolutions, linear probes read its intermediate layers, and CrossMax aggregates them.
+
+As in the published notebook, including where it departs from the paper: the noise is uniform in [0, 1) times its strength,
+and the contrast is that of the colour draw (``faithful_contrast_bug``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defenses.architectures import NORMALIZATIONS, ConvNet, ResNet
+from defenses.crossmax import check_k, crossmax
+from defenses.draws import OwnDraws
+from ensemble_attacks.validation import check_choice, check_positive
+
+NOISES = ("uniform", "gaussian")
+GREY = (0.2989, 0.587, 0.114)  # of red, green and blue
+
+
+class Stack(nn.Module):
+    """Images (N, C, H, W) in [0, 1] -> their noisy copies at several resolutions, (N, C R, H, W), in [0, 1].
+
+    For every resolution and image: contrast, circular jitter, colour, downscaling, noise, upscaling, noise, clipping; all of
+    it differentiable in the image.
+
+    Args:
+        resolutions: in pixels, none above the image's.
+        noise: ``"uniform"`` in [0, 1), or standard ``"gaussian"``.
+        down_noise, up_noise: its strength at the low resolution, and after upscaling.
+        jitter: largest shift, in pixels.
+        contrast, colour: the intervals that their factors are drawn from.
+        faithful_contrast_bug: contrast by the factor drawn for the colour, as published.
+
+    Raises:
+        ValueError: no resolutions, or one that cannot be.
+    """
+
+    def __init__(
+        self,
+        resolutions: Sequence[int] = (32, 16, 8, 4),
+        *,
+        noise: str = "uniform",
+        down_noise: float = 0.2,
+        up_noise: float = 0.2,
+        jitter: int = 3,
+        contrast: tuple[float, float] = (0.7, 1.5),
+        colour: tuple[float, float] = (0.5, 1.0),
+        faithful_contrast_bug: bool = True,
+    ) -> None:
+        super().__init__()
+        if not resolutions or min(resolutions) < 1:
+            raise ValueError(f"resolutions must be at least one size of at least 1 pixel, got {tuple(resolutions)}")
+        check_choice("noise", noise, NOISES)
+        self.resolutions, self.noise, self.down_noise, self.up_noise = tuple(resolutions), noise, down_noise, up_noise
+        self.jitter, self.contrast, self.colour = jitter, contrast, colour
+        self.faithful_contrast_bug = faithful_contrast_bug
+
+    def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        size = min(x.shape[-2:])
+        if max(self.resolutions) > size:
+            raise ValueError(f"resolutions {self.resolutions} hold one above the images' {size} pixels: leave it out")
+        return torch.cat([self._copy(x, resolution, generator) for resolution in self.resolutions], dim=1)
+
+    def _copy(self, x: Tensor, resolution: int, generator: torch.Generator) -> Tensor:
+        n = len(x)
+        factor = lambda low, high: (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(x)  # noqa: E731
+        contrast, colour = factor(*self.contrast), factor(*self.colour)
+        if self.faithful_contrast_bug:
+            contrast = colour
+        grey = x.mean(1, keepdim=True) if x.shape[1] != 3 else torch.einsum("nchw,c->nhw", x, x.new_tensor(GREY))[:, None]
+        copy = (contrast * x + (1 - contrast) * grey.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
+        copy = roll(copy, *torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator).to(x.device))
+        copy = colour * copy + (1 - colour) * copy.mean(1, keepdim=True)
+        copy = self._noisy(resize(copy, resolution, resolution), self.down_noise, generator)
+        return self._noisy(resize(copy, *x.shape[-2:]), self.up_noise, generator).clamp(0, 1)
+
+    def _noisy(self, x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        draw = torch.rand if self.noise == "uniform" else torch.randn
+        return x + strength * draw(x.shape, generator=generator).to(x)
+
+
+def roll(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Shift every image (N, C, H, W) by its own whole pixels (N,), around the edges."""
+    height, width = x.shape[-2:]
+    rows = (torch.arange(height, device=x.device) - down[:, None]) % height
+    columns = (torch.arange(width, device=x.device) - right[:, None]) % width
+    return x.gather(2, rows[:, None, :, None].expand_as(x)).gather(3, columns[:, None, None, :].expand_as(x))
+
+
+def resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic, without anti-aliasing."""
+    return x if x.shape[-2:] == (height, width) else F.interpolate(x, (height, width), mode="bicubic", align_corners=False)
+
+
+class Probe(nn.Sequential):
+    """A linear read-out of features: flattened, batch norm, linear. (N, ...) -> (N, K)."""
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(features), nn.Linear(features, num_classes))
+
+
+class Multiresolution(OwnDraws):
+    """A self-ensemble: the probes of one network, and its own logits, aggregated by CrossMax.
+
+    The probes share one draw of the stack, the network's logits have another. While training, the probes learn on features
+    that they do not change.
+
+    Args:
+        stages: the network as modules to run one after another; the last puts out the logits (N, K).
+        taps: before which stages a probe reads.
+        stack: what the network sees.
+        k: CrossMax's rank among the predictors (probes and logits).
+        size: to which the stack is resized, in pixels; ``None``: not.
+        mean, std: by channel of the image, that the stack is normalised by.
+        channels, image_size, num_classes: of the images.
+        seed: of the draws; ``None``: fresh ones in every process.
+    """
+
+    mean: Tensor
+    std: Tensor
+    vote = None
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        taps: Sequence[int],
+        stack: Stack,
+        *,
+        k: int = 3,
+        size: int | None = None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int = 32,
+        num_classes: int = 10,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if any(not 0 < tap < len(stages) for tap in taps):
+            raise ValueError(f"taps {tuple(taps)}: each must lie between 1 and {len(stages) - 1}, the network's stages")
+        if size is not None:
+            check_positive("size", size)
+        check_k(k, len(taps) + 1)
+        copies = len(stack.resolutions)
+        self.stages, self.taps, self.stack, self.k, self.size = nn.ModuleList(stages), tuple(taps), stack, k, size
+        self.register_buffer("mean", torch.tensor(mean).repeat(copies).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).repeat(copies).view(-1, 1, 1), persistent=False)
+        self.own_draws(seed)
+        self.eval()
+        with torch.no_grad():
+            side = size or image_size
+            seen = self._read(torch.zeros(2, len(mean) * copies, side, side))
+        self.train()
+        self.probes = nn.ModuleList(Probe(features[0].numel(), num_classes) for features in seen[:-1])
+
+    def _read(self, z: Tensor) -> list[Tensor]:
+        """The features at the taps, and the logits."""
+        seen = []
+        for index, stage in enumerate(self.stages):
+            if index in self.taps:
+                seen.append(z)
+            z = stage(z)
+        return [*seen, z]
+
+    def _see(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        z = self.stack(x, generator)
+        if self.size is not None:
+            z = resize(z, self.size, self.size)
+        return (z - self.mean) / self.std
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Logits of the probes and of the network, (M, N, K), from two draws."""
+        generator = self.next_draws()
+        *features, _ = self._read(self._see(x, generator))
+        if self.training:
+            features = [feature.detach() for feature in features]
+        own = self._read(self._see(x, generator))[-1]
+        return torch.stack([*(probe(feature) for probe, feature in zip(self.probes, features, strict=True)), own])
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        """CrossMax, (M, N, K) -> (N, K)."""
+        return crossmax(logits_MNK, self.k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aggregate(self.member_logits(x))
+
+
+class SelfEnsembles(nn.Module):
+    """Several self-ensembles, aggregated by the median CrossMax of their scores.
+
+    Args:
+        members: `Multiresolution` models.
+    """
+
+    vote = None
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        super().__init__()
+        self.members: Any = nn.ModuleList(members)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Logits of all predictors of all members, (M, N, K)."""
+        return torch.cat([member.member_logits(x) for member in self.members])
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        """CrossMax within every member, then among them."""
+        parts = logits_MNK.chunk(len(self.members))
+        return crossmax(torch.stack([own.aggregate(part) for own, part in zip(self.members, parts, strict=True)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aggregate(self.member_logits(x))
+
+
+def resnet20(
+    num_classes: int = 10, *, resolutions: Sequence[int] = (32, 16, 8, 4), k: int = 3, **options: Any
+) -> Multiresolution:
+    """On ResNet-20 at 32 pixels: probes behind the last six blocks and the pooling. ``options`` of `Stack`."""
+    net = ResNet(20, num_classes, in_channels=3 * len(resolutions))
+    stages = [
+        nn.Sequential(net.conv1, net.bn1, nn.ReLU()),
+        *net.layer1,
+        *net.layer2,
+        *net.layer3,
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        net.linear,
+    ]
+    mean, std = NORMALIZATIONS["cifar10"]
+    return Multiresolution(
+        stages, range(5, 12), Stack(resolutions, **options), k=k, mean=mean, std=std, num_classes=num_classes
+    )
+
+
+def convnet(num_classes: int = 10, *, resolutions: Sequence[int] = (8, 4, 2), k: int = 2, **options: Any) -> Multiresolution:
+    """A small one for the 1x8x8 digits: probes behind both convolutions and the first linear layer."""
+    net = ConvNet(num_classes, in_channels=len(resolutions))
+    stages = [
+        nn.Sequential(net.conv1, nn.ReLU()),
+        nn.Sequential(net.conv2, nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Flatten(), net.linear1, nn.ReLU()),
+        net.linear2,
+    ]
+    stack = Stack(resolutions, **{"jitter": 1, **options})
+    return Multiresolution(stages, range(1, 4), stack, k=k, mean=(0.5,), std=(0.5,), image_size=8, num_classes=num_classes)
+
+
+def resnet152(num_classes: int = 100, *, weights: Any = None, k: int = 3, **options: Any) -> Multiresolution:
+    """As published: torchvision's ResNet-152 at 224 pixels, ``weights`` torchvision's, seven probes."""
+    from torchvision.models import resnet152 as build
+
+    net = build(weights=weights)
+    stack = Stack(**options)
+    net.conv1 = nn.Conv2d(3 * len(stack.resolutions), 64, 7, stride=2, padding=3, bias=False)
+    net.fc = nn.Linear(2048, num_classes)
+    stages = [
+        nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),
+        *net.layer1,
+        *net.layer2,
+        *net.layer3,
+        *net.layer4,
+        nn.Sequential(net.avgpool, nn.Flatten()),
+        net.fc,
+    ]
+    mean, std = NORMALIZATIONS["imagenet"]
+    taps = (20, 30, 35, 40, 45, 50, 52)
+    return Multiresolution(stages, taps, stack, k=k, size=224, mean=mean, std=std, num_classes=num_classes)
