@@ -15,23 +15,29 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from defenses.architectures import ARCHITECTURES
+from defenses.frontend import FRONT_ENDED
+from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
 from ensemble_attacks.ensembles import VOTES, Ensemble
 from ensemble_attacks.errors import WeightsError, unknown_name
 
 OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architecture, where a card has them
 
 
-def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Ensemble:
-    """An untrained ensemble of equal members; ``options`` of the architecture."""
-    if architecture not in ARCHITECTURES:
-        raise unknown_name("architecture", architecture, ARCHITECTURES)
-    return Ensemble([ARCHITECTURES[architecture](**options) for _ in range(members)], vote)
+def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Any:
+    """An untrained ensemble of equal members; ``options`` of the architecture. Self-ensembles have a vote of their own."""
+    if architecture in SELF_ENSEMBLES:
+        parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
+        return parts[0] if members == 1 else SelfEnsembles(parts)
+    networks = {**ARCHITECTURES, **FRONT_ENDED}
+    if architecture not in networks:
+        raise unknown_name("architecture", architecture, {**networks, **SELF_ENSEMBLES})
+    return Ensemble([networks[architecture](**options) for _ in range(members)], vote)
 
 
-def read_model(stem: Path, vote: str = "softmax") -> Ensemble:
+def read_model(stem: Path, vote: str = "softmax") -> Any:
     """The ensemble of ``<stem>.json`` and ``<stem>.safetensors``, in eval mode.
 
     Raises:
@@ -47,7 +53,7 @@ def read_model(stem: Path, vote: str = "softmax") -> Ensemble:
     return ensemble.eval()
 
 
-def write_model(stem: Path, ensemble: Ensemble, card: dict[str, Any], *, half: bool) -> Path:
+def write_model(stem: Path, ensemble: nn.Module, card: dict[str, Any], *, half: bool) -> Path:
     """Store ``ensemble``, with ``half`` as `halved`, and its card, which gets the sha256; returns the card's path."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in ensemble.state_dict().items()}
@@ -80,14 +86,17 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def clean_accuracies(ensemble: Ensemble, images: Tensor, labels: Tensor, device: str | torch.device) -> dict[str, Any]:
-    """Accuracy on the test set, in percent, of each member and of each vote."""
+def clean_accuracies(ensemble: Any, images: Tensor, labels: Tensor, device: str | torch.device) -> dict[str, Any]:
+    """Accuracy on the test set, in percent, of each member and of each vote, or of the ensemble's own; if it is random, of
+    one draw.
+    """
     ensemble.eval()
     batches = [ensemble.member_logits(batch.to(device)).cpu() for batch in images.split(500)]
     logits_MNK = torch.cat(batches, dim=1)
+    votes = VOTES if isinstance(ensemble, Ensemble) else {"crossmax": ensemble.aggregate}
     percent = lambda predicted: round(100 * (predicted == labels).double().mean().item(), 2)  # noqa: E731
     return {
         "n": len(labels),
         "members": [percent(logits_NK.argmax(1)) for logits_NK in logits_MNK],
-        **{vote: percent(aggregate(logits_MNK).argmax(1)) for vote, aggregate in VOTES.items()},
+        **{vote: percent(aggregate(logits_MNK).argmax(1)) for vote, aggregate in votes.items()},
     }

@@ -8,17 +8,20 @@ epoch of adversarial training at a small learning rate turns its gradient away f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defenses.architectures import NORMALIZATIONS, Normalize
+from defenses.architectures import ARCHITECTURES, NORMALIZATIONS, Normalize
 from defenses.standard import cross_entropy_sum
 from defenses.training import Batch, Recipe
 from defenses.training.ascent import pgd
 
 DEPTH, WIDTH = 17, 64
+PREFIX = "frontend-"  # of the backbone's name
 
 
 class DnCNN(nn.Module):
@@ -55,12 +58,18 @@ class FrontEnded(nn.Module):
 
     Args:
         backbone: takes images in [0, 1] and normalises them itself; its parameters are frozen, and it stays in eval mode.
-        frontend: (N, C, H, W) -> (N, C, H, W), on images normalised by ``normalization``, a name of `NORMALIZATIONS`.
+        frontend: (N, C, H, W) -> (N, C, H, W), on normalised images.
+        normalization: mean and standard deviation by channel.
     """
 
-    def __init__(self, backbone: nn.Module, frontend: nn.Module, normalization: str = "cifar10") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        frontend: nn.Module,
+        normalization: tuple[Sequence[float], Sequence[float]] = NORMALIZATIONS["cifar10"],
+    ) -> None:
         super().__init__()
-        self.normalize = Normalize(*NORMALIZATIONS[normalization])
+        self.normalize = Normalize(*normalization)
         self.frontend = frontend
         self.backbone = backbone.requires_grad_(False).eval()
 
@@ -71,6 +80,25 @@ class FrontEnded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(self.frontend(self.normalize(x)) * self.normalize.std + self.normalize.mean)
+
+
+def front_ended(
+    backbone: Callable[..., nn.Module],
+    normalization: tuple[Sequence[float], Sequence[float]],
+    *,
+    depth: int = DEPTH,
+    width: int = WIDTH,
+    **options: Any,
+) -> FrontEnded:
+    """An untrained front end before an untrained backbone; ``options`` of the backbone."""
+    frontend = DnCNN(len(normalization[0]), depth, width)
+    return FrontEnded(backbone(**options), frontend, normalization)
+
+
+FRONT_ENDED: Mapping[str, Callable[..., nn.Module]] = {
+    **{f"{PREFIX}{name}": partial(front_ended, build, NORMALIZATIONS["cifar10"]) for name, build in ARCHITECTURES.items()},
+    f"{PREFIX}convnet": partial(front_ended, ARCHITECTURES["convnet"], ((0.5,), (0.5,)), depth=5, width=32),
+}
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -88,6 +116,8 @@ RECIPE = Recipe(
     optimizer=adamw,
     max_lr=1e-5,
     start_from="standard",
+    prefix=PREFIX,
+    fewest_members=1,
     summary="DnCNN front end with a skip connection before a frozen backbone (Boytsov et al. 2024); AdamW, adversarial "
     "training of the front end on PGD-10 images.",
 )

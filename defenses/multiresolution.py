@@ -8,7 +8,8 @@ and the contrast is that of the colour draw (``faithful_contrast_bug``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from torch.nn import functional as F
 from defenses.architectures import NORMALIZATIONS, ConvNet, ResNet
 from defenses.crossmax import check_k, crossmax
 from defenses.draws import OwnDraws
+from defenses.standard import cross_entropy_sum
+from defenses.training import Batch, Recipe, adam
+from defenses.training.ascent import sign_ascent
 from ensemble_attacks.validation import check_choice, check_positive
 
+PREFIX = "multiresolution-"  # of the network's name
 NOISES = ("uniform", "gaussian")
 GREY = (0.2989, 0.587, 0.114)  # of red, green and blue
 
@@ -269,3 +274,41 @@ def resnet152(num_classes: int = 100, *, weights: Any = None, k: int = 3, **opti
     mean, std = NORMALIZATIONS["imagenet"]
     taps = (20, 30, 35, 40, 45, 50, 52)
     return Multiresolution(stages, taps, stack, k=k, size=224, mean=mean, std=std, num_classes=num_classes)
+
+
+SELF_ENSEMBLES: dict[str, Callable[..., Multiresolution]] = {
+    f"{PREFIX}convnet": convnet,
+    f"{PREFIX}resnet20": resnet20,
+    f"{PREFIX}resnet152": resnet152,
+}
+
+
+def loss(batch: Batch) -> Tensor:
+    """``sum_m CE(z^m, y)``, batch mean, over probes and network; the probes' features pass no gradient on."""
+    return cross_entropy_sum(batch.logits(batch.x), batch.y)
+
+
+def light_adversarial_loss(batch: Batch) -> Tensor:
+    """The same on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
+    objective = lambda x: F.cross_entropy(batch.logits(x)[-1], batch.y, reduction="none")  # noqa: E731
+    with batch.crafting():
+        adversarial = sign_ascent(objective, batch.x, eps=batch.data.eps, step=batch.data.eps, steps=1)
+    return cross_entropy_sum(batch.logits(adversarial), batch.y)
+
+
+RECIPE = Recipe(
+    name="multiresolution",
+    loss=loss,
+    optimizer=adam,
+    max_lr=1e-3,
+    prefix=PREFIX,
+    fewest_members=1,
+    summary="Ensemble everything everywhere (Fort & Lakshminarayanan 2024): multi-resolution stack, probes trained beside "
+    "the network, CrossMax; Adam, weight decay 1e-4.",
+)
+LIGHT_AT = replace(
+    RECIPE,
+    name="multiresolution_at",
+    loss=light_adversarial_loss,
+    summary=f"{RECIPE.summary} Light adversarial training: on images one signed step away.",
+)

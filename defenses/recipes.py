@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defenses import adp, adversarial, dverge, gal, standard, trs
+from defenses import adp, adversarial, dverge, frontend, gal, multiresolution, standard, trs
 from defenses.adversarial import with_adversarial_training
 from defenses.cards import clean_accuracies, halved, make_ensemble, write_model
+from defenses.frontend import FrontEnded
 from defenses.training import Recipe, Settings, train
 from defenses.zoo import list_models, load_model, model_card
 from ensemble_attacks.data import NUM_CLASSES, load_dataset
@@ -27,10 +28,14 @@ RECIPES: dict[str, Recipe] = {
         *_JOINT,
         dverge.RECIPE,
         adversarial.RECIPE,
+        frontend.RECIPE,
+        multiresolution.RECIPE,
+        multiresolution.LIGHT_AT,
         *map(with_adversarial_training, _JOINT[1:]),
         with_adversarial_training(dverge.RECIPE, each_member=True),
     )
 }
+BACKBONES = 3  # members of the ensemble that the backbones behind front ends are taken from
 DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
 SETTINGS = {
     "digits": Settings(pad=1, flip=False, eps=0.1, distillation_eps=0.2),
@@ -76,26 +81,27 @@ def train_model(
     """
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
-    check_count("members", members, at_least=2)
+    chosen = RECIPES[recipe]
+    check_count("members", members, at_least=chosen.fewest_members)
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
-    chosen = RECIPES[recipe]
     if max_lr is not None:
         check_positive("max_lr", max_lr)
         chosen = replace(chosen, max_lr=max_lr)
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
-    architecture = architecture or DEFAULT_ARCHITECTURE[dataset]
+    network = architecture or DEFAULT_ARCHITECTURE[dataset]
+    architecture = chosen.prefix + network
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         ensemble = make_ensemble(architecture, members, **options)
     _check_fits(ensemble, images[:2], architecture, dataset)
     if start_from is None and chosen.start_from is not None:
-        start_from = f"{chosen.start_from}_{architecture}_{members}"
+        start_from = f"{chosen.start_from}_{network}_{members if chosen.prefix == '' else BACKBONES}"
     if start_from is not None:
-        ensemble.load_state_dict(_start(start_from, ensemble, model_dir or out, dataset))
-    stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{architecture}_{members}"
+        _start(ensemble, start_from, model_dir or out, dataset)
+    stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{network}_{members}"
     settings = {
         "recipe": recipe,
         "start_from": start_from,
@@ -164,19 +170,26 @@ def _check_free(stem: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _start(name: str, ensemble: Ensemble, model_dir: str | Path, dataset: str) -> dict[str, Tensor]:
-    """The weights of the model ``name``, if they fit ``ensemble``."""
+def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str) -> None:
+    """Give ``ensemble``, or the backbones behind its front ends, the weights of the model ``name``, if they fit."""
     if name not in list_models(dataset, model_dir):
         raise ValueError(f"{unknown_name(f'model for {dataset}', name, list_models(dataset, model_dir))}; train it first")
-    state = load_model(name, model_dir, dataset).state_dict()
-    wanted = ensemble.state_dict()
-    shapes = [{key: value.shape for key, value in weights.items()} for weights in (state, wanted)]
-    if shapes[0] != shapes[1] or "normalization" in model_card(name, model_dir, dataset):
+    start = load_model(name, model_dir, dataset)
+    fits = "normalization" not in model_card(name, model_dir, dataset)
+    backbones = [member.backbone for member in getattr(ensemble, "members", ()) if isinstance(member, FrontEnded)]
+    pairs = list(zip(backbones, start.members, strict=False)) or [(ensemble, start)]
+    fits &= len(pairs) >= len(backbones) and all(
+        {key: value.shape for key, value in to.state_dict().items()}
+        == {key: value.shape for key, value in source.state_dict().items()}
+        for to, source in pairs
+    )
+    if not fits:
         raise ValueError(
             f"start_from {name!r} has other members than the ensemble to train: choose one of the same architecture, number "
             "of members and normalisation"
         )
-    return state
+    for to, source in pairs:
+        to.load_state_dict(source.state_dict())
 
 
 def hardware(device: str | torch.device) -> str:

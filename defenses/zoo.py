@@ -42,7 +42,7 @@ def load_model(
     *,
     vote: str = "softmax",
     checkpoint: str | Path | None = None,
-) -> Ensemble:
+) -> Any:
     """Load an ensemble defense; RobustBench's signature, the vote, and a published checkpoint.
 
     Args:
@@ -55,7 +55,7 @@ def load_model(
             leaky ReLU for GAL; `convert` has the options).
 
     Returns:
-        The ensemble, in eval mode.
+        The ensemble, in eval mode; a self-ensemble (``multiresolution``) has an aggregation of its own and no vote.
 
     Raises:
         ValueError: an unknown model, dataset, threat model or vote; names the nearest known one.

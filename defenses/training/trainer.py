@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from ensemble_attacks.ensembles import Ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Batch:
     """What a recipe's loss sees of one step.
 
     Attributes:
-        ensemble: in training mode.
+        ensemble: an `Ensemble`, or a self-ensemble, in training mode.
         x, y: augmented images (N, C, H, W) in [0, 1] and labels (N,).
         other_images: draws as many images of a second, independent stream.
         generator: for any other draw of this step.
@@ -56,7 +55,7 @@ class Batch:
         amp: whether networks run in bfloat16.
     """
 
-    ensemble: Ensemble
+    ensemble: Any
     x: Tensor
     y: Tensor
     other_images: Callable[[], Tensor]
@@ -93,6 +92,8 @@ class Recipe:
         max_lr: peak of the one-cycle schedule.
         negative_slope: of the members' leaky ReLU; 0 is ReLU.
         start_from: the recipe whose weights training starts from; ``None``: random ones.
+        prefix: of the architecture, where it is more than the member's network.
+        fewest_members: that make sense.
     """
 
     name: str
@@ -102,6 +103,8 @@ class Recipe:
     summary: str
     negative_slope: float = 0.0
     start_from: str | None = None
+    prefix: str = ""
+    fewest_members: int = 2
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -145,7 +148,7 @@ def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator)
 
 def train(
     recipe: Recipe,
-    ensemble: Ensemble,
+    ensemble: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,
