@@ -169,9 +169,10 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="For checkpoint and log; resumes from there.")
 @click.option("--model-dir", type=click.Path(path_type=Path), help="Where the finished model goes.  [default: --out]")
 def train(recipe: str, **options: Any) -> None:
-    """Train a defense: standard, at, adp, gal, dverge, trs, or one of the last four with _at (adversarial training).
+    """Train a defense, with one command, resumable.
 
-    One command, resumable.
+    standard, at, adp, gal, dverge, trs, one of the last four with _at (adversarial training), multiresolution,
+    multiresolution_at, or frontend.
     """
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)
