@@ -44,8 +44,9 @@ def cells_of(eps: float, model_dir: str | None) -> list[Cell]:
 
 
 def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | None:
-    """The row of a cell, over the shards that all of ``attacks`` have run."""
-    shards = run.finished(cell, attacks)
+    """The row of a cell, over the shards that all of ``attacks`` have run; empty columns for those that have run none."""
+    wanted, attacks = attacks, tuple(attack for attack in attacks if run.finished(cell, [attack]))
+    shards = run.finished(cell, attacks) if attacks else []
     if not shards:
         return None
     summaries = [{attack: summary(path) for attack, path in folders.items()} for folders in shards]
@@ -55,6 +56,9 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
     row: dict[str, Any] = {"defense": defense, "members": int(members), "vote": cell.vote, "eps": cell.eps, "n": n}
     row["clean"] = 100 * sum(first["clean"]["robust"] for first in firsts) / n
     for column, (attack, stage) in COLUMNS.items():
+        if attack not in wanted:
+            continue
+        row[column] = row[f"{column} passes"] = None
         if attack not in attacks:
             continue
         parts = [shard[attack]["attacks"][attack] for shard in summaries]

@@ -15,6 +15,8 @@ from ensemble_attacks.composed import ComposedAttack
 from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.surrogates import Surrogate
 
+SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size")
+
 
 class CrossMaxTransfer(ComposedAttack):
     r"""An attack on a surrogate, refined on the target from the images that it found.
@@ -31,8 +33,11 @@ class CrossMaxTransfer(ComposedAttack):
         refine (callable): makes the attack on the target, which takes ``start``; ``None``: no refinement.
             (Default: `EOTAPGD`)
         refine_steps (int): gradient steps of the refinement. (Default: 100)
-        arguments: of ``attack``; ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size`` are those of the refinement,
-            too.
+        arguments: of ``attack``, whose ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size``, where it has them, are
+            the refinement's, too.
+
+    Attributes:
+        trace: of the attack on the surrogate.
 
     Raises:
         NotAnEnsembleError: the model shows no members, and the surrogate is to aggregate them.
@@ -55,9 +60,15 @@ class CrossMaxTransfer(ComposedAttack):
         super().__init__("CrossMaxTransfer", model)
         self.surrogate = surrogate
         self.inner = attack(Surrogate(model, surrogate), **arguments)
-        shared = {key: arguments[key] for key in ("norm", "eps", "seed", "eot_iter", "batch_size") if key in arguments}
+        shared = {name: getattr(self.inner, name) for name in SHARED if hasattr(self.inner, name)}
         self.refine = None if refine is None else refine(model, steps=refine_steps, **shared)
         self.supported_mode = self.inner.supported_mode
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trace":
+            self.inner.trace = value
+        else:
+            super().__setattr__(name, value)
 
     def set_model(self, model: nn.Module) -> None:
         super().set_model(model)

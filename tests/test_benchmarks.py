@@ -32,6 +32,11 @@ def test_a_cell_is_run_once_and_on_one_set_of_weights(run: Run) -> None:
     assert row["n"] == 250
     assert row["clean"] == 100 * json.loads(path.read_text())["clean"]["accuracy"]
 
+    both = table1.row_of(CELL, run, ("mora", "autoattack"))
+    assert both is not None
+    assert both["AutoAttack"] is both["AutoAttack passes"] is None
+    assert both["n"] == 250
+
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "others"}))
     with pytest.raises(click.UsageError, match="other weights of standard_convnet_3"):
         run.attack([CELL], ["mora"])

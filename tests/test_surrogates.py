@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from defenses import load_model
 from defenses.crossmax import CrossMax, crossmax
 from ensemble_attacks import APGD, EOTAPGD, MORA, PGD, BPDAIdentity, CrossMaxTransfer, Ensemble, Surrogate, judge
+from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
 from ensemble_attacks.surrogates import premise, straight_through
 
@@ -164,6 +165,18 @@ def test_crossmax_transfer(attack: type, masked: tuple[nn.Module, Tensor, Tensor
     assert accuracy(model, refined, y) <= accuracy(model, transfer, y)
     for adversarial in (transfer, refined):
         judge(model, x, y, adversarial, eps=0.12)
+
+
+def test_settings_are_those_of_both_parts(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    attack = CrossMaxTransfer(masked[0], attack=MORA, eps=0.2, batch_size=30)
+    assert (attack.refine.eps, attack.refine.batch_size, attack.refine.eot_iter) == (0.2, 30, None)
+    attack.eps = 0.1
+    assert attack.refine.eps == attack.inner.eps == attack.eps == 0.1
+    attack.trace = Trace()
+    assert attack.refine.trace is None
+    assert attack.trace is attack.inner.trace
+    attack.set_model(make_ensemble())
+    assert attack.inner.model.target is attack.refine.model is attack.model
 
 
 def test_the_target_decides_on_success(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
