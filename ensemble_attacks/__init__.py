@@ -10,9 +10,10 @@ from ensemble_attacks.ensembles import Ensemble, as_ensemble
 from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, OutOfBallError, PartError, WeightsError
 from ensemble_attacks.judge import Judgement, judge
+from ensemble_attacks.lafeat import LAFEAT
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.pgd import PGD
-from ensemble_attacks.surrogates import Surrogate
+from ensemble_attacks.surrogates import Surrogate, ZeroOrder
 
 __all__ = [
     "A3",
@@ -25,6 +26,7 @@ __all__ = [
     "EOTAPGD",
     "Ensemble",
     "Judgement",
+    "LAFEAT",
     "MORA",
     "NotAnEnsembleError",
     "OutOfBallError",
@@ -32,6 +34,7 @@ __all__ = [
     "PartError",
     "Surrogate",
     "WeightsError",
+    "ZeroOrder",
     "as_ensemble",
     "judge",
 ]

@@ -18,6 +18,8 @@ from ensemble_attacks.descent import Outputs
 from ensemble_attacks.ensembles import VOTES, check_members, log_expected_softmax, probabilities_of
 from ensemble_attacks.errors import PartError, unknown_name
 from ensemble_attacks.preserve import preserved
+from ensemble_attacks.projections import per_sample
+from ensemble_attacks.validation import check_count, check_positive
 
 AGGREGATIONS = {"mean": "logits", "probability": "softmax"}  # by the vote that it is
 
@@ -91,6 +93,53 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient, None
+
+
+class _Estimated(torch.autograd.Function):
+    """The model's scores, with a gradient estimated from finite differences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: ZeroOrder) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.model = model
+        return model.target(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, by_scores: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        model: ZeroOrder = ctx.model
+        gradient = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(model.queries):
+                u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator).to(x) - 1
+                ahead, behind = model.target(x + model.sigma * u), model.target(x - model.sigma * u)
+                slope_N = ((ahead - behind) * by_scores).sum(1) / (2 * model.sigma)
+                gradient += per_sample(slope_N, x) * u / model.queries
+        return gradient, None
+
+
+class ZeroOrder(nn.Module):
+    """A model whose gradient is estimated from its scores alone, along random directions of signs (Spall, "Multivariate
+    Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", 1992): a control for gradients that
+    mislead. Any attack on it needs no gradient; PGD on it is zero-order PGD.
+
+    Args:
+        target: images (N, C, H, W) -> scores (N, K). It sees images up to ``sigma`` outside [0, 1].
+        queries: directions of every estimate, two forward passes each.
+        sigma: how far to look along each, in pixel units of [0, 1].
+        seed: of the directions.
+    """
+
+    def __init__(self, target: nn.Module, queries: int = 50, sigma: float = 1e-3, seed: int = 0) -> None:
+        super().__init__()
+        check_count("queries", queries)
+        check_positive("sigma", sigma)
+        self.target, self.queries, self.sigma = target, queries, sigma
+        self.generator = torch.Generator().manual_seed(seed)
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Estimated.apply(x, self)  # type: ignore[no-untyped-call]
 
 
 def find_parts(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from helpers import make_ensemble
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks import A3, APGD, CAA, EOTAPGD, MORA, PGD, BPDAIdentity, CrossMaxTransfer
+from ensemble_attacks import A3, APGD, CAA, EOTAPGD, LAFEAT, MORA, PGD, BPDAIdentity, CrossMaxTransfer
 
 EPS = 0.1
 ROUNDING = 1e-8  # in float64, carried through up to 800 steps
@@ -26,6 +26,7 @@ ATTACKS = {
     "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=5, betas=(0.5, 0.0), targets=3),
     "pgd": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2),
     "cw": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2, loss="margin"),
+    "lafeat": lambda model, norm: LAFEAT(model, norm=norm, eps=EPS, steps=8),
     "a3": lambda model, norm: A3(model, norm=norm, eps=EPS, n_restarts=3),
     "caa": lambda model, norm: CAA(model, norm=norm, eps=EPS),
     "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),

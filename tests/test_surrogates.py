@@ -10,7 +10,19 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from defenses.crossmax import CrossMax, crossmax
-from ensemble_attacks import APGD, EOTAPGD, MORA, PGD, BPDAIdentity, CrossMaxTransfer, Ensemble, Surrogate, judge
+from ensemble_attacks import (
+    APGD,
+    EOTAPGD,
+    LAFEAT,
+    MORA,
+    PGD,
+    BPDAIdentity,
+    CrossMaxTransfer,
+    Ensemble,
+    Surrogate,
+    ZeroOrder,
+    judge,
+)
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
 from ensemble_attacks.surrogates import premise, straight_through
@@ -199,6 +211,33 @@ def test_any_model_can_be_the_surrogate(guarded: tuple[nn.Module, Tensor, Tensor
     assert accuracy(model, adversarial, y) < 0.8
     first = CrossMaxTransfer(make_ensemble(), attack=APGD, surrogate=lambda logits: logits[0], refine=None, eps=EPS, steps=3)
     assert first(x, y).shape == x.shape
+
+
+def test_gradients_can_be_estimated(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """On a front end that is flat nearly everywhere, differences over more than its steps see what gradients do not."""
+    model, x, y = guarded
+    x, y = x[:20], y[:20]
+    direct = PGD(model, eps=EPS, steps=10, n_restarts=1)(x, y)
+    blind = PGD(ZeroOrder(model, queries=100, sigma=0.02), eps=EPS, steps=10, n_restarts=1)(x, y)
+    judge(model, x, y, blind, eps=EPS)
+    assert accuracy(model, blind, y) < accuracy(model, direct, y) - 0.2
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).double()
+    images = x.clone().requires_grad_()
+    expected, found = (
+        torch.autograd.grad(net(images)[:, 0].sum(), images)[0].flatten(1) for net in (linear, ZeroOrder(linear, 2000))
+    )
+    assert torch.cosine_similarity(expected, found).min() > 0.9
+    with pytest.raises(ValueError, match="queries must be at least 1"):
+        ZeroOrder(model, queries=0)
+
+
+def test_lafeat_reads_the_probes(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = masked
+    direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
+    adversarial = LAFEAT(Surrogate(model), eps=0.12, steps=20, probes=(0, 3, 6))(x, y)
+    assert accuracy(model, adversarial, y) < accuracy(model, direct, y) - 0.05
+    with pytest.raises(ValueError, match=r"probes holds 9, but the model has 9 members \(0 to 8\)"):
+        LAFEAT(model, probes=(9,))(x, y)
 
 
 def test_surrogates_that_do_not_exist(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
