@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 
+def seed_draws(model: nn.Module, seed: int) -> None:
+    """Start the generators of all parts of a model that own one; each at a seed of its own."""
+    for index, module in enumerate(module for module in model.modules() if isinstance(module, OwnDraws)):
+        module.own_draws(seed + index)
+
+
 class OwnDraws(nn.Module):
     """A module that draws from a generator of its own, and leaves the global ones alone."""
 

@@ -290,7 +290,12 @@ def loss(batch: Batch) -> Tensor:
 
 def light_adversarial_loss(batch: Batch) -> Tensor:
     """The same on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
-    objective = lambda x: F.cross_entropy(batch.logits(x)[-1], batch.y, reduction="none")  # noqa: E731
+    nets = len(getattr(batch.ensemble, "members", [None]))
+
+    def objective(x: Tensor) -> Tensor:
+        own = batch.logits(x).unflatten(0, (nets, -1))[:, -1]
+        return torch.stack([F.cross_entropy(logits_NK, batch.y, reduction="none") for logits_NK in own]).sum(0)
+
     with batch.crafting():
         adversarial = sign_ascent(objective, batch.x, eps=batch.data.eps, step=batch.data.eps, steps=1)
     return cross_entropy_sum(batch.logits(adversarial), batch.y)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from defenses.draws import seed_draws
+
 logger = logging.getLogger(__name__)
 
 
@@ -224,6 +226,7 @@ def train(
     for epoch in range(start, epochs):
         streams = [torch.Generator().manual_seed(3 * (seed * 1_000_003 + epoch) + stream) for stream in range(3)]
         others = batches(streams[1])
+        seed_draws(ensemble, streams[2].initial_seed())
         ensemble.train()
         began, total = time.monotonic(), 0.0
         for x, y in batches(streams[0]):
