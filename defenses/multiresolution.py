@@ -8,7 +8,8 @@ and the contrast is that of the colour draw (``faithful_contrast_bug``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -209,13 +210,26 @@ class SelfEnsembles(nn.Module):
         super().__init__()
         self.members: Any = nn.ModuleList(members)
 
+    def own_draws(self, seed: int | None = None) -> None:
+        """Start the members' generators, at ``seed`` and its successors, or anywhere."""
+        for index, member in enumerate(self.members):
+            member.own_draws(None if seed is None else seed + index)
+
+    @contextmanager
+    def frozen_noise(self, seed: int = 0) -> Iterator[None]:
+        """As `OwnDraws.frozen_noise`, for all members."""
+        with ExitStack() as stack:
+            for index, member in enumerate(self.members):
+                stack.enter_context(member.frozen_noise(seed + index))
+            yield
+
     def member_logits(self, x: Tensor) -> Tensor:
         """Logits of all predictors of all members, (M, N, K)."""
         return torch.cat([member.member_logits(x) for member in self.members])
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """CrossMax within every member, then among them."""
-        parts = logits_MNK.chunk(len(self.members))
+        parts = logits_MNK.split([len(member.probes) + 1 for member in self.members])
         return crossmax(torch.stack([own.aggregate(part) for own, part in zip(self.members, parts, strict=True)]))
 
     def forward(self, x: Tensor) -> Tensor:

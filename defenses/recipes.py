@@ -177,7 +177,7 @@ def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str) -> Non
     start = load_model(name, model_dir, dataset)
     fits = "normalization" not in model_card(name, model_dir, dataset)
     backbones = [member.backbone for member in getattr(ensemble, "members", ()) if isinstance(member, FrontEnded)]
-    pairs = list(zip(backbones, start.members, strict=False)) or [(ensemble, start)]
+    pairs = list(zip(backbones, getattr(start, "members", ()), strict=False)) if backbones else [(ensemble, start)]
     fits &= len(pairs) >= len(backbones) and all(
         {key: value.shape for key, value in to.state_dict().items()}
         == {key: value.shape for key, value in source.state_dict().items()}

@@ -86,6 +86,15 @@ def member_lead(member: int, outputs: Outputs, labels: Tensor, targets: Tensor |
     return gather(logits_NK, others) - gather(logits_NK, labels)
 
 
+def check_probabilities(model: nn.Module) -> None:
+    """Raise `NotAnEnsembleError` unless ``model`` says with which probability it draws each member."""
+    if probabilities_of(model) is None:
+        raise NotAnEnsembleError(
+            f"ARC needs the probabilities with which members are drawn, and {type(model).__name__} has no tensor called "
+            "probabilities, (M,): attack it with MORA or EOTAPGD"
+        )
+
+
 class ARC(DescentAttack):
     r"""ARC on a randomized ensemble whose members and probabilities are known, in the norms Linf and L2.
 
@@ -135,11 +144,7 @@ class ARC(DescentAttack):
 
     def set_model(self, model: nn.Module) -> None:
         super().set_model(model)
-        if probabilities_of(model) is None:
-            raise NotAnEnsembleError(
-                f"ARC needs the probabilities with which members are drawn, and {type(model).__name__} has no tensor called "
-                "probabilities, (M,): attack it with MORA or EOTAPGD"
-            )
+        check_probabilities(model)
 
     def _stages(self, num_classes: int) -> list[Stage]:
         probabilities = probabilities_of(self.model)

@@ -1,9 +1,10 @@
 """AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
 ``pyautoattack``.
 
-The two are the same mathematics behind different interfaces. Each of the suite's attacks is run as a segment of its own, on
-the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds, and it
-lets a caller see what each attack contributes.
+The two are the same mathematics behind different interfaces. Each attack of the standard suite is run as a segment of its
+own, on the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds,
+and it lets a caller see what each attack contributes. ``rand`` runs whole, as each segment would draw the clean images'
+predictions anew.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def make_adversary(
     return adversary
 
 
-def run_segment(adversary: Any, name: str, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """One of the suite's attacks on all of ``x``; returns the images, clean where it did not succeed."""
-    adversary.attacks_to_run = [name]
-    size = "bs" if type(adversary).__module__.partition(".")[0] == "autoattack" else "batch_size"
-    result = adversary.run_standard_evaluation(x, y, **{size: batch_size})
-    return result[0] if isinstance(result, tuple) else result
+def run_segment(adversary: Any, names: Sequence[str], x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Some of the suite's attacks on all of ``x``; returns the images, clean where none succeeded, and its robust flags."""
+    adversary.attacks_to_run = list(names)
+    if type(adversary).__module__.partition(".")[0] == "autoattack":
+        images, predicted = adversary.run_standard_evaluation(x, y, bs=batch_size, return_labels=True)
+    else:
+        images, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+    return images.to(x.device), predicted.to(y.device) == y
 
 
 def run_autoattack(
@@ -85,7 +88,7 @@ def run_autoattack(
         on_attack: called with each attack's name when it has finished.
 
     Returns:
-        The images, and by attack name the suite's own robust flags (N,) after it.
+        The images, and by attack name the suite's own robust flags (N,) after it; of ``"rand"`` after its last.
     """
     check_choice("version of AutoAttack", version, tuple(SUITES))
     attacks = SUITES[version] if attacks is None else attacks
@@ -95,7 +98,7 @@ def run_autoattack(
     tracer = sys.gettrace()
     x_adv, flags = x.clone(), {}
     try:
-        with preserved(model), private_random_state(seed), torch.enable_grad():
+        with preserved(model), private_random_state(seed, model), torch.enable_grad():
             model.eval()
             with torch.no_grad():
                 scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
@@ -107,16 +110,16 @@ def run_autoattack(
             robust = scores_NK.argmax(1) == y
             classes = scores_NK.shape[1]
             adversary = make_adversary(model, version, norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
-            for name in attacks:
+            if version == "rand":
+                robust = torch.ones_like(robust)  # it decides by draws of its own which clean images are right
+            for names in [attacks] if version == "rand" else [[name] for name in attacks]:
                 rows = torch.nonzero(robust).squeeze(-1)
                 if len(rows):
-                    found = run_segment(adversary, name, x[rows], y[rows], batch_size).to(x.device)
-                    moved = (found != x[rows]).flatten(1).any(1)
-                    x_adv[rows[moved]] = found[moved]
+                    x_adv[rows], still = run_segment(adversary, names, x[rows], y[rows], batch_size)
                     robust = robust.clone()
-                    robust[rows[moved]] = False
-                flags[name] = robust
-                on_attack(name)
+                    robust[rows] = still
+                flags[names[-1]] = robust
+                on_attack(names[-1])
     finally:
         sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
     return x_adv, flags

@@ -59,7 +59,8 @@ class CarefulAttack(Attack):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
         if self.needs_members:
-            check_members(model, type(self).__name__)
+            shown = model.other if isinstance(model, Surrogate) and model.other is not None else model
+            check_members(shown, type(self).__name__)
         super().set_model(model)
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -68,7 +69,7 @@ class CarefulAttack(Attack):
         try:
             with (
                 preserved(self.model),
-                private_random_state(getattr(self, "seed", 0)),
+                private_random_state(getattr(self, "seed", 0) or 0, self.model),
                 torch.inference_mode(False),
                 torch.enable_grad(),
             ):
@@ -150,6 +151,14 @@ class DescentAttack(CarefulAttack):
         """Of the members, if the expectation over them can be taken exactly and the attack is one that takes it."""
         return probabilities_of(self.model) if self.needs_members or self.eot_iter is not None else None
 
+    def _draws(self) -> Draws | None:
+        """How to look at the model; a surrogate that aggregates the members of a randomized one needs no draws, either."""
+        model = self.model
+        known = probabilities_of(model.target) if isinstance(model, Surrogate) and model.other is None else None
+        if self.eot_iter is None or known is not None or self._probabilities() is not None:
+            return None
+        return Draws(self.eot_iter, self.draws_per_pass)
+
     def _expected_stages(self, num_classes: int) -> list[Stage]:
         return [replace(stage, objective=self._expected(stage.objective)) for stage in self._stages(num_classes)]
 
@@ -229,7 +238,7 @@ class DescentAttack(CarefulAttack):
             seed=self.seed,
             aim=aim,
             start=start,
-            draws=None if exact or self.eot_iter is None else Draws(self.eot_iter, self.draws_per_pass),
+            draws=self._draws(),
             batch_size=self.batch_size,
             trace=self.trace,
         )

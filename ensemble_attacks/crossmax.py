@@ -60,9 +60,20 @@ class CrossMaxTransfer(ComposedAttack):
         super().__init__("CrossMaxTransfer", model)
         self.surrogate = surrogate
         self.inner = attack(Surrogate(model, surrogate), **arguments)
-        shared = {name: getattr(self.inner, name) for name in SHARED if hasattr(self.inner, name)}
-        self.refine = None if refine is None else refine(model, steps=refine_steps, **shared)
+        self.refine = None if refine is None else refine(model, steps=refine_steps, **self._shared(refine))
         self.supported_mode = self.inner.supported_mode
+
+    def _shared(self, refine: Callable[..., Any]) -> dict[str, Any]:
+        """The settings of the attack on the surrogate that the refinement takes over."""
+        shared = {name: getattr(self.inner, name, None) for name in SHARED}
+        given = getattr(refine, "keywords", {})
+        for name in ("norm", "eps"):
+            if shared[name] is None and name not in given:
+                raise ValueError(
+                    f"attack {type(self.inner).__name__} does not say its {name}, which the refinement needs: pass "
+                    f"refine=functools.partial(EOTAPGD, {name}=...), or refine=None"
+                )
+        return {name: value for name, value in shared.items() if value is not None or name == "eot_iter"}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "trace":
@@ -77,5 +88,17 @@ class CrossMaxTransfer(ComposedAttack):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
-        adversarial = self.inner(images, labels)
-        return adversarial if self.refine is None else self.refine(images, labels, start=adversarial)
+        if self.refine is None:
+            return self.inner(images, labels)
+        parts = (self.inner, self.refine)
+        own_targets = [part._target_map_function for part in parts]
+        try:
+            if self.targeted:  # both aim at the classes that the defended model's scores choose
+                aim = self.get_target_label(images, labels)
+                self._change_model_mode(None)
+                for part in parts:
+                    part._target_map_function = lambda *_: aim
+            return self.refine(images, labels, start=self.inner(images, labels))
+        finally:
+            for part, own in zip(parts, own_targets, strict=True):
+                part._target_map_function = own

@@ -164,7 +164,7 @@ def judge(
 
     parameter = next(model.parameters(), x_adv)
     correct, finite = [], []
-    with preserved(model), private_random_state(seed):
+    with preserved(model), private_random_state(seed, model):
         model.eval()
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):

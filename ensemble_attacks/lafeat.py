@@ -83,6 +83,8 @@ class LAFEAT(DescentAttack):
 
     def _stages(self, num_classes: int) -> list[Stage]:
         probes = range(self._members - 2, -1, -1) if self.probes is None else self.probes
+        if not len(probes):
+            raise ValueError("probes is empty: LAFEAT needs at least one beside the network's own logits; use APGD")
         pairs = [(probe, beta) for beta in self.betas for probe in probes]
         return [
             Stage(partial(self._loss, *pair), target_rank=CLOSEST if r and not self.targeted else None, restart=r)

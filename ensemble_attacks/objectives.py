@@ -167,7 +167,7 @@ def mora(
 
     if vote == "logits":
         ensemble_NK = mean_logits(logits_MNK)
-    elif vote in ("softmax", "voting"):
+    elif vote in ("softmax", "voting") and probabilities is None:
         ensemble_NK = log_mean_softmax(logits_MNK / temperature)
     else:
         ensemble_NK = scores_NK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,11 +44,15 @@ def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def private_random_state(seed: int) -> Iterator[None]:
-    """Seed the global generators (torch's, CUDA's, numpy's, Python's), and put them back afterwards.
+def private_random_state(seed: int, model: nn.Module) -> Iterator[None]:
+    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of the model own, as attributes
+    called ``generator``, and put them back afterwards.
 
     Only models with randomness of their own see the difference: attacks draw from generators of their own.
     """
+    owned: list[Any] = [getattr(module, "generator", None) for module in model.modules()]
+    owned = [generator for generator in owned if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in owned]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
@@ -55,7 +60,11 @@ def private_random_state(seed: int) -> Iterator[None]:
             torch.manual_seed(int(seed))
             np.random.seed(int(seed) % 2**32)  # noqa: NPY002
             random.seed(int(seed))
+            for index, generator in enumerate(owned):
+                generator.manual_seed(int(seed) + index)
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+            for generator, state in zip(owned, states, strict=True):
+                generator.set_state(state)

@@ -77,7 +77,7 @@ def test_too_few_classes_for_apgd_t() -> None:
 
 
 def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
-    """A stand-in with the signature of fra31's ``autoattack``, which is not on PyPI: other names, one returned tensor."""
+    """A stand-in with the signature of fra31's ``autoattack``, which is not on PyPI: other names, labels if asked for."""
     seen = {}
 
     class AutoAttack:
@@ -97,9 +97,10 @@ def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, 
             seen.update(eps=eps, device=str(device), verbose=verbose, seed=seed, version=version)
             self.apgd_targeted, self.fab = types.SimpleNamespace(), types.SimpleNamespace()
 
-        def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int = 250, return_labels: bool = False) -> Tensor:
+        def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int = 250, return_labels: bool = False) -> object:
             seen.update(bs=bs, attacks=self.attacks_to_run, targets=self.apgd_targeted.n_target_classes)
-            return (x + 0.01).clamp(0, 1)
+            images = (x + 0.01).clamp(0, 1)
+            return (images, (y + 1) % 4) if return_labels else images
 
     module = types.ModuleType("autoattack")
     AutoAttack.__module__ = "autoattack.autoattack"

@@ -152,7 +152,7 @@ def test_apgd_ce_misses_what_autoattacks_misses(norm: str) -> None:
     ensemble, images, labels, optimum = linear_problem(norm)
     ensemble, images, eps = ensemble.float(), images.float(), float(optimum.median())
     theirs = APGDAttack(ensemble, n_iter=100, norm=norm, n_restarts=1, eps=eps, seed=0, loss="ce", device="cpu")
-    with private_random_state(0):
+    with private_random_state(0, ensemble):
         missed_by_them = ensemble(theirs.perturb(images, labels)).argmax(1) == labels
     missed_by_us = ensemble(APGD(ensemble, norm=norm, eps=eps, steps=100)(images, labels)).argmax(1) == labels
     assert torch.equal(missed_by_us, missed_by_them)

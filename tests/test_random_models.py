@@ -13,7 +13,7 @@ from ensemble_attacks.autoattack import run_autoattack
 from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, expected_margin, look
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.objectives import ce
+from ensemble_attacks.objectives import ce, mora
 
 EPS = 0.1
 
@@ -69,6 +69,41 @@ def test_evaluate_a_random_model(batch: tuple[Tensor, Tensor]) -> None:
     assert summary["worst_case"]["accuracy"] <= min(row["accuracy"] for row in rows)
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         evaluate(model, x.float(), y, ["mora"], Settings(eps=EPS, draws=0))
+
+
+def test_a_mistake_is_told_before_anything_runs(batch: tuple[Tensor, Tensor]) -> None:
+    ran: list[str] = []
+    for attack, message in (("arc", "no tensor called probabilities"), ("bpda", "'frontend' is no part of Ensemble")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            evaluate(
+                make_ensemble(),
+                *batch,
+                ["pgd", attack],
+                Settings(eps=EPS),
+                report=lambda name, row: ran.append(name),
+            )
+    assert not ran
+
+
+def test_the_seed_decides_on_draws_of_the_models_own(batch: tuple[Tensor, Tensor]) -> None:
+    model, other = make_randomized(), make_randomized()
+    other.own_draws(7)
+    x, y = batch
+    first = judge(model, x, y, x, eps=EPS, draws=5)
+    assert torch.equal(first.correct, judge(other, x, y, x, eps=EPS, draws=5).correct)
+    before = other.generator.get_state()
+    blind = [PGD(net, eps=EPS, steps=3, n_restarts=1)(x, y) for net in (model, other)]
+    assert torch.equal(*blind)
+    assert torch.equal(other.generator.get_state(), before)
+
+
+def test_the_expected_vote_is_what_mora_attacks(batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    model = make_randomized()
+    logits = model.member_logits(x)
+    arguments = dict(beta=0.0, probabilities=model.probabilities)
+    losses = [mora(logits, model.aggregate(logits), y, vote=vote, **arguments) for vote in ("softmax", None)]
+    assert torch.equal(*losses)
 
 
 def test_memory_does_not_grow_with_the_draws(images: tuple[Tensor, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torchattacks
@@ -172,11 +174,29 @@ def test_crossmax_transfer(attack: type, masked: tuple[nn.Module, Tensor, Tensor
     arguments = {"eps": 0.12, "steps": 20} | ({"eot_iter": None} if attack is EOTAPGD else {})
     direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
     transfer = CrossMaxTransfer(model, attack=attack, refine=None, **arguments)(x, y)
-    refined = CrossMaxTransfer(model, attack=attack, refine=APGD, refine_steps=20, **arguments)(x, y)
+    refine = partial(APGD, norm="Linf")
+    refined = CrossMaxTransfer(model, attack=attack, refine=refine, refine_steps=20, **arguments)(x, y)
     assert accuracy(model, transfer, y) < accuracy(model, direct, y) - 0.05
     assert accuracy(model, refined, y) <= accuracy(model, transfer, y)
     for adversarial in (transfer, refined):
         judge(model, x, y, adversarial, eps=0.12)
+
+
+def test_a_refinement_is_told_the_ball(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    with pytest.raises(ValueError, match="PGDL2 does not say its norm, which the refinement needs"):
+        CrossMaxTransfer(masked[0], attack=torchattacks.PGDL2, eps=0.3)
+    attack = CrossMaxTransfer(masked[0], attack=torchattacks.PGDL2, refine=partial(APGD, norm="L2"), refine_steps=3, eps=0.3)
+    model, x, y = masked
+    judge(model, x, y, attack(x, y), eps=0.3, norm="L2")
+
+
+def test_both_parts_aim_at_the_same_class(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = masked
+    attack = CrossMaxTransfer(model, attack=APGD, refine=APGD, refine_steps=30, eps=0.3, steps=30)
+    attack.set_mode_targeted_least_likely(quiet=True)
+    aim = model(x).argmin(1)
+    assert (model(attack(x, y)).argmax(1) == aim).float().mean() > 0.5
+    assert attack.inner._target_map_function != attack.refine._target_map_function
 
 
 def test_settings_are_those_of_both_parts(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -236,6 +256,8 @@ def test_lafeat_reads_the_probes(masked: tuple[nn.Module, Tensor, Tensor]) -> No
     direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
     adversarial = LAFEAT(Surrogate(model), eps=0.12, steps=20, probes=(0, 3, 6))(x, y)
     assert accuracy(model, adversarial, y) < accuracy(model, direct, y) - 0.05
+    with pytest.raises(ValueError, match="probes is empty"):
+        LAFEAT(Ensemble([make_member()]))(torch.rand(2, 3, 6, 6), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"probes holds 9, but the model has 9 members \(0 to 8\)"):
         LAFEAT(model, probes=(9,))(x, y)
 
@@ -245,6 +267,8 @@ def test_surrogates_that_do_not_exist(guarded: tuple[nn.Module, Tensor, Tensor])
         CrossMaxTransfer(make_ensemble(), surrogate="maen")
     with pytest.raises(NotAnEnsembleError, match="Guarded has no member_logits"):
         CrossMaxTransfer(guarded[0])
+    with pytest.raises(NotAnEnsembleError, match="MORA looks inside an ensemble, but Guarded"):
+        CrossMaxTransfer(make_ensemble(), attack=MORA, surrogate=guarded[0])
 
 
 def test_refinement_starts_where_told_and_stays_around_the_clean_image(

@@ -58,6 +58,7 @@ def evaluate(
     for name, entry in entries.items():
         if entry.needs_members:
             check_members(model, name)
+        entry.check(model)
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
     check_count("batch_size", settings.batch_size)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemble_attacks.a3 import A3
 from ensemble_attacks.apgd import APGD
-from ensemble_attacks.arc import ARC
+from ensemble_attacks.arc import ARC, check_probabilities
 from ensemble_attacks.autoattack import RAND, STANDARD, run_autoattack
 from ensemble_attacks.base import CarefulAttack
 from ensemble_attacks.bpda import BPDAIdentity
@@ -23,6 +23,7 @@ from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.pgd import PGD
+from ensemble_attacks.surrogates import find_parts
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class Entry:
     Attributes:
         needs_members: it looks inside an ensemble.
         twin: it may craft on a prepared twin; not if it goes by the names of the model's parts.
+        check: raises on a model that the attack cannot be run on.
     """
 
     craft: Craft
     summary: str
     needs_members: bool = False
     twin: bool = True
+    check: Callable[[nn.Module], object] = lambda model: None
 
 
 def _autoattack(*attacks: str, version: str = "standard") -> Craft:
@@ -91,13 +94,14 @@ def _autoattack(*attacks: str, version: str = "standard") -> Craft:
             attacks=attacks,
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
         )
-        return Crafted(images, {name: (flags[name], *passes[name]) for name in attacks if len(attacks) > 1})
+        stages = {name: (flags[name], *passes[name]) for name in flags} if len(attacks) > 1 else {}
+        return Crafted(images, stages)
 
     return craft
 
 
 def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **arguments: Any) -> Craft:
-    """An attack of this package; ``expected``: one that can take the expectation over draws."""
+    """An attack of this package; ``expected``: one that takes ``eot_iter`` as an argument."""
 
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = make(
@@ -109,6 +113,8 @@ def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **argume
             **({"eot_iter": settings.eot_iter} if expected else {}),
             **arguments,
         )
+        if not expected:
+            made.eot_iter = settings.eot_iter
         made.trace = trace = Trace()
         images = made(x, y).to(x.device)
         rows, stages = trace.rows(), {}
@@ -119,6 +125,10 @@ def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **argume
         return Crafted(images, stages, rows)
 
     return craft
+
+
+def _has_frontend(model: nn.Module) -> None:
+    find_parts(model, "frontend")
 
 
 def _eot(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
@@ -143,14 +153,23 @@ ATTACKS: dict[str, Entry] = {
     "a3": Entry(_ours(A3, expected=False), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
     "caa": Entry(_ours(CAA, expected=False), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
     "eot-apgd": Entry(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
-    "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", twin=False),
+    "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", twin=False, check=_has_frontend),
     "bpda-mora": Entry(
-        _ours(BPDAIdentity, attack=MORA), "MORA past the parts called frontend", needs_members=True, twin=False
+        _ours(BPDAIdentity, attack=MORA),
+        "MORA past the parts called frontend",
+        needs_members=True,
+        twin=False,
+        check=_has_frontend,
     ),
     "crossmax-transfer": Entry(
         _ours(CrossMaxTransfer), "APGD on the mean of the members' logits, refined on the model itself", needs_members=True
     ),
-    "arc": Entry(_ours(ARC, expected=False), "ARC, 20 rounds over the members of a randomized ensemble", needs_members=True),
+    "arc": Entry(
+        _ours(ARC, expected=False),
+        "ARC, 20 rounds over the members of a randomized ensemble",
+        needs_members=True,
+        check=check_probabilities,
+    ),
     "ea-apgd-ce": Entry(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
     "ea-apgd-dlr": Entry(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
     "ea-apgd-t": Entry(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),
