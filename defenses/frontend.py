@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defenses.adversarial import loss_against_ensemble
 from defenses.architectures import ARCHITECTURES, NORMALIZATIONS, Normalize
-from defenses.standard import cross_entropy_sum
-from defenses.training import Batch, Recipe
-from defenses.training.ascent import pgd
+from defenses.training import Recipe
 
 DEPTH, WIDTH = 17, 64
 PREFIX = "frontend-"  # of the backbone's name
@@ -105,14 +104,9 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([parameter for parameter in parameters if parameter.requires_grad])
 
 
-def loss(batch: Batch) -> Tensor:
-    """``sum_m CE(f_m(x'), y)``, batch mean, at PGD-10 images x' of the ensemble."""
-    return cross_entropy_sum(batch.logits(pgd(batch)), batch.y)
-
-
 RECIPE = Recipe(
     name="frontend",
-    loss=loss,
+    loss=loss_against_ensemble,
     optimizer=adamw,
     max_lr=1e-5,
     start_from="standard",

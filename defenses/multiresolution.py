@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defenses import standard
 from defenses.architectures import NORMALIZATIONS, ConvNet, ResNet
 from defenses.crossmax import check_k, crossmax
 from defenses.draws import OwnDraws
@@ -297,13 +298,8 @@ SELF_ENSEMBLES: dict[str, Callable[..., Multiresolution]] = {
 }
 
 
-def loss(batch: Batch) -> Tensor:
-    """``sum_m CE(z^m, y)``, batch mean, over probes and network; the probes' features pass no gradient on."""
-    return cross_entropy_sum(batch.logits(batch.x), batch.y)
-
-
 def light_adversarial_loss(batch: Batch) -> Tensor:
-    """The same on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
+    """`standard.loss` on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
     nets = len(getattr(batch.ensemble, "members", [None]))
 
     def objective(x: Tensor) -> Tensor:
@@ -317,7 +313,7 @@ def light_adversarial_loss(batch: Batch) -> Tensor:
 
 RECIPE = Recipe(
     name="multiresolution",
-    loss=loss,
+    loss=standard.loss,
     optimizer=adam,
     max_lr=1e-3,
     prefix=PREFIX,

@@ -100,9 +100,7 @@ def _autoattack(*attacks: str, version: str = "standard") -> Craft:
     return craft
 
 
-def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **arguments: Any) -> Craft:
-    """An attack of this package; ``expected``: one that takes ``eot_iter`` as an argument."""
-
+def _ours(make: Callable[..., CarefulAttack], **arguments: Any) -> Craft:
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = make(
             model,
@@ -110,11 +108,9 @@ def _ours(make: Callable[..., CarefulAttack], *, expected: bool = True, **argume
             eps=settings.eps,
             seed=settings.seed,
             batch_size=settings.batch_size,
-            **({"eot_iter": settings.eot_iter} if expected else {}),
             **arguments,
         )
-        if not expected:
-            made.eot_iter = settings.eot_iter
+        made.eot_iter = settings.eot_iter
         made.trace = trace = Trace()
         images = made(x, y).to(x.device)
         rows, stages = trace.rows(), {}
@@ -150,8 +146,8 @@ ATTACKS: dict[str, Entry] = {
     ),
     "pgd": Entry(_ours(PGD), "PGD, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it"),
     "cw": Entry(_ours(PGD, loss="margin"), "CW (the margin of the logits), 5 restarts x 100 steps of eps / 4"),
-    "a3": Entry(_ours(A3, expected=False), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
-    "caa": Entry(_ours(CAA, expected=False), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
+    "a3": Entry(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
+    "caa": Entry(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
     "eot-apgd": Entry(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
     "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", twin=False, check=_has_frontend),
     "bpda-mora": Entry(
@@ -165,7 +161,7 @@ ATTACKS: dict[str, Entry] = {
         _ours(CrossMaxTransfer), "APGD on the mean of the members' logits, refined on the model itself", needs_members=True
     ),
     "arc": Entry(
-        _ours(ARC, expected=False),
+        _ours(ARC),
         "ARC, 20 rounds over the members of a randomized ensemble",
         needs_members=True,
         check=check_probabilities,
