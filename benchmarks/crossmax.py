@@ -46,8 +46,7 @@ def main(models: str, model_dir: str | None, dataset: str, data_dir: str, eps: f
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     members = [member for name in models.split(",") for member in load_model(name, model_dir, dataset).members]
     model, mean = CrossMax(members).eval(), Ensemble(members, "logits").eval()
-    prepared: Any = prepare(mean, x[:8])
-    twin = CrossMax(prepared.members).eval()
+    twin = prepare(model, x[:8])
     rows: list[dict[str, Any]] = []
     for name, defended in (("none (the mean of the logits)", mean), ("none", model)):
         rows.append({"attack": name, "robust": 100 * judge(defended, x, y, x, eps=eps).accuracy, "passes": 0.0})

@@ -1,4 +1,4 @@
-"""A faster twin of an ensemble to craft on: batch norm folded into the convolutions, ``channels_last``, parameters frozen.
+"""A faster twin of a model to craft on: batch norm folded into the convolutions, ``channels_last``, parameters frozen.
 
 The judge never sees it: images crafted on the twin are judged on the original.
 """
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from ensemble_attacks.ensembles import Ensemble
+from ensemble_attacks.preserve import private_random_state
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 1e-3  # of the folded members' logits, relative to the largest; float32 folding stays below 1e-5
+TOLERANCE = 1e-3  # of the folded model's scores, relative to the largest; float32 folding stays below 1e-5
+PARTS = ("frontend",)  # that attacks ask for by name: what holds one is not folded as a whole
+SEEDS = (0, 1)  # of the two comparisons; a random model would give itself away
 
 
 @torch.no_grad()
@@ -23,21 +25,38 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """A twin of ``model`` that computes the same, faster; the model itself where there is nothing to fold or it cannot be.
 
     Args:
-        model: an `Ensemble` in eval mode; any other module is returned as it is.
-        x: some real images (N, C, H, W), on which the twin's members must agree with the originals.
+        model: in eval mode, an ensemble (whose members are folded) or any other.
+        x: some real images (N, C, H, W), on which the twin must agree with the original, draw for draw.
     """
-    if type(model) is not Ensemble or model.training:
+    if model.training or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return model
-    members = []
-    for member in model.members:
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return model  # a folded module would not call them
+    try:
+        twin = _folded(copy.deepcopy(model)).eval()
+        for seed in SEEDS:
+            expected, scores = (_scores(net, x, seed) for net in (model, twin))
+            if not (scores - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                raise ValueError("the folded model computes something else")
+    except Exception as error:  # networks that cannot be copied or traced say so in many ways
+        logger.debug("not prepared: %s (%s)", type(model).__name__, error)
+        return model
+    return twin.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    """The module, folded as a whole where that is possible and no attack looks inside; else its children are."""
+    looked_into = hasattr(module, "member_logits") or any(name.split(".")[-1] in PARTS for name, _ in module.named_modules())
+    if not looked_into:
         try:
-            twin = fuse(copy.deepcopy(member))
-        except Exception as error:  # torch.fx cannot trace every network, and says so in many ways
-            logger.debug("not prepared: %s cannot be traced (%s)", type(member).__name__, error)
-            return model
-        expected = member(x)
-        if (twin(x) - expected).abs().max() > TOLERANCE * expected.abs().max():
-            logger.debug("not prepared: the folded %s computes something else", type(member).__name__)
-            return model
-        members.append(twin.to(memory_format=torch.channels_last).requires_grad_(False))
-    return Ensemble(members, str(model.vote)).eval()
+            return fuse(module)
+        except Exception as error:  # torch.fx cannot trace every network
+            logger.debug("%s is folded by its children (%s)", type(module).__name__, error)
+    for name, child in module.named_children():
+        setattr(module, name, _folded(child))
+    return module
+
+
+def _scores(net: nn.Module, x: Tensor, seed: int) -> Tensor:
+    with private_random_state(seed, net):
+        return net.member_logits(x) if hasattr(net, "member_logits") else net(x)

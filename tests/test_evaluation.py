@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from defenses.cards import make_ensemble as make_zoo_ensemble
+from defenses.frontend import FRONT_ENDED
+from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import NotAnEnsembleError, OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset
@@ -23,6 +25,7 @@ from ensemble_attacks.evaluation.passes import count_passes
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Crafted, Settings
 from ensemble_attacks.prepare import prepare
+from ensemble_attacks.surrogates import find_parts
 
 
 def invoke(*arguments: str) -> Result:
@@ -162,6 +165,35 @@ def test_prepare_folds_batch_norm_and_leaves_the_model_alone() -> None:
     assert prepare(model.train(), x) is model
     single = nn.Linear(2, 2)
     assert prepare(single, x) is single
+
+
+def test_prepare_keeps_the_parts_that_attacks_ask_for_and_the_draws() -> None:
+    members = [FRONT_ENDED["frontend-resnet20"](depth=3, width=4).eval() for _ in range(2)]
+    model = RandomizedEnsemble(members, seed=0).eval()
+    x = torch.rand(6, 3, 32, 32)
+    twin = prepare(model, x)
+    assert twin is not model
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    assert [name for name, _ in find_parts(twin, "frontend")] == ["members.0.frontend", "members.1.frontend"]
+    with model.frozen_noise(), twin.frozen_noise():
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Reseeds(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return super().forward(x + 0.5 * torch.randn_like(x))
+
+
+class DrawsConstants(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.5 * torch.rand(1))
+
+
+@pytest.mark.parametrize("kind", [Reseeds, DrawsConstants])
+def test_a_model_that_tracing_would_change_is_not_prepared(kind: type[nn.Module]) -> None:
+    model = kind(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    assert prepare(model, torch.rand(4, 3, 8, 8)) is model
 
 
 def test_passes_are_counted_for_anybodys_attack() -> None:

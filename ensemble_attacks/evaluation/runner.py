@@ -20,6 +20,7 @@ from ensemble_attacks.evaluation.passes import CountingModel, count_passes
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.prepare import prepare
+from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,10 @@ def evaluate(
     for name, entry in entries.items():
         logger.info("running %s on %d images", name, len(x))
         with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
-            counted = count_passes(twin if entry.twin else model, bar.update)
+            counted = count_passes(twin, bar.update)
             began = time.perf_counter()
             crafted = entry.craft(counted, x, y, settings)
-            if counted.counted is not model:
+            if twin is not model:
                 crafted = _recraft(model, counted, x, y, crafted, entry, settings)
             seconds[name] = time.perf_counter() - began
         judgement = verdict(crafted.images)
@@ -131,7 +132,11 @@ def _recraft(
 ) -> Crafted:
     """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
     device = next(model.parameters(), x).device
-    predict = lambda net: torch.cat([net(b.to(device)).argmax(1).cpu() for b in crafted.images.split(settings.batch_size)])  # noqa: E731
+
+    def predict(net: nn.Module) -> Tensor:
+        with private_random_state(settings.seed, net):
+            return torch.cat([net(batch.to(device)).argmax(1).cpu() for batch in crafted.images.split(settings.batch_size)])
+
     rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
     if not len(rows):
         return crafted

@@ -68,14 +68,12 @@ class Entry:
 
     Attributes:
         needs_members: it looks inside an ensemble.
-        twin: it may craft on a prepared twin; not if it goes by the names of the model's parts.
         check: raises on a model that the attack cannot be run on.
     """
 
     craft: Craft
     summary: str
     needs_members: bool = False
-    twin: bool = True
     check: Callable[[nn.Module], object] = lambda model: None
 
 
@@ -149,12 +147,11 @@ ATTACKS: dict[str, Entry] = {
     "a3": Entry(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
     "caa": Entry(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
     "eot-apgd": Entry(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
-    "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", twin=False, check=_has_frontend),
+    "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", check=_has_frontend),
     "bpda-mora": Entry(
         _ours(BPDAIdentity, attack=MORA),
         "MORA past the parts called frontend",
         needs_members=True,
-        twin=False,
         check=_has_frontend,
     ),
     "crossmax-transfer": Entry(
