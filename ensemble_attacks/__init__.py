@@ -13,7 +13,8 @@ from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.lafeat import LAFEAT
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.pgd import PGD
-from ensemble_attacks.surrogates import Surrogate, ZeroOrder
+from ensemble_attacks.reversal import FrontEndReversal
+from ensemble_attacks.surrogates import Expected, Surrogate, ZeroOrder
 
 __all__ = [
     "A3",
@@ -25,6 +26,8 @@ __all__ = [
     "CrossMaxTransfer",
     "EOTAPGD",
     "Ensemble",
+    "Expected",
+    "FrontEndReversal",
     "Judgement",
     "LAFEAT",
     "MORA",

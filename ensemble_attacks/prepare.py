@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,6 @@ def _folded(module: nn.Module) -> nn.Module:
     return module
 
 
-def _scores(net: nn.Module, x: Tensor, seed: int) -> Tensor:
+def _scores(net: Any, x: Tensor, seed: int) -> Tensor:
     with private_random_state(seed, net):
         return net.member_logits(x) if hasattr(net, "member_logits") else net(x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.descent import Outputs
-from ensemble_attacks.ensembles import VOTES, check_members, log_expected_softmax, probabilities_of
+from ensemble_attacks.ensembles import VOTES, check_members, log_expected_softmax, log_mean_softmax, probabilities_of
 from ensemble_attacks.errors import PartError, unknown_name
 from ensemble_attacks.preserve import preserved
 from ensemble_attacks.projections import per_sample
@@ -140,6 +140,25 @@ class ZeroOrder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _Estimated.apply(x, self)  # type: ignore[no-untyped-call]
+
+
+class Expected(nn.Module):
+    """A random model's expectation: ``log mean softmax`` of its scores over draws. For attacks that know nothing of
+    randomness, such as AutoAttack's Square.
+
+    Args:
+        target: images (N, C, H, W) -> scores (N, K), random.
+        draws: forward passes of every look.
+    """
+
+    def __init__(self, target: nn.Module, draws: int = 20) -> None:
+        super().__init__()
+        check_count("draws", draws)
+        self.target, self.draws = target, draws
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return log_mean_softmax(torch.stack([self.target(x) for _ in range(self.draws)]))
 
 
 def find_parts(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:

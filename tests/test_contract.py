@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from helpers import make_ensemble
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks import A3, APGD, CAA, EOTAPGD, LAFEAT, MORA, PGD, BPDAIdentity, CrossMaxTransfer
+from ensemble_attacks import (
+    A3,
+    APGD,
+    CAA,
+    EOTAPGD,
+    LAFEAT,
+    MORA,
+    PGD,
+    BPDAIdentity,
+    CrossMaxTransfer,
+    FrontEndReversal,
+)
 
 EPS = 0.1
 ROUNDING = 1e-8  # in float64, carried through up to 800 steps
@@ -19,6 +31,10 @@ ROUNDING = 1e-8  # in float64, carried through up to 800 steps
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def behind_a_front_end(model: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(frontend=nn.Identity(), backbone=model)).train(model.training)
 
 
 ATTACKS = {
@@ -34,6 +50,9 @@ ATTACKS = {
     "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
     "eot-apgd": lambda model, norm: EOTAPGD(model, norm=norm, eps=EPS, steps=12, eot_iter=2),
     "bpda": lambda model, norm: BPDAIdentity(model, parts=dropouts(model), norm=norm, eps=EPS, steps=12),
+    "reversal": lambda model, norm: FrontEndReversal(
+        behind_a_front_end(model), norm=norm, eps=EPS, steps=12, amplification=1.0
+    ),
     "crossmax": lambda model, norm: CrossMaxTransfer(
         model, attack=APGD, refine=APGD, refine_steps=5, norm=norm, eps=EPS, steps=12
     ),

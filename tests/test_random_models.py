@@ -8,7 +8,7 @@ from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
-from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, NotAnEnsembleError, Surrogate, judge
+from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, Expected, NotAnEnsembleError, Surrogate, judge
 from ensemble_attacks.autoattack import run_autoattack
 from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, expected_margin, look
 from ensemble_attacks.evaluation.runner import evaluate
@@ -56,6 +56,22 @@ def test_what_rand_says_of_lucky_draws(images: tuple[Tensor, Tensor]) -> None:
     adversarial, flags = run_autoattack(Flipping(), x, y, eps=EPS, version="rand")
     assert flags["apgd-dlr"].double().mean() < 0.9
     assert 0.92 < judge(Flipping(), x, y, adversarial, eps=EPS, draws=20).accuracy < 0.98
+
+
+def test_square_on_the_expectation_is_not_taken_in_by_lucky_draws(images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:50], images[1][:50]
+    _, flags = run_autoattack(Expected(Flipping(), draws=9), x, y, eps=EPS, attacks=["square"])
+    assert flags["square"].all()
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        Expected(Flipping(), draws=0)
+
+
+def test_gradient_free_controls(batch: tuple[Tensor, Tensor]) -> None:
+    model = make_randomized()
+    x, y = agreed(model, batch)
+    settings = Settings(eps=3 * EPS, draws=20, eot_iter=5)
+    summary = evaluate(model.float(), x[:4].float(), y[:4], ["eot-square", "zero-order-pgd"], settings)
+    assert all(row["accuracy"] < 0.9 for row in summary["attacks"].values())
 
 
 def test_evaluate_a_random_model(batch: tuple[Tensor, Tensor]) -> None:

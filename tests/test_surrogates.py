@@ -21,6 +21,7 @@ from ensemble_attacks import (
     BPDAIdentity,
     CrossMaxTransfer,
     Ensemble,
+    FrontEndReversal,
     Surrogate,
     ZeroOrder,
     judge,
@@ -280,3 +281,66 @@ def test_refinement_starts_where_told_and_stays_around_the_clean_image(
     judge(model, x, y, adversarial, eps=EPS)
     with pytest.raises(ValueError, match="start has shape"):
         APGD(model, eps=EPS, steps=5)(x, y, start=far[:3])
+
+
+class Scaled(nn.Module):
+    """Stretched by 3 and shifted: no identity, and with a gradient that says nothing; ``size`` changes the shape, too."""
+
+    def __init__(self, size: int = 6) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.interpolate((x * 50).round() * 3 / 50 - 1, (self.size, self.size), mode="nearest")
+
+
+@pytest.mark.parametrize("size", [6, 12])
+def test_reversal_gets_behind_a_front_end_that_is_no_identity(size: int, batch: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential()
+    model.frontend, model.pool = Scaled(size), nn.AdaptiveAvgPool2d(6)
+    model.backbone = make_member(4).double()
+    model.eval()
+    x, y = batch[0], model(batch[0]).argmax(1)
+    attack = FrontEndReversal(model, eps=EPS, steps=10)
+    adversarial = attack(x, y)
+    assert attack._amplification(x) == pytest.approx(3, rel=0.3)
+    assert accuracy(model, adversarial, y) < accuracy(model, APGD(model, eps=EPS, steps=10)(x, y), y) - 0.2
+    assert judge(model, x, y, adversarial, eps=EPS).accuracy == accuracy(model, adversarial, y)
+    assert "forward" not in vars(model.frontend)
+
+
+def test_reversal_sees_normalised_images_as_torchattacks_does(batch: tuple[Tensor, Tensor]) -> None:
+    model = Guarded(frontend=Scaled()).eval()
+    x, y = batch[0], model(batch[0]).argmax(1)
+    plain = FrontEndReversal(model, eps=EPS, steps=5, amplification=3.0)(x, y)
+    mean, std = [0.4, 0.5, 0.6], [0.3, 0.2, 0.25]
+    shift, scale = (torch.tensor(v, dtype=x.dtype).view(3, 1, 1) for v in (mean, std))
+
+    class OnNormalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frontend, self.backbone = nn.Sequential(Denormalise(), model.frontend), model.backbone
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.backbone(self.frontend(z))
+
+    class Denormalise(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z * scale + shift
+
+    attack = FrontEndReversal(OnNormalised().eval(), eps=EPS, steps=5, amplification=3.0)
+    attack.set_normalization_used(mean, std)
+    found = attack((x - shift) / scale, y) * scale + shift
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+
+
+def test_reversal_names_what_it_cannot_reverse(batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch[0], torch.zeros(len(batch[0]), dtype=torch.long)
+    with pytest.raises(PartError, match="'front' is no part of Guarded"):
+        FrontEndReversal(Guarded().eval(), part="front")
+    with pytest.raises(PartError, match=r"members\.0\.frontend, members\.1\.frontend: name one"):
+        FrontEndReversal(Ensemble([Guarded(), Guarded(1)]).eval())
+    with pytest.raises(PartError, match=r"puts out \(8, 6, 6\) for images \(3, 6, 6\)"):
+        FrontEndReversal(Guarded().eval(), part="backbone.0", eps=EPS)(x, y)
+    with pytest.raises(ValueError, match="rounds must be"):
+        FrontEndReversal(Guarded().eval(), rounds=0)

@@ -23,7 +23,10 @@ from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.pgd import PGD
-from ensemble_attacks.surrogates import find_parts
+from ensemble_attacks.reversal import FrontEndReversal
+from ensemble_attacks.surrogates import Expected, ZeroOrder, find_parts
+
+EOT_ITER = 20  # draws of every iterate, where the user does not say
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,11 @@ class Entry:
     check: Callable[[nn.Module], object] = lambda model: None
 
 
-def _autoattack(*attacks: str, version: str = "standard") -> Craft:
+def _autoattack(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
     def craft(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         passes: dict[str, tuple[int, int]] = {}
         images, flags = run_autoattack(
-            model,
+            Expected(model, settings.eot_iter or EOT_ITER) if expectation else model,
             x,
             y,
             eps=settings.eps,
@@ -126,7 +129,11 @@ def _has_frontend(model: nn.Module) -> None:
 
 
 def _eot(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
-    return _ours(EOTAPGD)(model, x, y, replace(settings, eot_iter=settings.eot_iter or 20))
+    return _ours(EOTAPGD)(model, x, y, replace(settings, eot_iter=settings.eot_iter or EOT_ITER))
+
+
+def _zero_order(model: nn.Module, **arguments: Any) -> PGD:
+    return PGD(ZeroOrder(model), steps=20, n_restarts=1, **arguments)
 
 
 ATTACKS: dict[str, Entry] = {
@@ -147,11 +154,21 @@ ATTACKS: dict[str, Entry] = {
     "a3": Entry(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
     "caa": Entry(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
     "eot-apgd": Entry(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
+    "eot-square": Entry(
+        _autoattack("square", expectation=True),
+        "AutoAttack's Square on the mean over 20 draws (or --eot-iter), no gradients",
+    ),
+    "zero-order-pgd": Entry(_ours(_zero_order), "PGD, 20 steps, on gradients estimated from 50 pairs of scores"),
     "bpda": Entry(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", check=_has_frontend),
     "bpda-mora": Entry(
         _ours(BPDAIdentity, attack=MORA),
         "MORA past the parts called frontend",
         needs_members=True,
+        check=_has_frontend,
+    ),
+    "front-end-reversal": Entry(
+        _ours(FrontEndReversal),
+        "APGD on what lies behind the part called frontend, carried back through it",
         check=_has_frontend,
     ),
     "crossmax-transfer": Entry(
