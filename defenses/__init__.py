@@ -2,6 +2,6 @@
 
 from defenses.convert import convert
 from defenses.recipes import train_model
-from defenses.zoo import list_models, load_model, model_card
+from defenses.zoo import list_models, load_model, model_card, register_with_robustbench
 
-__all__ = ["convert", "list_models", "load_model", "model_card", "train_model"]
+__all__ = ["convert", "list_models", "load_model", "model_card", "register_with_robustbench", "train_model"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +12,7 @@ from defenses.architectures import Normalize
 from ensemble_attacks.data import IMAGE_SHAPES
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.robustbench import ensure
 
 
 def ensemble_of(
@@ -58,6 +56,17 @@ def ensemble_of(
     return ensemble
 
 
+def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
+    """A single model, in eval mode: ``robustbench:<name>`` of RobustBench's zoo, or ``timm:<name>``.
+
+    Raises:
+        ValueError: the zoo knows no such model; names the nearest one.
+    """
+    zoo, _, own = name.partition(":")
+    net = _timm(own) if zoo == "timm" else _robustbench(own, model_dir, dataset, threat_model)
+    return net.eval()
+
+
 def _timm(name: str) -> nn.Module:
     """A pretrained timm model that takes images in [0, 1]."""
     import timm
@@ -68,26 +77,12 @@ def _timm(name: str) -> nn.Module:
     return nn.Sequential(Normalize(net.default_cfg["mean"], net.default_cfg["std"]), net)
 
 
-@contextmanager
-def _importable_robustbench() -> Iterator[None]:
-    """robustbench 1.1.1 imports ``autoattack`` and requires ``pyautoattack``: one stands in for the other for the import."""
-    if "robustbench" in sys.modules or importlib.util.find_spec("autoattack") is not None:
-        yield
-        return
-    stand_ins = {name: importlib.import_module(f"py{name}") for name in ("autoattack", "autoattack.state")}
-    sys.modules.update(stand_ins)
-    try:
-        yield
-    finally:
-        for name in stand_ins:
-            sys.modules.pop(name, None)
-
-
 def _robustbench(name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
-    with _importable_robustbench():
-        from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
-        from robustbench.model_zoo.models import model_dicts
-        from robustbench.utils import load_model
+    ensure()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+    from robustbench.utils import load_model
+
     datasets = {member.value for member in BenchmarkDataset}
     zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)] if dataset in datasets else {}
     if name not in zoo:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from defenses.cards import read_model
 from defenses.convert import ensemble_from_checkpoint
-from defenses.foreign import ensemble_of
+from defenses.foreign import ensemble_of, model_of
 from defenses.gal import NEGATIVE_SLOPE as GAL_SLOPE
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.ensembles import Ensemble, check_vote
+from ensemble_attacks.ensembles import VOTES, Ensemble, check_vote
 from ensemble_attacks.errors import WeightsError, unknown_name
+from ensemble_attacks.robustbench import ensure
 
 SHIPPED = Path(__file__).parent / "weights"
 THREAT_MODELS = ("Linf",)
+FOREIGN = ("robustbench:", "timm:")
 
 
 def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
@@ -47,7 +50,8 @@ def load_model(
 
     Args:
         model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
-            or of timm (``timm/<name>``); or, with ``checkpoint``, ``<defense>_<architecture>_<members>``.
+            or of timm (``timm/<name>``); or a single model of theirs, ``"robustbench:NAME"`` or ``"timm:NAME"``; or, with
+            ``checkpoint``, ``<defense>_<architecture>_<members>``.
         model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
         dataset, threat_model: names, or RobustBench's enums.
         vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
@@ -75,6 +79,8 @@ def load_model(
         own = lambda name: load_model(name, model_dir, dataset, threat_model) if name in known else None  # noqa: E731
         names = model_name.removeprefix("ensemble:").split("+")
         return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
+    if model_name.startswith(FOREIGN):
+        return model_of(model_name, model_dir=model_dir, dataset=dataset, threat_model=threat_model)
     return read_model(_stem(model_name, model_dir, dataset, threat_model), vote)
 
 
@@ -107,3 +113,30 @@ def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote
         holds = f"{found['architecture']}_{found['members']}"
         raise WeightsError(f"checkpoint {str(checkpoint)!r} is not {model_name!r}: what it holds is {defense}_{holds}")
     return ensemble
+
+
+def register_with_robustbench() -> list[str]:
+    """Make RobustBench's own ``load_model`` find the models that ship; returns their names there.
+
+    ``robustbench.load_model("Gal_resnet20_3", dataset="cifar10", threat_model="Linf")`` is `load_model("gal_resnet20_3")`;
+    with another vote, ``"Gal_resnet20_3_voting"`` or ``"Gal_resnet20_3_logits"``. Calling it again changes nothing.
+
+    Raises:
+        ImportError: robustbench cannot be imported; names the command that mends it.
+        ValueError: RobustBench has a model of that name already; nothing has been registered.
+    """
+    ensure()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+
+    zoo = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]
+    entries = {}
+    for name in list_models("cifar10"):
+        for vote in VOTES:
+            ours = name.capitalize() + ("" if vote == "softmax" else f"_{vote}")
+            entries[ours] = {"model": partial(load_model, name, vote=vote), "gdrive_id": []}  # [] is: nothing to download
+    taken = [name for name in entries if name in zoo and not isinstance(zoo[name]["model"], partial)]
+    if taken:
+        raise ValueError(f"RobustBench has a model {taken[0]!r} of its own: rename ours")
+    zoo.update(entries)
+    return list(entries)

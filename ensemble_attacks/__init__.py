@@ -1,5 +1,7 @@
 """Attacks that tell the truth about ensemble defenses, alongside torchattacks, AutoAttack and RobustBench."""
 
+from typing import Any
+
 from ensemble_attacks.a3 import A3
 from ensemble_attacks.apgd import APGD
 from ensemble_attacks.arc import ARC
@@ -21,6 +23,7 @@ __all__ = [
     "APGD",
     "ARC",
     "AggregateMismatchError",
+    "AutoAttack",
     "BPDAIdentity",
     "CAA",
     "CrossMaxTransfer",
@@ -42,3 +45,12 @@ __all__ = [
     "judge",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """AutoAttack is imported when it is asked for, as it needs the original to be installed."""
+    if name == "AutoAttack":
+        from ensemble_attacks.autoattack import AutoAttack
+
+        return AutoAttack
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,125 +1,456 @@
-"""AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
-``pyautoattack``.
+"""AutoAttack's own pipeline (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+Parameter-free Attacks", ICML 2020), with any attack in it.
 
-The two are the same mathematics behind different interfaces. Each attack of the standard suite is run as a segment of its
-own, on the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds,
-and it lets a caller see what each attack contributes. ``rand`` runs whole, as each segment would draw the clean images'
-predictions anew.
+The attacks of the standard suite are those of the installed package. What is done with their images is done here, since the
+original books a NaN as a success, believes images outside the ball, and cannot resume.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import json
+import logging
+import math
+import os
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import click
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchattacks.attack import Attack
 
+from ensemble_attacks.ensembles import check_members
+from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.objectives import margin
+from ensemble_attacks.original import STANDARD, installed_autoattack
 from ensemble_attacks.preserve import preserved, private_random_state
-from ensemble_attacks.validation import check_choice
+from ensemble_attacks.registry import EOT_ITER, craft, find_attack
+from ensemble_attacks.structure import adaptive_attacks, structure_of
+from ensemble_attacks.validation import check_choice, check_count, check_images, check_label_range, check_labels
 
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-RAND = ("apgd-ce", "apgd-dlr")
-SUITES = {"standard": STANDARD, "rand": RAND}
+logger = logging.getLogger(__name__)
+Original: Any = installed_autoattack().AutoAttack
+ORIGINAL_PACKAGE = Original.__module__.partition(".")[0]
+ORIGINAL = ("standard", "plus", "rand")
+VERSIONS = (*ORIGINAL, "ensemble", "adaptive", "custom")
+ENSEMBLE = ("mora-mt", *STANDARD)
+SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, and what its loop sets before every use
+    "apgd-ce": ("apgd", {"loss": "ce"}),
+    "apgd-dlr": ("apgd", {"loss": "dlr"}),
+    "apgd-t": ("apgd_targeted", {}),
+    "fab": ("fab", {"targeted": False}),
+    "fab-t": ("fab", {"targeted": True, "n_restarts": 1}),
+    "square": ("square", {}),
+}
+FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
+SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
+PROBABILITY = 1e-5  # how far sums of probabilities may be from 1 (the original's check_range_output)
+DRAWS = 20  # by which the images of a random model are judged
+JUDGING_SEED = 2**31 - 2  # of those draws
+SAVE_EVERY = 60.0  # seconds
+TENSORS = ("x_adv", "robust", "predicted", "pending")
+Name: TypeAlias = str | Attack
 
 
-def installed_autoattack() -> ModuleType:
-    """The package that provides AutoAttack.
+@dataclass(frozen=True)
+class Flag:
+    """A reason to read the result with care.
+
+    Attributes:
+        name: ``random``, ``probabilities``, ``zero_gradients``, ``square_helped``, ``outside_ball``, ``non_finite``,
+            ``few_classes`` or ``training_mode``.
+        value: how much, or how many samples.
+        message: what it means, and what to do.
+    """
+
+    name: str
+    value: float
+    message: str
+
+
+class AutoAttack(Original):  # type: ignore[misc, valid-type]
+    r"""AutoAttack, with the arguments and results of the original and the attacks of this package.
+
+    ``version`` ``"standard"``, ``"plus"`` and ``"rand"`` are the original's. ``"ensemble"`` runs MORA, its targeted stage,
+    then the standard suite on what is left; ``"adaptive"`` what the model's structure asks for (`adaptive_attacks`).
+    ``attacks_to_run`` mixes any: names of the original or of the registry (`ensemble_attacks.registry`, also
+    ``"torchattacks:PGD?steps=50"``), and instances of any torchattacks ``Attack``.
+
+    Unlike the original: an image outside the ball, or not finite, or with a NaN or infinite score, is no success; a random
+    model is judged by the majority of ``draws`` fresh predictions; fewer than ten classes are fine; ``state_path`` resumes,
+    images included; the model's mode, the caller's random state and ``sys.settrace`` are left as they were.
+
+    Arguments:
+        model (nn.Module): images in [0, 1] -> scores (N, K).
+        norm (str): ``"Linf"``, ``"L2"`` or, for the original's attacks, ``"L1"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 0.3)
+        seed (int): ``None``: from the clock, as in the original. (Default: None)
+        verbose (bool): print what happens. (Default: True)
+        attacks_to_run (sequence): names and attacks; not with a version other than ``"custom"``. (Default: ())
+        version (str): ``None``: ``"custom"`` with ``attacks_to_run``, else ``"standard"``. (Default: None)
+        is_tf_model (bool): TensorFlow models are not supported. (Default: False)
+        device (str or torch.device): ``None``: the model's. (Default: None)
+        log_path (str): a file to which what is printed is added. (Default: None)
+
+    Attributes:
+        flags (list of Flag): after a run, what speaks against its result.
+        stages (dict): after a run, by attack, which samples (N,) were robust when it had finished.
+        robust (Tensor): after a run, which samples (N,) are.
+        robust_accuracy (float): after a run, in [0, 1]; of a random model, the mean over its draws.
+        draws (int): predictions by which a random model is judged. (Default: 20)
+        eot_iter (int): draws of every iterate of this package's attacks on a random model. (Default: 20)
 
     Raises:
-        ImportError: neither is installed; says which command installs one.
+        ValueError: an unknown version or attack (names the nearest one).
+
+    Examples::
+        >>> from ensemble_attacks import AutoAttack
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+        >>> x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+        >>> adversary = AutoAttack(model, eps=0.1, seed=0, verbose=False, attacks_to_run=["apgd-ce", "torchattacks:PGD"])
+        >>> adversary.run_standard_evaluation(x, y).shape
+        torch.Size([4, 3, 2, 2])
     """
-    for name in ("autoattack", "pyautoattack"):
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        verbose: bool = True,
+        attacks_to_run: Sequence[Name] = (),
+        version: str | None = None,
+        is_tf_model: bool = False,
+        device: str | torch.device | None = None,
+        log_path: str | Path | None = None,
+    ) -> None:
+        if is_tf_model:
+            raise ValueError("is_tf_model=True: TensorFlow models are not supported, wrap the model in a torch.nn.Module")
+        version = version or ("custom" if attacks_to_run else "standard")
+        check_choice("version", version, VERSIONS)
+        if attacks_to_run and version != "custom":
+            raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
+        if version == "custom" and not attacks_to_run:
+            raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
+        self.verbose, self.log_path = verbose, log_path
+        device = device or next(model.parameters(), torch.zeros(())).device
+        base = version if version in (*ORIGINAL, "custom") else "standard"
+        quiet = {"verbose": False} if ORIGINAL_PACKAGE == "autoattack" else {}
+        super().__init__(model, norm=norm, eps=eps, seed=seed, version=base, device=device, **quiet)
+        self.version, self.verbose = version, verbose
+        self.attacks_to_run: list[Name] = {"custom": [*attacks_to_run], "ensemble": [*ENSEMBLE], "adaptive": []}.get(
+            version, self.attacks_to_run
+        )
+        for name in self.attacks_to_run:
+            if isinstance(name, str) and name not in SLOTS:
+                find_attack(name)
+        self.draws, self.eot_iter = DRAWS, EOT_ITER
+        self.on_attack: Callable[[str], object] = lambda name: None
+        self.flags: list[Flag] = []
+        self.stages: dict[str, Tensor] = {}
+
+    def set_version(self, version: str = "standard") -> None:
+        """Switch to another version."""
+        self.__init__(  # type: ignore[misc]
+            self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
+        )
+
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: str | Path | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the attacks in order, each on the samples that the ones before left robust.
+
+        Args:
+            x_orig, y_orig: images (N, C, H, W) in [0, 1], and classes (N,).
+            bs: samples per batch.
+            return_labels: also return what the model predicts, (N,).
+            state_path: a file to which the run is saved, images included, and from which the same run goes on.
+
+        Returns:
+            The images, clean where none succeeded.
+
+        Raises:
+            TypeError, ValueError: unusable arguments, or a state of another run (says what differs); nothing has been run.
+        """
+        check_images(x_orig, "x_orig")
+        check_labels(y_orig, x_orig, "y_orig")
+        check_count("bs", bs)
+        if not len(x_orig):
+            raise ValueError("x_orig holds no images")
+        with self._untouched():
+            chosen = self._prepare(x_orig, y_orig, bs)
+            state = self._begin(x_orig, y_orig, bs, chosen, None if state_path is None else Path(state_path))
+            try:
+                for called, name in chosen.items():
+                    if called not in state.stages:
+                        self._run(called, name, x_orig, y_orig, bs, state)
+            finally:
+                state.save(now=True)
+            self._conclude(state, x_orig, y_orig, bs)
+        return (state.x_adv, state.predicted) if return_labels else state.x_adv
+
+    def run_standard_evaluation_individual(
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """Each attack by itself, on all samples: by name, what `run_standard_evaluation` returns of it."""
+        version, names, results = self.version, self.attacks_to_run, {}
+        with self._untouched():
+            chosen = self._prepare(x_orig, y_orig, bs)
         try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise ImportError("no AutoAttack is installed: pip install pyautoattack==0.2.0")
+            self.version = "custom"
+            for called, name in chosen.items():
+                self.attacks_to_run = [name]
+                results[called] = self.run_standard_evaluation(x_orig, y_orig, bs, return_labels)
+        finally:
+            self.version, self.attacks_to_run = version, names
+        return results
+
+    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+        """Share of right predictions, in [0, 1]."""
+        with self._untouched():
+            accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=1.0, batch_size=bs).accuracy
+        self._say(f"clean accuracy: {accuracy:.2%}")
+        return accuracy
+
+    def _prepare(self, x: Tensor, y: Tensor, bs: int) -> dict[str, Name]:
+        """Look at the model; the attacks that will run, by what they are called."""
+        self.flags, self.stages = [], {}
+        if self.model.training:
+            self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")
+            self.model.eval()
+        images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
+        structure = structure_of(self.model, images, seed=self.seed or 0)
+        check_label_range(y, structure.classes, "y_orig")
+        self.random = structure.random or structure.probabilities
+        if structure.random and self.version not in ("rand", "adaptive"):
+            self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
+        self._look_at_scores(images, labels)
+        self.apgd_targeted.n_target_classes = min(self.apgd_targeted.n_target_classes, structure.classes - 1)
+        self.fab.n_target_classes = min(self.fab.n_target_classes, structure.classes - 1)
+        chosen: dict[str, Name] = {}
+        for name in adaptive_attacks(structure) if self.version == "adaptive" else self.attacks_to_run:
+            if structure.classes < FEWEST_CLASSES.get(str(name), 2):
+                self._flag("few_classes", structure.classes, f"{name} is left out: DLR is not defined for so few classes")
+                continue
+            if isinstance(name, str) and name not in SLOTS:
+                entry = find_attack(name)
+                if entry.needs_members:
+                    check_members(self.model, name)
+                entry.check(self.model)
+            called = name.attack if isinstance(name, Attack) else name
+            twins = sum(other.partition("#")[0] == called for other in chosen)
+            chosen[f"{called}#{twins + 1}" if twins else called] = name
+        self._say(f"using {self.version} version including {', '.join(chosen)}.")
+        return chosen
+
+    def _look_at_scores(self, x: Tensor, y: Tensor) -> None:
+        """Flag probabilities, and gradients of the margin that are exactly zero."""
+        images = x.detach().clone().requires_grad_()
+        with private_random_state(self.seed or 0, self.model):
+            scores_NK = self.model(images)
+        if scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < PROBABILITY).all():
+            self._flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
+        gradient = None
+        if scores_NK.requires_grad:
+            (gradient,) = torch.autograd.grad(margin(scores_NK, y).sum(), images, allow_unused=True)
+        vanished = len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
+        if vanished:
+            message = "of so many images the gradient is zero: attack a surrogate (BPDAIdentity, CrossMaxTransfer)"
+            self._flag("zero_gradients", vanished, message)
+
+    def _begin(self, x: Tensor, y: Tensor, bs: int, chosen: dict[str, Name], path: Path | None) -> State:
+        """The state of this run: as stored, or before the first attack."""
+        identity = {
+            "version": self.version,
+            "attacks": {called: name if isinstance(name, str) else repr(name) for called, name in chosen.items()},
+            "norm": self.norm,
+            "eps": self.epsilon,
+            "seed": self.seed,
+            "bs": bs,
+            "images": _digest([x, y]),
+            "model": _digest(self.model.state_dict().values()),
+        }
+        if path is not None and path.exists():
+            state = State.load(path, identity, x.device)
+            self._say(f"going on from {path}: {', '.join(state.stages) or 'no attack'} done")
+            return state
+        right, predicted, finite = (
+            torch.cat(part) for part in zip(*map(self._verdict, x.split(bs), y.split(bs)), strict=True)
+        )
+        if not finite.all():
+            count = int((~finite).sum())
+            self._flag("non_finite", count, "so many clean images have NaN or infinite scores: they count as not robust")
+        robust = right & finite
+        self._say(f"initial accuracy: {robust.double().mean():.2%}")
+        return State(x.detach().clone(), robust, predicted, torch.zeros_like(robust), identity=identity, path=path)
+
+    def _run(self, called: str, name: Name, x: Tensor, y: Tensor, bs: int, state: State) -> None:
+        if called != state.current:
+            state.current, state.pending = called, state.robust.clone()
+        began, rejected = time.perf_counter(), 0
+        for rows in torch.nonzero(state.pending).squeeze(-1).split(bs):
+            clean, labels = x[rows], y[rows]
+            images = self._craft(name, clean.to(self.device), labels.to(self.device)).detach().to(clean)
+            left = outside(clean, images, eps=self.epsilon, norm=self.norm)
+            right, predicted, finite = self._verdict(images, labels)
+            fooled = ~right & finite & ~left
+            state.x_adv[rows[fooled]], state.predicted[rows[fooled]] = images[fooled], predicted[fooled]
+            state.robust[rows[fooled]] = False
+            state.pending[rows] = False
+            state.save()
+            rejected += int(left.sum())
+            self._say(f"{called}: {int(fooled.sum())} of {len(rows)} fooled")
+        state.stages[called] = state.robust.clone()
+        state.save(now=True)
+        if rejected:
+            self._flag("outside_ball", rejected, f"so many images of {called} left the ball or the box, and do not count")
+        self.on_attack(called)
+        spent = time.perf_counter() - began
+        self._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
+
+    def _craft(self, name: Name, x: Tensor, y: Tensor) -> Tensor:
+        """What one attack makes of one batch."""
+        seed = int(self.get_seed())
+        if isinstance(name, Attack):
+            return craft(name, x, y, seed=seed, batch_size=len(x))
+        if name not in SLOTS:
+            draws = self.eot_iter if self.random else None
+            settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=len(x), eot_iter=draws)
+            return craft(find_attack(name).make(self.model, **settings), x, y, seed=seed, batch_size=len(x))
+        slot, loops_own = SLOTS[name]
+        attack = getattr(self, slot)
+        for key, value in (loops_own | {"seed": seed}).items():
+            setattr(attack, key, value)
+        return attack.perturb(x.clone(), y.clone())
+
+    @torch.no_grad()
+    def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every sample: is it right (in most draws), what is predicted (last), and are the scores finite; each (N,)."""
+        if not self.random:
+            scores_NK = self.model(images.to(self.device)).to(labels.device)
+            return scores_NK.argmax(1) == labels, scores_NK.argmax(1), torch.isfinite(scores_NK).all(1)
+        with private_random_state(JUDGING_SEED, self.model):  # no draw that an attack saw
+            scores_DNK = torch.stack([self.model(images.to(self.device)).to(labels.device) for _ in range(self.draws)])
+        right_DN = scores_DNK.argmax(-1) == labels
+        return right_DN.double().mean(0) > 0.5, scores_DNK[-1].argmax(1), torch.isfinite(scores_DNK).all(-1).all(0)
+
+    def _conclude(self, state: State, x: Tensor, y: Tensor, bs: int) -> None:
+        self.stages, self.robust = dict(state.stages), state.robust.clone()
+        before = [self.stages[called] for called in self.stages if called != "square"]
+        if before and "square" in self.stages:
+            helped = (before[-1].sum() - self.stages["square"].sum()).item() / len(x)
+            if helped > SQUARE_HELPED:
+                message = "Square, which needs no gradient, lowered the accuracy: the gradients mislead, attack adaptively"
+                self._flag("square_helped", helped, message)
+        self.robust_accuracy = self.robust.double().mean().item()
+        if self.random and self.norm != "L1":
+            settings = dict(eps=self.epsilon, norm=self.norm, draws=self.draws, batch_size=bs)
+            self.robust_accuracy = judge(self.model, x, y, state.x_adv, **settings).accuracy
+        self._say(f"robust accuracy: {self.robust_accuracy:.2%}")
+
+    def _flag(self, name: str, value: float, message: str) -> None:
+        self.flags.append(Flag(name, value, message))
+        logger.warning("%s: %g: %s", name, value, message)
+
+    def _say(self, message: str) -> None:
+        if self.verbose:
+            click.echo(message)
+        if self.log_path is not None:
+            with Path(self.log_path).open("a") as log:
+                log.write(message + "\n")
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        tracer = sys.gettrace()
+        try:
+            with (
+                preserved(self.model),
+                private_random_state(self.seed or 0, self.model),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                yield
+        finally:
+            sys.settrace(tracer)
 
 
-def make_adversary(
-    model: nn.Module, version: str, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int
-) -> Any:
-    """An AutoAttack object of that version: one restart, nine targets (or as many as there are), 20 draws (``"rand"``)."""
-    package = installed_autoattack()
-    arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version=version, device=device)
-    if package.__name__ == "autoattack":
-        arguments["verbose"] = False
-    adversary = package.AutoAttack(model, **arguments)
-    targets = min(9, num_classes - 1)
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    return adversary
+@dataclass(eq=False)
+class State:
+    """How far a run has come. Stored as safetensors, replaced in one piece.
 
-
-def run_segment(adversary: Any, names: Sequence[str], x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Some of the suite's attacks on all of ``x``; returns the images, clean where none succeeded, and its robust flags."""
-    adversary.attacks_to_run = list(names)
-    if type(adversary).__module__.partition(".")[0] == "autoattack":
-        images, predicted = adversary.run_standard_evaluation(x, y, bs=batch_size, return_labels=True)
-    else:
-        images, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
-    return images.to(x.device), predicted.to(y.device) == y
-
-
-def run_autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: str = "Linf",
-    seed: int = 0,
-    batch_size: int = 250,
-    version: str = "standard",
-    attacks: Sequence[str] | None = None,
-    on_attack: Callable[[str], object] = lambda name: None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the suite, or some of its attacks, in order; each on what its own flags say is left robust.
-
-    Args:
-        model: images in [0, 1] -> scores (N, K).
-        x, y: images (N, C, H, W) and labels (N,).
-        eps: radius of the ball, in pixel units of [0, 1].
-        version: ``"standard"`` or ``"rand"``.
-        attacks: of the version's, which; ``None``: all.
-        on_attack: called with each attack's name when it has finished.
-
-    Returns:
-        The images, and by attack name the suite's own robust flags (N,) after it; of ``"rand"`` after its last.
+    Attributes:
+        x_adv: images so far, (N, C, H, W).
+        robust, predicted: of every sample, (N,).
+        pending: what the attack called ``current`` has yet to attack, (N,).
+        stages: the robust samples after each attack that has finished.
+        identity: what a run must have in common with the stored one.
     """
-    check_choice("version of AutoAttack", version, tuple(SUITES))
-    attacks = SUITES[version] if attacks is None else attacks
-    for name in attacks:
-        check_choice(f"attack of AutoAttack's version {version!r}", name, SUITES[version])
-    device = next((p.device for p in model.parameters()), x.device)
-    tracer = sys.gettrace()
-    x_adv, flags = x.clone(), {}
-    try:
-        with preserved(model), private_random_state(seed, model), torch.enable_grad():
-            model.eval()
-            with torch.no_grad():
-                scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
-            if "apgd-t" in attacks and scores_NK.shape[1] < 4:
+
+    x_adv: Tensor
+    robust: Tensor
+    predicted: Tensor
+    pending: Tensor
+    stages: dict[str, Tensor] = field(default_factory=dict)
+    current: str = ""
+    identity: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    saved: float = -math.inf
+
+    def save(self, now: bool = False) -> None:
+        """Store, but not more often than every `SAVE_EVERY` seconds, unless ``now``."""
+        if self.path is None or (not now and time.monotonic() - self.saved < SAVE_EVERY):
+            return
+        tensors = {name: getattr(self, name) for name in TENSORS} | {f"stage {n}": s for n, s in self.stages.items()}
+        tensors = {
+            name: (t.to(torch.uint8) if t.dtype == torch.bool else t).cpu().contiguous() for name, t in tensors.items()
+        }
+        about = {"identity": self.identity, "current": self.current, "stages": list(self.stages)}
+        partial_file = self.path.with_name(self.path.name + ".part")
+        save_file(tensors, partial_file, metadata={"state": json.dumps(about)})
+        os.replace(partial_file, self.path)
+        self.saved = time.monotonic()
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any], device: torch.device) -> State:
+        """Read the state of the same run.
+
+        Raises:
+            ValueError: not a state, or one of another run.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
+        for key, value in json.loads(json.dumps(identity)).items():
+            if about["identity"].get(key) != value:
                 raise ValueError(
-                    f"AutoAttack's apgd-t needs at least 4 classes, the model has {scores_NK.shape[1]}: "
-                    "run its others by name (apgd-ce, fab-t, square)"
+                    f"state_path {str(path)!r} is of a run with {key} = {about['identity'].get(key)!r}, not {value!r}: "
+                    "choose another, or delete it"
                 )
-            robust = scores_NK.argmax(1) == y
-            classes = scores_NK.shape[1]
-            adversary = make_adversary(model, version, norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
-            if version == "rand":
-                robust = torch.ones_like(robust)  # it decides by draws of its own which clean images are right
-            for names in [attacks] if version == "rand" else [[name] for name in attacks]:
-                rows = torch.nonzero(robust).squeeze(-1)
-                if len(rows):
-                    x_adv[rows], still = run_segment(adversary, names, x[rows], y[rows], batch_size)
-                    robust = robust.clone()
-                    robust[rows] = still
-                flags[names[-1]] = robust
-                on_attack(names[-1])
-    finally:
-        sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
-    return x_adv, flags
+        stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
+        robust, pending = tensors["robust"].bool(), tensors["pending"].bool()
+        return cls(tensors["x_adv"], robust, tensors["predicted"], pending, stages, about["current"], identity, path)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

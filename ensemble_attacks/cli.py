@@ -22,7 +22,7 @@ from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.ensembles import check_vote
 from ensemble_attacks.evaluation.passes import passes_per_image
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
-from ensemble_attacks.evaluation.suite import ATTACKS, Settings, find_attack
+from ensemble_attacks.evaluation.suite import Settings, attack_names, find_attack
 from ensemble_attacks.validation import check_device, check_norm, check_positive
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -61,7 +61,11 @@ def main(debug: bool) -> None:
 @click.option("--norm", default="Linf", help="Linf or L2.")
 @click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
 @click.option("--n", type=int, help="Test images, in file order.  [default: all]")
-@click.option("--attacks", default="autoattack,mora", help="Comma-separated: " + ", ".join(ATTACKS) + ".")
+@click.option(
+    "--attacks",
+    default="autoattack,mora",
+    help="Comma-separated: " + ", ".join(attack_names()) + ", or torchattacks:PGD?steps=50.",
+)
 @click.option("--batch-size", type=int, default=250)
 @click.option("--seed", type=int, default=0)
 @click.option("--draws", type=int, default=1, help="Forward passes by which the judge decides, of a random model.")

@@ -75,5 +75,5 @@ def _robustbench_import() -> Finding:
         name,
         NOTE,
         "fails as published: it imports 'autoattack', PyPI's package is named 'pyautoattack'",
-        "only RobustBench's own zoo and benchmark() need it; install fra31/auto-attack from its repository for those",
+        "call ensemble_attacks.robustbench.ensure() before the first import of robustbench",
     )

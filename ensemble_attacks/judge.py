@@ -86,7 +86,27 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """Size of every sample's perturbation, (N,), in float64."""
     delta = (x_adv.double() - x.double()).flatten(1)
-    return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+    return delta.norm({"Linf": float("inf"), "L2": 2, "L1": 1}[norm], dim=1)
+
+
+def rounding(images: Tensor) -> float:
+    """One unit in the last place of 1, in float32 or the images' type, whichever is finer."""
+    return min(torch.finfo(images.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def allowed(x_adv: Tensor, norm: str) -> float:
+    """By how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
+    pixels = x_adv[0].numel()
+    return rounding(x_adv) * {"Linf": 1, "L2": pixels**0.5, "L1": pixels}[norm]
+
+
+def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> Tensor:
+    """Which samples (N,) `check_adversarial` would raise an error for; also in the norm L1."""
+    if not len(x):
+        return torch.zeros(0, dtype=torch.bool)
+    exact = x_adv.double().flatten(1)
+    beyond = torch.maximum(-exact, exact - 1).amax(1) > rounding(x_adv)
+    return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm))
 
 
 def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> None:
@@ -95,20 +115,16 @@ def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf
     Measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit in the last place
     of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
     """
-    ulp = min(torch.finfo(x_adv.dtype).eps, torch.finfo(torch.float32).eps)
     bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
     exact = x_adv.double().flatten(1)
-    outside = torch.maximum(-exact, exact - 1).amax(1)
-    bad = torch.nonzero(outside > ulp).squeeze(-1)
+    beyond = torch.maximum(-exact, exact - 1).amax(1)
+    bad = torch.nonzero(beyond > rounding(x_adv)).squeeze(-1)
     if len(bad):
-        raise OutOfBallError(
-            f"x_adv[{bad[0]}] leaves [0, 1] by {outside[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)"
-        )
-    allowed = ulp if norm == "Linf" else ulp * x_adv[0].numel() ** 0.5
+        raise OutOfBallError(f"x_adv[{bad[0]}] leaves [0, 1] by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
     excess = distances(x, x_adv, norm) - eps
-    bad = torch.nonzero(excess > allowed).squeeze(-1)
+    bad = torch.nonzero(excess > allowed(x_adv, norm)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(
             f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {eps:.6g} by {excess[bad[0]]:.3g} "

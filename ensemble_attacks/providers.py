@@ -37,10 +37,10 @@ def list_models(dataset: str | None = None, model_dir: str | None = None) -> lis
 def load_model(
     name: str, model_dir: str | None = None, dataset: str = "cifar10", threat_model: str = "Linf", *, vote: str = "softmax"
 ) -> nn.Module:
-    """Load from the first provider that lists ``name``, or takes any ``ensemble:A+B``; ValueError with the nearest name
+    """Load from the first provider that lists ``name``, or takes any ``kind:name``; ValueError with the nearest name
     otherwise.
     """
     for provider in providers():
-        if name.startswith("ensemble:") or name in provider.list_models(dataset, model_dir):
+        if ":" in name or name in provider.list_models(dataset, model_dir):
             return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
     raise unknown_name(f"model for {dataset}", name, list_models(dataset, model_dir))

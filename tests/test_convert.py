@@ -12,8 +12,8 @@ from torch import Tensor
 from defenses import convert, load_model
 from defenses.cards import make_ensemble
 from defenses.convert import ensemble_from_checkpoint
-from defenses.foreign import _importable_robustbench
 from ensemble_attacks.errors import WeightsError
+from ensemble_attacks.robustbench import ensure
 
 X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -149,9 +149,9 @@ def test_an_ensemble_of_our_models() -> None:
 def test_an_ensemble_of_robustbench_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown model for cifar10.*did you mean 'Rice2020Overfitting'"):
         load_model("ensemble:standard_resnet20_3+Rice2020Overfiting")
-    with _importable_robustbench():
-        from robustbench.model_zoo.models import cifar_10_models
+    ensure()
     from robustbench.model_zoo.enums import ThreatModel
+    from robustbench.model_zoo.models import cifar_10_models
 
     folder = tmp_path / "cifar10" / "Linf"
     folder.mkdir(parents=True)

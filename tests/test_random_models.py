@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, Expected, NotAnEnsembleError, Surrogate, judge
-from ensemble_attacks.autoattack import run_autoattack
 from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, expected_margin, look
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.objectives import ce, mora
+from ensemble_attacks.original import run_autoattack
 
 EPS = 0.1
 

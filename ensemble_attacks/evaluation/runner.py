@@ -42,7 +42,7 @@ def evaluate(
     Args:
         model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
         x, y: images (N, C, H, W) and labels (N,).
-        attacks: names, as listed in `suite.ATTACKS`.
+        attacks: names, as listed in `suite.attack_names`.
         describe: what else to store in the summary: the model's name, the dataset, and so on.
         out: a new folder for ``summary.json`` (the same for the same run), ``times.json`` and the images; ``None``: nowhere.
         report: called with each attack's name and row as soon as it is judged.

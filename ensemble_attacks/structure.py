@@ -1,0 +1,71 @@
+"""What a model is made of, as far as an attack has to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.ensembles import VOTES, probabilities_of
+from ensemble_attacks.errors import PartError
+from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.surrogates import find_parts
+
+REPEATS = 5  # forward passes of the same images
+DIFFERENT = 1e-4  # of normalised scores in L2, beyond which two of them differ (AutoAttack's check_randomized)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model shows of itself.
+
+    Attributes:
+        members: it has ``member_logits`` and ``aggregate``.
+        own_aggregation: its members are put together otherwise than by mean probability, hard votes or mean logits.
+        frontend: it has parts called ``frontend``.
+        random: the same images got different scores.
+        probabilities: it draws its members, and says how likely.
+        classes: scores of every image.
+    """
+
+    members: bool
+    own_aggregation: bool
+    frontend: bool
+    random: bool
+    probabilities: bool
+    classes: int
+
+
+@torch.no_grad()
+def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
+    """Look at the model, and at its scores of some images (N, C, H, W)."""
+    members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
+    probabilities = probabilities_of(model) is not None
+    try:
+        frontend = bool(find_parts(model, "frontend"))
+    except PartError:
+        frontend = False
+    with preserved(model), private_random_state(seed, model):
+        model.eval()
+        scores = [model(x) for _ in range(REPEATS)]
+    unit = [score / (score.norm(dim=1, keepdim=True) + 1e-10) for score in scores]
+    random = any(bool(((other - unit[0]).norm(dim=1) > DIFFERENT).any()) for other in unit[1:])
+    own = members and not probabilities and getattr(model, "vote", None) not in VOTES
+    return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])
+
+
+def adaptive_attacks(structure: Structure) -> list[str]:
+    """The attacks that a structure asks for, cheapest first, by the names of the registry and of AutoAttack."""
+    names = []
+    if structure.frontend:
+        names += ["bpda"]
+    if structure.members:
+        names += ["bpda-mora"] if structure.frontend else []
+        names += ["mora"]
+    if structure.own_aggregation:
+        names += ["crossmax-transfer"]
+    if structure.random:
+        return [*names, "eot-apgd"]
+    targeted = ["apgd-t"] if structure.classes > 3 else []
+    return [*names, "apgd-ce", *targeted, "fab-t", "square"]
