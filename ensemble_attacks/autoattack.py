@@ -31,6 +31,7 @@ from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.original import STANDARD, installed_autoattack
+from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.registry import EOT_ITER, craft, find_attack
 from ensemble_attacks.structure import adaptive_attacks, structure_of
@@ -239,6 +240,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if structure.random and self.version not in ("rand", "adaptive"):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
         self._look_at_scores(images, labels)
+        self._twin = prepare(self.model, images[:8])
         self.apgd_targeted.n_target_classes = min(self.apgd_targeted.n_target_classes, structure.classes - 1)
         self.fab.n_target_classes = min(self.fab.n_target_classes, structure.classes - 1)
         chosen: dict[str, Name] = {}
@@ -302,7 +304,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if called != state.current:
             state.current, state.pending = called, state.robust.clone()
         began, rejected = time.perf_counter(), 0
-        for rows in torch.nonzero(state.pending).squeeze(-1).split(bs):
+        for rows in torch.nonzero(state.pending).squeeze(-1).split(bs) if state.pending.any() else ():
             clean, labels = x[rows], y[rows]
             images = self._craft(name, clean.to(self.device), labels.to(self.device)).detach().to(clean)
             left = outside(clean, images, eps=self.epsilon, norm=self.norm)
@@ -330,7 +332,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if name not in SLOTS:
             draws = self.eot_iter if self.random else None
             settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=len(x), eot_iter=draws)
-            return craft(find_attack(name).make(self.model, **settings), x, y, seed=seed, batch_size=len(x))
+            return craft(find_attack(name).make(self._twin, **settings), x, y, seed=seed, batch_size=len(x))
         slot, loops_own = SLOTS[name]
         attack = getattr(self, slot)
         for key, value in (loops_own | {"seed": seed}).items():

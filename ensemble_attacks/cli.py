@@ -1,4 +1,4 @@
-"""The command line: ``ensemble-attacks evaluate | demo | train | models | doctor``."""
+"""The command line: ``ensemble-attacks evaluate | verify | export | demo | train | convert | models | doctor``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from ensemble_attacks import __version__, providers
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.ensembles import check_vote
+from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.passes import passes_per_image
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
 from ensemble_attacks.evaluation.suite import Settings, attack_names, find_attack
+from ensemble_attacks.judge import judge
 from ensemble_attacks.validation import check_device, check_norm, check_positive
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -52,7 +54,7 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="A name from `ensemble-attacks models`.")
+@click.option("--model", required=True, help="From `ensemble-attacks models`, robustbench:NAME, timm:NAME, or ensemble:A+B.")
 @click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
 @click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
@@ -199,6 +201,57 @@ def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
     console.print(card.read_text(), highlight=False)
     console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+
+
+@main.group()
+def export() -> None:
+    """Write a finished run in another project's format."""
+
+
+@export.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option("--partial", is_flag=True, help="Also a run on fewer images than the test set has.")
+def robustbench(run: Path, out: Path, partial: bool) -> None:
+    """RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
+    export_robustbench(run, out, partial=partial)
+    console.print((out / TEXT).read_text(), markup=False)
+    console.print(f"Stored in {out}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="As of evaluate.")
+@click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
+@click.option("--vote", help="softmax, voting or logits.  [default: the bundle's, or softmax]")
+@click.option("--dataset", help=" or ".join(DATASETS) + ".  [default: the bundle's]")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
+@click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
+@click.option("--draws", type=int, default=1, help="Forward passes of each image, of a random model.")
+def verify(
+    bundle: Path,
+    model: str,
+    model_dir: str | None,
+    vote: str | None,
+    dataset: str | None,
+    data_dir: str,
+    norm: str | None,
+    eps: float | None,
+    draws: int,
+) -> None:
+    """Judge an external evaluation anew, ours or anybody's (a .pt file of images), from the images alone."""
+    images, about = read_bundle(bundle)
+    dataset, eps = dataset or about.get("dataset"), eps or about.get("eps")
+    if dataset is None or eps is None:
+        missing = "--dataset" if dataset is None else "--eps"
+        raise ValueError(f"{bundle} does not say its {missing.strip('-')}: pass {missing}")
+    x, y = load_dataset(dataset, data_dir=data_dir, n=len(images))
+    judged = providers.load_model(model, model_dir, dataset, vote=vote or about.get("vote") or "softmax")
+    verdict = judge(judged, x, y, images, eps=float(eps), norm=norm or about.get("threat_model", "Linf"), draws=draws)
+    console.print(f"{model}: {verdict}", highlight=False)
+    if "external" in about:
+        console.print(f"The bundle says {about['external']}%.", highlight=False)
 
 
 @main.command()

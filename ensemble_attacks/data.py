@@ -14,6 +14,7 @@ from ensemble_attacks.errors import unknown_name
 
 DATASETS = ("digits", "cifar10")
 NUM_CLASSES = {"digits": 10, "cifar10": 10}
+TEST_IMAGES = {"digits": 597, "cifar10": 10000}
 IMAGE_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
 
 

@@ -225,6 +225,14 @@ def test_any_mix_of_attacks(digits: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(model(images).argmax(1), predicted)
 
 
+def test_nothing_is_attacked_once_nothing_is_robust(digits: tuple[Tensor, Tensor]) -> None:
+    model = Linear().eval()
+    adversary = ours(model, attacks_to_run=["torchattacks:FGSM", "apgd-ce", "pgd"])
+    adversary.run_standard_evaluation(digits[0][:4], (model(digits[0][:4]).argmax(1) + 1) % 10)
+    assert adversary.robust_accuracy == 0
+    assert list(adversary.stages) == adversary.attacks_to_run
+
+
 def test_what_the_original_takes_and_prints(digits: tuple[Tensor, Tensor], tmp_path: Path, capsys: Any) -> None:
     model, log = Linear(), tmp_path / "log.txt"
     x = digits[0][:8]

@@ -1,0 +1,123 @@
+"""RobustBench's external evaluations: a bundle to submit, and the judgement of anybody's bundle.
+
+RobustBench asks (issue template "new external evaluation") for the model, the adversarial images as a ``.pt`` tensor the
+size of the test set, the robust accuracy, and how the images were made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ensemble_attacks import __version__
+from ensemble_attacks.data import TEST_IMAGES
+from ensemble_attacks.validation import check_images
+
+IMAGES, ABOUT, TEXT = "adversarial_images.pt", "model_info.json", "evaluation.md"
+LARGEST = 4 << 30  # bytes of a bundle's images that are read
+SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"
+
+
+def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
+    """Write the bundle of a finished ``evaluate`` run: of every sample, the image of the first attack that fooled it.
+
+    Args:
+        run: the folder that ``evaluate --out`` wrote.
+        out: a new folder.
+        partial: also of fewer images than the test set has, which RobustBench does not take.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        FileNotFoundError: ``run`` holds no finished run.
+        FileExistsError: ``out`` is there already.
+        ValueError: the run is not of the whole test set.
+    """
+    if not (run / "summary.json").exists():
+        raise FileNotFoundError(f"{run} holds no finished run (no summary.json): give the folder of `evaluate --out`")
+    summary = json.loads((run / "summary.json").read_text())
+    whole = TEST_IMAGES[summary["dataset"]]
+    if summary["n"] != whole and not partial:
+        raise ValueError(
+            f"{run} attacked {summary['n']} images, RobustBench asks for all {whole} of {summary['dataset']}: evaluate "
+            "without --n, or export what there is with --partial"
+        )
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder (--out)")
+    images, robust = _worst_case(run, list(summary["attacks"]))
+    accuracy = 100 * robust.double().mean().item()
+    out.mkdir(parents=True)
+    torch.save(images, out / IMAGES)
+    (out / ABOUT).write_text(json.dumps(_model_info(summary, accuracy), indent=2) + "\n")
+    (out / TEXT).write_text(_text(summary, accuracy))
+    return out
+
+
+def _worst_case(run: Path, attacks: list[str]) -> tuple[Tensor, Tensor]:
+    parts = [load_file(run / f"{name}.safetensors") for name in attacks]
+    images, robust = parts[0]["x_adv"].clone(), parts[0]["robust"].bool()
+    for part in parts[1:]:
+        better = robust & ~part["robust"].bool()
+        images[better] = part["x_adv"][better]
+        robust &= ~better
+    return images, robust
+
+
+def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
+    """The fields of RobustBench's ``model_info`` that an external evaluation changes, and those that say of what it is."""
+    suite = summary["attacks"].get("autoattack")
+    autoattack = None if suite is None else 100 * suite["accuracy"]
+    return {
+        "name": summary["model"],
+        "vote": summary.get("vote"),
+        "dataset": summary["dataset"],
+        "threat_model": summary["norm"],
+        "eps": repr(summary["eps"]),
+        "n_examples": summary["n"],
+        "clean_acc": f"{100 * summary['clean']['accuracy']:.2f}",
+        "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
+        "external": f"{accuracy:.2f}",
+        "unreliable": autoattack is not None and autoattack - accuracy > 100 * SIGNIFICANT,
+    }
+
+
+def _text(summary: dict[str, Any], accuracy: float) -> str:
+    rows = "\n".join(f"- {name}: {100 * row['accuracy']:.2f}%" for name, row in summary["attacks"].items())
+    return (
+        f"# External evaluation of {summary['model']}\n\n"
+        f"Model: {summary['model']} (vote: {summary.get('vote')})\n"
+        f"Leaderboard: {summary['dataset']}, {summary['norm']}, eps = {summary['eps']:g}\n"
+        f"Robust accuracy: {accuracy:.2f}% of {summary['n']} test images, clean: {100 * summary['clean']['accuracy']:.2f}%\n"
+        f"Adversarial images: `{IMAGES}`, a float tensor of the first {summary['n']} test images, in their order\n\n"
+        f"Method: ensemble-attacks {__version__}, seed {summary['seed']}; per sample, the worst case of\n{rows}\n"
+    )
+
+
+def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The images (N, C, H, W) and what is said of them: of a folder that `export_robustbench` wrote, or of a ``.pt`` file of
+    one tensor, of which nothing is.
+
+    Only tensors are unpickled (``weights_only``), of at most 4 GiB.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no tensor of images in [0, 1], or too large a file.
+    """
+    file = path / IMAGES if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"no bundle in {path}: give a folder that holds {IMAGES}, or a .pt file")
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{file} holds {file.stat().st_size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
+    try:
+        images = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is in the file
+        raise ValueError(f"{file} cannot be read as one tensor: {str(error).splitlines()[0]}") from error
+    check_images(images, str(file), slack=1e-6)
+    about = file.with_name(ABOUT)
+    return images, json.loads(about.read_text()) if path.is_dir() and about.exists() else {}
