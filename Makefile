@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-hosts lint
 
 install: $(STAMP)
 
@@ -17,6 +17,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
+
+test-hosts: $(STAMP)
+	$(VENV)/bin/python -m pytest -m hosts tests
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
