@@ -77,6 +77,18 @@ class Flag:
     message: str
 
 
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class AutoAttack(Original):  # type: ignore[misc, valid-type]
     r"""AutoAttack, with the arguments and results of the original and the attacks of this package.
 
@@ -90,7 +102,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     images included; the model's mode, the caller's random state and ``sys.settrace`` are left as they were.
 
     Arguments:
-        model (nn.Module): images in [0, 1] -> scores (N, K).
+        model (nn.Module): images in [0, 1] -> scores (N, K); any function will do for the original's attacks.
         norm (str): ``"Linf"``, ``"L2"`` or, for the original's attacks, ``"L1"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 0.3)
         seed (int): ``None``: from the clock, as in the original. (Default: None)
@@ -123,7 +135,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Tensor], Tensor],
         norm: str = "Linf",
         eps: float = 0.3,
         seed: int | None = None,
@@ -143,6 +155,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if version == "custom" and not attacks_to_run:
             raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
         self.verbose, self.log_path = verbose, log_path
+        model = model if isinstance(model, nn.Module) else Function(model)
         device = device or next(model.parameters(), torch.zeros(())).device
         base = version if version in (*ORIGINAL, "custom") else "standard"
         quiet = {"verbose": False} if ORIGINAL_PACKAGE == "autoattack" else {}

@@ -130,5 +130,39 @@ def test_an_external_evaluation_is_exported_and_verified(tmp_path: Path) -> None
     assert "cannot be read as one tensor" in invoke(*anybodys, "--eps", "0.1").output
 
 
+def test_robustbenchs_readme_with_one_import_changed(cifar10_dir: Path) -> None:
+    """Its second example, with a model and a folder that are there, and fewer steps."""
+    register_with_robustbench()
+    from robustbench.data import load_cifar10
+    from robustbench.utils import load_model
+
+    x_test, y_test = load_cifar10(n_examples=5, data_dir=str(cifar10_dir))
+    model = load_model(model_name="Adp_resnet20_3", dataset="cifar10", threat_model="Linf")
+    from ensemble_attacks import AutoAttack
+
+    adversary = AutoAttack(model, norm="Linf", eps=8 / 255, version="custom", attacks_to_run=["apgd-ce", "apgd-dlr"])
+    adversary.apgd.n_restarts = 1
+    x_adv = adversary.run_standard_evaluation(x_test, y_test)
+    assert (model(x_adv).argmax(1) == y_test).double().mean() == adversary.robust_accuracy < 0.5
+
+
+def test_autoattacks_readme_with_one_import_changed(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    from ensemble_attacks import AutoAttack
+
+    images, labels = digits[0][:10], digits[1][:10]
+    forward_pass = load_model("standard_convnet_3", dataset="digits").forward
+    adversary = AutoAttack(forward_pass, norm="Linf", eps=0.3, version="standard", device="cpu")
+    x_adv = adversary.run_standard_evaluation(images, labels, bs=5)
+    dict_adv = adversary.run_standard_evaluation_individual(images, labels, bs=5)
+    assert (forward_pass(x_adv).argmax(1) != labels).all()
+    assert list(dict_adv) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    custom = AutoAttack(
+        forward_pass, norm="Linf", eps=0.3, attacks_to_run=["apgd-ce", "fab"], version="custom", device="cpu"
+    )
+    custom.apgd.n_restarts, custom.fab.n_restarts = 2, 1
+    custom.run_standard_evaluation(images, labels, bs=5)
+    assert custom.robust_accuracy == 0
+
+
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))

@@ -23,6 +23,7 @@ class CountingModel(nn.Module):
         self.counted: nn.Module = model
         self.forwards = self.backwards = 0
         self._on_pass = on_pass or (lambda images: None)
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         return self._count(len(x), self.counted(x))
