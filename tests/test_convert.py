@@ -159,6 +159,9 @@ def test_an_ensemble_of_robustbench_models(tmp_path: Path) -> None:
     torch.save({"last": net.state_dict()}, folder / "Andriushchenko2020Understanding.pt")
     model = load_model("ensemble:standard_resnet20_3+Andriushchenko2020Understanding", tmp_path)
     torch.testing.assert_close(model.member_logits(X)[1], net(X))
+    torch.testing.assert_close(load_model("robustbench:Andriushchenko2020Understanding", tmp_path)(X), net(X))
+    with pytest.raises(ValueError, match="did you mean 'Andriushchenko2020Understanding'"):
+        load_model("robustbench:Andriushchenko2020Understandin", tmp_path)
     assert "autoattack" not in sys.modules
 
 
@@ -170,6 +173,7 @@ def test_an_ensemble_of_timm_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))  # no network
     model = load_model("ensemble:timm/resnet10t+timm/resnet14t")
     assert model.member_logits(torch.rand(2, 3, 64, 64)).shape == (2, 2, 1000)
+    assert load_model("timm:resnet10t")(torch.rand(2, 3, 64, 64)).shape == (2, 1000)
     with pytest.raises(ValueError, match="the same classes"):
         load_model("ensemble:timm/resnet10t+standard_resnet20_3")
     with pytest.raises(ValueError, match="unknown timm model 'resnet10x'"):
