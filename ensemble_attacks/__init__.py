@@ -10,7 +10,14 @@ from ensemble_attacks.caa import CAA
 from ensemble_attacks.crossmax import CrossMaxTransfer
 from ensemble_attacks.ensembles import Ensemble, as_ensemble
 from ensemble_attacks.eot import EOTAPGD
-from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, OutOfBallError, PartError, WeightsError
+from ensemble_attacks.errors import (
+    AggregateMismatchError,
+    LedgerError,
+    NotAnEnsembleError,
+    OutOfBallError,
+    PartError,
+    WeightsError,
+)
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.lafeat import LAFEAT
 from ensemble_attacks.mora import MORA
@@ -33,6 +40,7 @@ __all__ = [
     "FrontEndReversal",
     "Judgement",
     "LAFEAT",
+    "LedgerError",
     "MORA",
     "NotAnEnsembleError",
     "OutOfBallError",

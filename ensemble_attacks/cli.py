@@ -1,13 +1,18 @@
-"""The command line: ``ensemble-attacks evaluate | verify | export | demo | train | convert | models | doctor``."""
+"""The command line: ``ensemble-attacks evaluate | sweep | status | resume | verify | export | demo | train | convert |
+models | doctor``.
+"""
 
 from __future__ import annotations
 
+import ast
 import logging
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +20,30 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from ensemble_attacks import __version__, providers
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
-from ensemble_attacks.ensembles import check_vote
+from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.engines import ENGINES, run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
+from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.passes import passes_per_image
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
-from ensemble_attacks.evaluation.suite import Settings, attack_names, find_attack
+from ensemble_attacks.evaluation.suite import Settings, attack_names
+from ensemble_attacks.evaluation.sweep import (
+    CLEAN,
+    Sweep,
+    chains_of,
+    manifest_of,
+    progress,
+    run_identity,
+    seconds_of,
+)
+from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
-from ensemble_attacks.validation import check_device, check_norm, check_positive
+from ensemble_attacks.validation import check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
 DEMO_MODELS = ("gal_convnet_3", "trs_convnet_3")
@@ -39,7 +57,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError) as error:
             if ctx.params.get("debug"):
                 raise
             raise click.UsageError(str(error), ctx=None) from error
@@ -53,13 +71,31 @@ def main(debug: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
 
 
+def places(command: Callable[..., None]) -> Callable[..., None]:
+    """Where things lie."""
+    options = [
+        click.option("--model-dir", help="Where trained models lie, if not among those that ship."),
+        click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py."),
+        click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir."),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def machines(command: Callable[..., None]) -> Callable[..., None]:
+    """Who does the work."""
+    options = [
+        click.option("--engine", default="local", help=", ".join(ENGINES) + "."),
+        click.option("--workers", type=int, default=1, help="Processes of the engine local."),
+        click.option("--device", default="cpu", help="Comma-separated: the workers take turns."),
+        click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the engines ray and slurm."),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
 @main.command()
 @click.option("--model", required=True, help="From `ensemble-attacks models`, robustbench:NAME, timm:NAME, or ensemble:A+B.")
-@click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
 @click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
-@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
-@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir.")
 @click.option("--norm", default="Linf", help="Linf or L2.")
 @click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
 @click.option("--n", type=int, help="Test images, in file order.  [default: all]")
@@ -68,64 +104,167 @@ def main(debug: bool) -> None:
     default="autoattack,mora",
     help="Comma-separated: " + ", ".join(attack_names()) + ", or torchattacks:PGD?steps=50.",
 )
+@click.option("--cascade", is_flag=True, help="An image that an attack has fooled is not attacked by the next.")
 @click.option("--batch-size", type=int, default=250)
+@click.option("--shard-size", type=int, default=250, help="Images of every task.")
 @click.option("--seed", type=int, default=0)
 @click.option("--draws", type=int, default=1, help="Forward passes by which the judge decides, of a random model.")
 @click.option("--eot-iter", type=int, help="Draws of every iterate, of a random model.")
-@click.option("--device", default="cpu")
-@click.option("--out", type=click.Path(path_type=Path), help="A new folder for summary, times and images.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
+@places
+@machines
 def evaluate(
     model: str,
-    model_dir: str | None,
     vote: str,
-    dataset: str,
+    eps: float,
+    attacks: str,
+    seed: int,
+    out: Path | None,
+    model_dir: str | None,
     data_dir: str,
     download: bool,
-    norm: str,
-    eps: float,
-    n: int | None,
-    attacks: str,
-    batch_size: int,
-    seed: int,
-    draws: int,
-    eot_iter: int | None,
+    engine: str,
+    workers: int,
     device: str,
-    out: Path | None,
+    options: tuple[str, ...],
+    **settings: Any,
 ) -> None:
-    """Attack a model, judge the images, print the comparison."""
+    """Attack a model, judge the images, print the comparison. The same command again goes on where it was stopped."""
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
-    for name in names:
-        find_attack(name)
-    check_device(device)
-    check_vote(vote)
-    check_norm(norm)
-    check_positive("eps", eps)
-    ensemble = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
-    x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
-    describe = {"model": model, "vote": vote, "dataset": dataset}
+    _devices(device)
+    given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
+    manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
+    _run(manifest, out, engine, workers, device, options)
 
-    table = Table(title=f"{model}, {vote}, {dataset}, {norm} {eps:g}, {len(x)} images")
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
+@places
+@machines
+def sweep(
+    config: Path,
+    out: Path | None,
+    model_dir: str | None,
+    data_dir: str,
+    download: bool,
+    engine: str,
+    workers: int,
+    device: str,
+    options: tuple[str, ...],
+) -> None:
+    """Evaluate what a TOML file describes: models x votes x eps x seeds, as `evaluate` does one."""
+    _devices(device)
+    manifest = manifest_of(Sweep.read(config), model_dir=model_dir, data_dir=data_dir, download=download)
+    _run(manifest, out, engine, workers, device, options)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@machines
+def resume(run: Path, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+    """Go on with a run; units that were given up are tried again."""
+    ledger = Ledger(run)
+    ledger.retry_failed()
+    _drive(ledger, engine, workers, device, options)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def status(run: Path) -> None:
+    """How far a run is, and what failed."""
+    ledger = Ledger(run)
+    found = progress(ledger)
+    console.print(f"{found['done']} of {found['all']} units done", highlight=False)
+    if found["hours_left"]:
+        console.print(f"{found['per_hour']:,.0f} an hour, {found['hours_left']:.1f} hours left", highlight=False)
+    for name in found["running"]:
+        console.print(f"running: {name}", highlight=False, markup=False)
+    for failure in found["failed"]:
+        text = f"failed {failure['failures']} times: {failure['unit']}: {failure['error']}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for name in found["quarantined"]:
+        console.print(f"damaged, in quarantine: {name}", highlight=False, markup=False)
+
+
+def _run(
+    manifest: dict[str, Any], out: Path | None, engine: str, workers: int, device: str, options: tuple[str, ...]
+) -> None:
+    ledger = Ledger(out or Path("runs") / run_identity(manifest), manifest)
+    _drive(ledger, engine, workers, device, options)
+
+
+def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+    check_count("workers", workers)
+    given: dict[str, Any] = dict(_option(text) for text in options) | {"devices": _devices(device)}
+    given |= {"workers": workers} if engine == "local" else {}
+    total = len(chains_of(ledger.manifest))
+    with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
+        try:
+            summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
+        except KeyboardInterrupt:
+            console.print(f"\nStopped: the same command, or `ensemble-attacks resume {ledger.folder}`, goes on.")
+            sys.exit(130)
+    spent = seconds_of(ledger)
+    for cell in summary["cells"]:
+        console.print(_table(cell, spent))
+    console.print(f"Stored in {ledger.folder}", soft_wrap=True)
+    if quarantined := ledger.quarantined():
+        console.print(
+            f"{len(quarantined)} damaged files are in {ledger.folder}/quarantine; what they held was computed anew."
+        )
+    missing = [name for cell in summary["cells"] for name in cell.get("missing", [])]
+    for name in missing:
+        console.print(f"Given up: {name} (ensemble-attacks status {ledger.folder})", markup=False, soft_wrap=True)
+    if missing:
+        sys.exit(1)
+
+
+def _devices(names: str) -> list[str]:
+    for name in names.split(","):
+        check_device(name)
+    return names.split(",")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"option {text!r}: write KEY=VALUE, as in -O minutes=60")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
+    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
+    table = Table(title=title + (f", seed {cell['seed']}" if cell["seed"] else ""))
     for column in ("attack", "robust %", "95% interval", "forwards / image", "backwards / image", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right")
 
-    def add_row(name: str, row: dict[str, Any]) -> None:
-        def spent(row: dict[str, Any]) -> list[str]:
-            columns = ("forwards_per_image", "backwards_per_image", "seconds")
-            return [f"{row[column]:.1f}" if column in row else "" for column in columns]
+    def passes(row: dict[str, Any]) -> list[str]:
+        return [f"{row[kind]:.1f}" if kind in row else "" for kind in ("forwards_per_image", "backwards_per_image")]
 
+    def add(name: str, row: dict[str, Any]) -> None:
         for stage, so_far in row.get("stages", {}).items():
-            table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *spent(so_far), style="dim")
+            table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         invalid = f" ({row['invalid']} invalid)" if row.get("invalid") else ""
-        table.add_row(name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *spent(row))
+        key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
+        seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
+        table.add_row(
+            name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *passes(row), seconds
+        )
 
-    settings = Settings(eps=eps, norm=norm, seed=seed, batch_size=batch_size, draws=draws, eot_iter=eot_iter)
-    run_evaluation(ensemble, x, y, names, settings, describe=describe, out=out, report=add_row)
-    console.print(table)
-    if out is not None:
-        console.print(f"Stored in {out}")
+    if cell["clean"] is not None:
+        add(CLEAN, {key: value for key, value in cell["clean"].items() if "per_image" not in key})
+    for name, row in cell["attacks"].items():
+        add(name, row)
+    if "worst_case" in cell:
+        add("worst case", cell["worst_case"])
+    return table
 
 
 @main.command()
@@ -220,8 +359,8 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="As of evaluate.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--model", help="Of a bundle: as of evaluate.")
 @click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", help="softmax, voting or logits.  [default: the bundle's, or softmax]")
 @click.option("--dataset", help=" or ".join(DATASETS) + ".  [default: the bundle's]")
@@ -230,8 +369,8 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
 @click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
 @click.option("--draws", type=int, default=1, help="Forward passes of each image, of a random model.")
 def verify(
-    bundle: Path,
-    model: str,
+    path: Path,
+    model: str | None,
     model_dir: str | None,
     vote: str | None,
     dataset: str | None,
@@ -240,15 +379,24 @@ def verify(
     eps: float | None,
     draws: int,
 ) -> None:
-    """Judge an external evaluation anew, ours or anybody's (a .pt file of images), from the images alone."""
-    images, about = read_bundle(bundle)
+    """Judge stored images anew, from them, the model and the data alone: a run's folder, or an external evaluation, ours or
+    anybody's (a folder, or a .pt file of images).
+    """
+    if (path / MANIFEST).exists():
+        findings = verify_run(Ledger(path))
+        for finding in findings:
+            console.print("{unit}: {robust} of {n} robust, {differ} differ".format(**finding), highlight=False)
+        if any(finding["differ"] for finding in findings):
+            sys.exit(1)
+        return
+    images, about = read_bundle(path)
     dataset, eps = dataset or about.get("dataset"), eps or about.get("eps")
-    if dataset is None or eps is None:
-        missing = "--dataset" if dataset is None else "--eps"
-        raise ValueError(f"{bundle} does not say its {missing.strip('-')}: pass {missing}")
-    x, y = load_dataset(dataset, data_dir=data_dir, n=len(images))
-    judged = providers.load_model(model, model_dir, dataset, vote=vote or about.get("vote") or "softmax")
-    verdict = judge(judged, x, y, images, eps=float(eps), norm=norm or about.get("threat_model", "Linf"), draws=draws)
+    for option, value in (("--model", model), ("--dataset", dataset), ("--eps", eps)):
+        if value is None:
+            raise ValueError(f"{path} does not say its {option.strip('-')}: pass {option}")
+    x, y = load_dataset(str(dataset), data_dir=data_dir, n=len(images))
+    net = providers.load_model(str(model), model_dir, str(dataset), vote=vote or about.get("vote") or "softmax")
+    verdict = judge(net, x, y, images, eps=float(str(eps)), norm=norm or about.get("threat_model", "Linf"), draws=draws)
     console.print(f"{model}: {verdict}", highlight=False)
     if "external" in about:
         console.print(f"The bundle says {about['external']}%.", highlight=False)

@@ -26,6 +26,10 @@ class WeightsError(ValueError):
     """A weights file that is not what the registry says it is."""
 
 
+class LedgerError(RuntimeError):
+    """A run's folder that cannot be used: damaged, not writable, or of another run."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """A ValueError for a name that is not registered, with the nearest one that is."""
     known = sorted(known)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from defenses import load_model
@@ -21,9 +20,12 @@ from ensemble_attacks import NotAnEnsembleError, OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation import runner, suite
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.ledger import Result as Stored
 from ensemble_attacks.evaluation.passes import count_passes
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Crafted, Settings
+from ensemble_attacks.evaluation.sweep import chains_of
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.surrogates import find_parts
 
@@ -40,28 +42,34 @@ def test_evaluate_stores_what_the_judge_confirms(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "mora" in result.output
     assert "worst case" in result.output
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())["cells"]
     x, y = load_dataset("digits", n=20)
     model = load_model("adp_convnet_3", dataset="digits", vote="voting")
     robust = torch.ones(20, dtype=torch.bool)
-    for name in ("mora", "ea-apgd-ce"):
-        stored = load_file(tmp_path / "run" / f"{name}.safetensors")
-        verdict = judge(model, x, y, stored["x_adv"], eps=0.12)
-        assert torch.equal(verdict.robust, stored["robust"].bool())
-        assert summary["attacks"][name]["robust"] == int(verdict.robust.sum())
-        assert summary["attacks"][name]["forwards_per_image"] > 1
+    for name, stored in stored_in(tmp_path / "run").items():
+        verdict = judge(model, x, y, stored.tensors["x_adv"], eps=0.12)
+        assert torch.equal(verdict.robust, stored.tensors["robust"].bool())
+        row = summary["clean"] if name == "clean" else summary["attacks"][name]
+        assert row["robust"] == int(verdict.robust.sum())
+        assert row["forwards_per_image"] > 1 or name == "clean"
         robust &= verdict.robust
     assert summary["worst_case"]["robust"] == int(robust.sum())
-    assert summary["clean"]["accuracy"] == judge(model, x, y, x, eps=0.12).accuracy
+
+
+def stored_in(run: Path) -> dict[str, Stored]:
+    ledger = Ledger(run)
+    (chain,) = chains_of(ledger.manifest)
+    return {unit.content["attack"]: ledger.read(unit) for unit in chain}
 
 
 def test_a_suites_parts_and_the_trace_agree_with_the_whole(tmp_path: Path) -> None:
     result = invoke(*EVALUATE, "--attacks", "mora,mora-mt", "--batch-size", "7", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["attacks"]
+    (cell,) = json.loads((tmp_path / "run" / "summary.json").read_text())["cells"]
+    rows = cell["attacks"]
     assert rows["mora-mt"]["stages"]["mora"]["robust"] == rows["mora"]["robust"] >= rows["mora-mt"]["robust"]
     assert rows["mora-mt"]["stages"]["mora"]["forwards_per_image"] == rows["mora"]["forwards_per_image"]
-    trace = json.loads((tmp_path / "run" / "mora-mt.trace.json").read_text())
+    trace = stored_in(tmp_path / "run")["mora-mt"].info["trace"]
     assert trace[-1]["robust"] == rows["mora-mt"]["robust"]
     assert sum(row["forwards"] for row in trace) == pytest.approx(20 * rows["mora-mt"]["forwards_per_image"])
     assert sum(row["backwards"] for row in trace) == pytest.approx(20 * rows["mora-mt"]["backwards_per_image"])
@@ -71,7 +79,9 @@ def test_a_suites_parts_and_the_trace_agree_with_the_whole(tmp_path: Path) -> No
 def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         assert invoke(*EVALUATE, "--attacks", "mora,apgd-ce", "--out", tmp_path / folder).exit_code == 0
-    for name in ("summary.json", "mora.safetensors", "apgd-ce.safetensors"):
+    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "units").glob("*.safetensors")]
+    assert len(names) == 3
+    for name in ("summary.json", *names):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -128,7 +138,7 @@ def test_an_attack_that_leaves_the_ball_is_not_believed(
     monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor]
 ) -> None:
     cheat = lambda model, x, y, settings: Crafted(1 - x)  # noqa: E731
-    monkeypatch.setitem(suite.ATTACKS, "cheat", suite.Entry(cheat, "inverts the image"))
+    monkeypatch.setitem(suite.SUITES, "cheat", suite.Entry(cheat, "inverts the image"))
     model = load_model("adp_convnet_3", dataset="digits")
     with pytest.raises(OutOfBallError):
         evaluate(model, *digits, ["cheat"], Settings(eps=0.1))

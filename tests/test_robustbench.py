@@ -118,7 +118,7 @@ def test_an_external_evaluation_is_exported_and_verified(tmp_path: Path) -> None
     assert not bundle.exists()
     assert invoke("export", "robustbench", str(run), "--out", str(bundle), "--partial").exit_code == 0
     about = json.loads((bundle / "model_info.json").read_text())
-    summary = json.loads((run / "summary.json").read_text())
+    (summary,) = json.loads((run / "summary.json").read_text())["cells"]
     assert about["external"] == f"{100 * summary['worst_case']['accuracy']:.2f}"
     verified = invoke("verify", str(bundle), "--model", "gal_convnet_3")
     assert f"{float(about['external']):.1f}% robust" in verified.output

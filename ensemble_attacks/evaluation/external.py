@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ensemble_attacks import __version__
 from ensemble_attacks.data import TEST_IMAGES
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.sweep import chains_of, summarise
 from ensemble_attacks.validation import check_images
 
 IMAGES, ABOUT, TEXT = "adversarial_images.pt", "model_info.json", "evaluation.md"
@@ -27,7 +28,7 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     """Write the bundle of a finished ``evaluate`` run: of every sample, the image of the first attack that fooled it.
 
     Args:
-        run: the folder that ``evaluate --out`` wrote.
+        run: the folder of a finished ``evaluate``.
         out: a new folder.
         partial: also of fewer images than the test set has, which RobustBench does not take.
 
@@ -35,13 +36,17 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
         ``out``.
 
     Raises:
-        FileNotFoundError: ``run`` holds no finished run.
+        FileNotFoundError: ``run`` holds no run.
         FileExistsError: ``out`` is there already.
-        ValueError: the run is not of the whole test set.
+        ValueError: the run is not finished, of several cells, or not of the whole test set.
     """
-    if not (run / "summary.json").exists():
-        raise FileNotFoundError(f"{run} holds no finished run (no summary.json): give the folder of `evaluate --out`")
-    summary = json.loads((run / "summary.json").read_text())
+    ledger = Ledger(run)
+    cells = summarise(ledger)["cells"]
+    if len(cells) > 1:
+        raise ValueError(f"{run} holds {len(cells)} cells, a bundle is of one: export a run of `evaluate`")
+    (summary,) = cells
+    if missing := summary.get("missing"):
+        raise ValueError(f"{run} is not finished: {missing[0]} is missing, run it again")
     whole = TEST_IMAGES[summary["dataset"]]
     if summary["n"] != whole and not partial:
         raise ValueError(
@@ -50,8 +55,8 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
         )
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
-    images, robust = _worst_case(run, list(summary["attacks"]))
-    accuracy = 100 * robust.double().mean().item()
+    images, right = _worst_case(ledger)
+    accuracy = 100 * right.mean().item()
     out.mkdir(parents=True)
     torch.save(images, out / IMAGES)
     (out / ABOUT).write_text(json.dumps(_model_info(summary, accuracy), indent=2) + "\n")
@@ -59,14 +64,20 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     return out
 
 
-def _worst_case(run: Path, attacks: list[str]) -> tuple[Tensor, Tensor]:
-    parts = [load_file(run / f"{name}.safetensors") for name in attacks]
-    images, robust = parts[0]["x_adv"].clone(), parts[0]["robust"].bool()
-    for part in parts[1:]:
-        better = robust & ~part["robust"].bool()
-        images[better] = part["x_adv"][better]
-        robust &= ~better
-    return images, robust
+def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
+    """Of every sample, the first image that fools it, or the clean one; and its share of right draws in the worst case."""
+    images, rights = [], []
+    for chain in chains_of(ledger.manifest):
+        results = [result for unit in chain if (result := ledger.read(unit))]
+        chosen, right = results[0].tensors["x_adv"].clone(), results[0].tensors["right"].clone()
+        for result in results[1:]:
+            rows, robust = result.tensors["rows"], result.tensors["robust"].bool()
+            better = rows[~robust & (right[rows] > 0.5)]
+            chosen[better] = result.tensors["x_adv"][~robust & (right[rows] > 0.5)]
+            right = right.minimum(result.tensors["right"])
+        images.append(chosen)
+        rights.append(right)
+    return torch.cat(images), torch.cat(rights)
 
 
 def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run attacks on the same images, judge what they return, and keep it: summary, times, adversarial images."""
+"""Run attacks on the same images, judge what they return, and summarise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,96 @@ from ensemble_attacks.evaluation.passes import CountingModel, count_passes
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import private_random_state
-from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
+from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive, check_scores
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """What an attack did, and what the judge says of it.
+
+    Attributes:
+        stages: of a suite, after each of its parts, which samples (N,) are robust, and forward and backward passes so far.
+        batch_size: with which it fitted into memory.
+    """
+
+    images: Tensor
+    judgement: Judgement
+    stages: dict[str, tuple[Tensor, int, int]]
+    trace: list[dict[str, float]]
+    forwards: int
+    backwards: int
+    seconds: float
+    batch_size: int
+
+
+def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
+    """Raise, before anything is run, on a model, images, attacks or settings that cannot be."""
+    check_images(x, "x")
+    check_labels(y, x, "y")
+    for name in attacks:
+        entry = find_attack(name)
+        if entry.needs_members:
+            check_members(model, name)
+        entry.check(model)
+    check_positive("eps", settings.eps)
+    check_norm(settings.norm)
+    check_count("batch_size", settings.batch_size)
+    check_count("seed", settings.seed, at_least=0)
+    check_count("draws", settings.draws)
+    if settings.eot_iter is not None:
+        check_count("eot_iter", settings.eot_iter)
+    device = next(model.parameters(), x).device
+    with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
+        model.eval()
+        check_scores(model(x[:2].to(device)), y[:2].cpu(), type(model).__name__)
+
+
+def judged(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, settings: Settings) -> Judgement:
+    """`judge`, with these settings."""
+    given = {key: getattr(settings, key) for key in ("eps", "norm", "draws", "batch_size")}
+    return judge(model, x, y, x_adv, **given)
+
+
+def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
+    """Craft on the twin, judge on the model; with half the batch size as often as memory runs out.
+
+    Raises:
+        OutOfBallError: an attack returned an image outside the ball.
+    """
+    while True:
+        try:
+            return _attack(model, twin, x, y, name, settings)
+        except (MemoryError, RuntimeError) as error:
+            if settings.batch_size == 1 or not _out_of_memory(error):
+                raise
+            settings = replace(settings, batch_size=settings.batch_size // 2)
+            logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
+    entry = find_attack(name)
+    logger.info("running %s on %d images", name, len(x))
+    with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+        counted = count_passes(twin, bar.update)
+        began = time.perf_counter()
+        crafted = entry.craft(counted, x, y, settings)
+        if twin is not model:
+            crafted = _recraft(model, counted, x, y, crafted, entry, settings)
+        seconds = time.perf_counter() - began
+    judgement = judged(model, x, y, crafted.images, settings)
+    # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
+    stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
+    passes = counted.forwards, counted.backwards
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, settings.batch_size)
 
 
 def evaluate(
@@ -37,7 +123,7 @@ def evaluate(
     out: Path | None = None,
     report: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
 ) -> dict[str, Any]:
-    """Attack, judge, and summarise.
+    """Attack, judge, and summarise, in this process; `sweep` does it for good.
 
     Args:
         model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
@@ -55,60 +141,28 @@ def evaluate(
         FileExistsError: ``out`` already holds a run.
         OutOfBallError: an attack returned an image outside the ball.
     """
-    entries = {name: find_attack(name) for name in attacks}
-    for name, entry in entries.items():
-        if entry.needs_members:
-            check_members(model, name)
-        entry.check(model)
-    check_positive("eps", settings.eps)
-    check_norm(settings.norm)
-    check_count("batch_size", settings.batch_size)
-    check_images(x, "x")
-    check_labels(y, x, "y")
-    check_count("seed", settings.seed, at_least=0)
-    check_count("draws", settings.draws)
-    if settings.eot_iter is not None:
-        check_count("eot_iter", settings.eot_iter)
+    check_arguments(model, x, y, attacks, settings)
     y = y.long()
     if out is not None:
         if (out / "summary.json").exists():
             raise FileExistsError(f"{out} already holds a run: choose another folder (--out)")
         out.mkdir(parents=True, exist_ok=True)
-
-    verdict = lambda x_adv: judge(  # noqa: E731
-        model, x, y, x_adv, eps=settings.eps, norm=settings.norm, draws=settings.draws, batch_size=settings.batch_size
-    )
-    clean = verdict(x)
+    clean = judged(model, x, y, x, settings)
     report("clean", clean.summary())
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device))
     rows: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
-    for name, entry in entries.items():
-        logger.info("running %s on %d images", name, len(x))
-        with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
-            counted = count_passes(twin, bar.update)
-            began = time.perf_counter()
-            crafted = entry.craft(counted, x, y, settings)
-            if twin is not model:
-                crafted = _recraft(model, counted, x, y, crafted, entry, settings)
-            seconds[name] = time.perf_counter() - began
-        judgement = verdict(crafted.images)
-        right = right.minimum(judgement.correct.double().mean(0))
-        rows[name] = judgement.summary() | {
-            "forwards_per_image": counted.forwards / len(x),
-            "backwards_per_image": counted.backwards / len(x),
-        }
-        if crafted.stages:
-            rows[name]["stages"] = _stages(crafted, judgement)
+    for name in attacks:
+        attacked = attack(model, twin, x, y, name, settings)
+        right, seconds[name] = right.minimum(attacked.judgement.correct.double().mean(0)), attacked.seconds
+        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards)
         report(name, rows[name] | {"seconds": seconds[name]})
         if out is not None:
-            _save_images(out / f"{name}.safetensors", crafted.images, y, judgement, settings, name)
-            if crafted.trace:
-                (out / f"{name}.trace.json").write_text(json.dumps(crafted.trace) + "\n")
-
-    low, high = wilson_interval(right.sum().item(), len(x))
-    worst = {"n": len(x), "robust": int((right > 0.5).sum()), "accuracy": right.mean().item(), "interval": [low, high]}
+            _save_images(out / f"{name}.safetensors", attacked.images, y, attacked.judgement, settings, name)
+            if attacked.trace:
+                (out / f"{name}.trace.json").write_text(json.dumps(attacked.trace) + "\n")
+    worst = worst_case(right)
     report("worst case", worst)
     summary = {
         **(describe or {}),
@@ -124,6 +178,26 @@ def evaluate(
         )
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def row_of(
+    judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int
+) -> dict[str, Any]:
+    """An attack's row of a summary."""
+    n = len(judgement.robust)
+    row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
+    parts = {
+        name: {"robust": int(robust.sum()), "forwards_per_image": ahead / n, "backwards_per_image": back / n}
+        for name, (robust, ahead, back) in stages.items()
+    }
+    return row | ({"stages": parts} if parts else {})
+
+
+def worst_case(right: Tensor) -> dict[str, Any]:
+    """The row of the worst case, from every sample's share of right draws (N,) under the attack that is worst for it."""
+    interval = wilson_interval(right.sum().item(), len(right))
+    robust = int((right > 0.5).sum())
+    return {"n": len(right), "robust": robust, "accuracy": right.mean().item(), "interval": list(interval)}
 
 
 @torch.no_grad()
@@ -144,21 +218,6 @@ def _recraft(
     images = crafted.images.clone()
     images[rows] = entry.craft(counted, x[rows], y[rows], settings).images
     return replace(crafted, images=images)
-
-
-def _stages(crafted: Crafted, judgement: Judgement) -> dict[str, dict[str, float]]:
-    """After each part of a suite: passes so far, and samples left robust, which are those not fooled by its own flags or
-    whose image the judge does not find fooled.
-    """
-    n = len(judgement.robust)
-    return {
-        name: {
-            "robust": int((flags | ~judgement.fooled).sum()),
-            "forwards_per_image": forwards / n,
-            "backwards_per_image": backwards / n,
-        }
-        for name, (flags, forwards, backwards) in crafted.stages.items()
-    }
 
 
 def _save_images(path: Path, images: Tensor, y: Tensor, judgement: Judgement, settings: Settings, name: str) -> None:

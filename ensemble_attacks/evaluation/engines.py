@@ -1,0 +1,210 @@
+"""Who runs the chains: this process, several, a Ray cluster, or Slurm. Each takes a run's folder and the numbers of its
+chains; paths travel, never models.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.evaluation.ledger import Ledger, Unit
+from ensemble_attacks.evaluation.sweep import chains_of, run_chain, summarise
+
+logger = logging.getLogger(__name__)
+Report = Callable[[int], object]  # called with the number of every chain that has ended
+
+
+def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain: None, **options: Any) -> dict[str, Any]:
+    """Run what is not done, and summarise.
+
+    Args:
+        engine: of `ENGINES`.
+        options: of the engine.
+
+    Raises:
+        ValueError: an unknown engine.
+        KeyboardInterrupt, SystemExit(143): stopped by SIGINT or SIGTERM; what was finished is kept.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    chains = chains_of(ledger.manifest)
+    ledger.forget_running()
+    with _terminable():
+        while True:
+            left = [index for index, units in enumerate(chains) if any(map(ledger.open, units))]
+            if left:
+                ENGINES[engine](ledger, left, report, **options)
+            summary = summarise(ledger)
+            if not any(ledger.open(unit) for units in chains for unit in units):
+                return summary
+            # else what was found damaged when it was read is run again
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the process as SIGINT does: at once, with what was finished kept, and exit code 143."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def local(
+    ledger: Ledger, chains: Sequence[int], report: Report, *, workers: int = 1, devices: Sequence[str] = ("cpu",)
+) -> None:
+    """Processes of this machine, each with its share of the threads; one is this process itself."""
+    if workers == 1:
+        for index in chains:
+            run_chain(str(ledger.folder), index, devices[0])
+            report(index)
+        return
+    left = list(chains)
+    threads = max(1, torch.get_num_threads() // workers)
+    while left:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, _worker, (threads, os.getpid()))
+        try:
+            tasks = {
+                pool.submit(run_chain, str(ledger.folder), index, devices[turn % len(devices)]): index
+                for turn, index in enumerate(left)
+            }
+            for task in as_completed(tasks):
+                task.result()
+                left.remove(tasks[task])
+                report(tasks[task])
+        except BrokenProcessPool:  # a worker was killed, by lack of memory or a crash of its own
+            for entry in ledger.in_work():
+                logger.warning("a worker died while it ran %s", Unit(entry["unit"]).name)
+                ledger.fail(Unit(entry["unit"]), "the process died (killed, or out of memory)")
+            ledger.forget_running()
+        finally:
+            for child in multiprocessing.active_children():
+                child.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _worker(threads: int, parent: int) -> None:
+    """Of a worker: leave interrupts to the parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def ray(
+    ledger: Ledger,
+    chains: Sequence[int],
+    report: Report,
+    *,
+    address: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    devices: Sequence[str] = ("cpu",),
+) -> None:
+    """A Ray cluster at ``address``, or one started on the spot. The folder must be the same on every node.
+
+    Args:
+        cpus, gpus: of every task; fractions share a GPU.
+    """
+    try:
+        import ray as library
+    except ImportError as error:
+        raise ImportError("the engine 'ray' needs Ray: pip install 'ensemble-attacks[ray]'") from error
+    started = not library.is_initialized()
+    if started:
+        library.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        task = library.remote(num_cpus=cpus, num_gpus=gpus, max_retries=10, retry_exceptions=False)(run_chain)
+        folder = str(ledger.folder.resolve())
+        waiting = {task.remote(folder, index, devices[0]): index for index in chains}
+        while waiting:
+            (ready,), _ = library.wait(list(waiting), num_returns=1)
+            library.get(ready)
+            report(waiting.pop(ready))
+    finally:
+        if started:
+            library.shutdown()
+
+
+def slurm(
+    ledger: Ledger,
+    chains: Sequence[int],
+    report: Report,
+    *,
+    cluster: str | None = None,
+    partition: str | None = None,
+    minutes: int = 240,
+    cpus: int = 2,
+    gpus: int = 0,
+    at_once: int = 64,
+    devices: Sequence[str] = ("cpu",),
+) -> None:
+    """A Slurm job array, through submitit: preempted or timed-out jobs are requeued, and go on where they were.
+
+    Args:
+        cluster: ``None``: Slurm where there is one, else processes of this machine; ``"local"``: those.
+        minutes, cpus, gpus: of every job.
+        at_once: jobs of the array that may run at the same time.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("the engine 'slurm' needs submitit: pip install 'ensemble-attacks[slurm]'") from error
+    folder = ledger.folder.resolve()
+    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, slurm_max_num_timeout=20)
+    settings: dict[str, Any] = dict(timeout_min=minutes, cpus_per_task=cpus, name="ensemble-attacks")
+    settings |= dict(slurm_array_parallelism=at_once, slurm_partition=partition, slurm_gpus_per_node=gpus or None)
+    executor.update_parameters(**{key: value for key, value in settings.items() if value is not None})
+    tasks = [Chain(folder, index, devices[0]) for index in chains]
+    for job, index in zip(executor.map_array(_call, tasks), chains, strict=True):
+        job.result()
+        report(index)
+
+
+class Chain:
+    """A chain as submitit's task: sent again as it is when its job is preempted or out of time."""
+
+    def __init__(self, folder: Path, index: int, device: str) -> None:
+        self.folder, self.index, self.device = str(folder), index, device
+
+    def __call__(self) -> list[str]:
+        return run_chain(self.folder, self.index, self.device)
+
+    def checkpoint(self) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(_call, self)
+
+
+def _call(chain: Chain) -> list[str]:
+    return chain()
+
+
+ENGINES: dict[str, Callable[..., None]] = {"local": local, "ray": ray, "slurm": slurm}

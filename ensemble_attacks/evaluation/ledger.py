@@ -1,0 +1,263 @@
+"""What a run has done, so that it can be killed at any instant: a folder of units, each of which is there or is not.
+
+A unit is one attack on one range of images of one cell (model, vote, eps, seed, ...). Its identity is the hash of all that
+decides its result. It is done when ``units/<identity>.json`` exists, which is written last (under another name, flushed,
+renamed) and holds the checksum of its tensors beside it. Nothing grows, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ensemble_attacks.errors import LedgerError
+
+logger = logging.getLogger(__name__)
+SCHEMA = 1
+ATTEMPTS = 3  # after which a unit that fails is left alone
+MANIFEST, SUMMARY = "manifest.json", "summary.json"
+FOLDERS = ("units", "failed", "running", "quarantine")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work.
+
+    Attributes:
+        identity: the hash of ``content``.
+        content: all that decides the result.
+    """
+
+    content: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(canonical(self.content)).hexdigest()[:32]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        start, stop = self.content["range"]
+        return (
+            f"{self.content['model']} {self.content['vote']} {self.content['eps']:g} {self.content['attack']} {start}-{stop}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a unit left: tensors, and numbers."""
+
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """JSON with its own checksum."""
+    return json.dumps(content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}, indent=1).encode() + b"\n"
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """Back again; ValueError if anything has changed."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or content.pop("sha256", None) != hashlib.sha256(canonical(content)).hexdigest():
+        raise ValueError("checksum mismatch")
+    return content
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there entirely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise LedgerError(
+            f"{path} cannot be written ({error.strerror}): mend that and run the same command again: nothing is lost"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Ledger:
+    """A run's folder.
+
+    Args:
+        folder: no symbolic link.
+        manifest: what the run is: ``None`` reads it. An existing run must be the same, but for ``places``.
+
+    Raises:
+        FileNotFoundError: nothing to read.
+        LedgerError: a folder that cannot be used, a damaged manifest, or another run (says what differs).
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        for place in (folder, *(folder / name for name in FOLDERS)):
+            if place.is_symlink():
+                raise LedgerError(f"{place} is a symbolic link: give the folder itself")
+        path = folder / MANIFEST
+        if not path.exists() and folder.is_dir() and {entry.name for entry in folder.iterdir()} - set(FOLDERS):
+            raise LedgerError(f"{folder} holds other things, and no run: choose another folder (--out)")
+        stored = None
+        if path.exists():
+            try:
+                stored = unsealed(path.read_bytes())
+            except ValueError as error:
+                if manifest is None:
+                    raise LedgerError(f"{path} is damaged: run the command that made it again, units are kept") from error
+                self._quarantine(path)
+        if manifest is None and stored is None:
+            raise FileNotFoundError(f"{folder} holds no run (no {MANIFEST}): give the folder of `evaluate --out`")
+        if stored is not None and stored.get("schema") != SCHEMA:
+            raise LedgerError(
+                f"{path} has schema {stored.get('schema')}, this version reads {SCHEMA}: choose another folder"
+            )
+        if stored is not None and manifest is not None:
+            new = json.loads(json.dumps(manifest | {"schema": SCHEMA}))
+            if differing := difference(stored | {"places": None}, new | {"places": None}):
+                raise LedgerError(f"{folder} holds another run, with {differing}: choose another folder (--out)")
+        self.manifest: dict[str, Any] = stored or json.loads(json.dumps((manifest or {}) | {"schema": SCHEMA}))
+        if manifest is not None:
+            self.manifest["places"] = manifest.get("places")
+        try:
+            for name in FOLDERS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"{folder} cannot be written ({error.strerror}): choose another folder (--out)") from error
+        if sealed(self.manifest) != (path.read_bytes() if path.exists() else b""):
+            write_whole(path, sealed(self.manifest))
+
+    # -- units
+
+    def done(self, unit: Unit) -> bool:
+        return self._info(unit).exists()
+
+    def open(self, unit: Unit) -> bool:
+        """Neither done nor given up."""
+        return not self.done(unit) and self.failures(unit) < ATTEMPTS
+
+    def read(self, unit: Unit) -> Result | None:
+        """The unit's result; ``None`` if it is not done. One that is damaged is put into quarantine, and not done."""
+        info_path, tensors_path = self._info(unit), self._tensors(unit)
+        if not info_path.exists():
+            return None
+        try:
+            info = unsealed(info_path.read_bytes())
+            data = tensors_path.read_bytes()
+            if info["unit"] != json.loads(canonical(unit.content)):
+                raise ValueError("another unit's")
+            if hashlib.sha256(data).hexdigest() != info["tensors"]:
+                raise ValueError("checksum mismatch of the tensors")
+            return Result(load(data), info)
+        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s): put into quarantine, to be computed again", unit.name, error)
+            for path in (info_path, tensors_path):
+                self._quarantine(path)
+            return None
+
+    def write(self, unit: Unit, tensors: dict[str, Tensor], info: dict[str, Any]) -> Result:
+        """Make the unit done."""
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_whole(self._tensors(unit), data)
+        info = info | {"unit": unit.content, "tensors": hashlib.sha256(data).hexdigest()}
+        write_whole(self._info(unit), sealed(info))
+        (self.folder / "failed" / f"{unit.identity}.json").unlink(missing_ok=True)
+        return Result(tensors, info)
+
+    @contextmanager
+    def running(self, unit: Unit) -> Iterator[None]:
+        """Within it, the unit is marked as in work, by this process."""
+        mark = self.folder / "running" / f"{unit.identity}.json"
+        write_whole(mark, sealed({"unit": unit.content, "pid": os.getpid(), "since": time.time()}))
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
+    def in_work(self) -> list[dict[str, Any]]:
+        """What is marked as in work, by whichever process, dead or alive."""
+        return list(self._all("running"))
+
+    def forget_running(self) -> None:
+        for mark in (self.folder / "running").glob("*.json"):
+            mark.unlink(missing_ok=True)
+
+    # -- failures
+
+    def fail(self, unit: Unit, error: str) -> int:
+        """Note one more failure of the unit; returns how many there are."""
+        failures = self.failures(unit) + 1
+        where = self.folder / "failed" / f"{unit.identity}.json"
+        write_whole(where, sealed({"unit": unit.content, "failures": failures, "error": error}))
+        return failures
+
+    def failures(self, unit: Unit) -> int:
+        path = self.folder / "failed" / f"{unit.identity}.json"
+        try:
+            return int(unsealed(path.read_bytes())["failures"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def failed(self) -> list[dict[str, Any]]:
+        """What has failed and is not done: each unit's content, failures and last error."""
+        return list(self._all("failed"))
+
+    def quarantined(self) -> list[str]:
+        """Names of the files that were damaged."""
+        return sorted(path.name for path in (self.folder / "quarantine").iterdir())
+
+    def retry_failed(self) -> None:
+        """Forget all failures, so that the units are tried again."""
+        for path in (self.folder / "failed").glob("*.json"):
+            path.unlink(missing_ok=True)
+
+    def _all(self, kind: str) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / kind).glob("*.json")):
+            try:
+                yield unsealed(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+
+    def _info(self, unit: Unit) -> Path:
+        return self.folder / "units" / f"{unit.identity}.json"
+
+    def _tensors(self, unit: Unit) -> Path:
+        return self.folder / "units" / f"{unit.identity}.safetensors"
+
+    def _quarantine(self, path: Path) -> None:
+        if path.exists():
+            (self.folder / "quarantine").mkdir(exist_ok=True)
+            path.replace(self.folder / "quarantine" / f"{path.name}.{time.time_ns()}")
+
+
+def difference(stored: Any, new: Any, where: str = "") -> str:
+    """What differs first between two JSON values, for people; empty if nothing does."""
+    if isinstance(stored, dict) and isinstance(new, dict):
+        for key in {**new, **stored}:
+            inside = difference(stored.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if inside:
+                return inside
+        return ""
+    if isinstance(stored, list) and isinstance(new, list) and len(stored) == len(new):
+        pairs = enumerate(zip(stored, new, strict=True))
+        return next((inside for i, (a, b) in pairs if (inside := difference(a, b, f"{where}[{i}]"))), "")
+    return "" if stored == new else f"{where} = {stored!r}, not {new!r}"
