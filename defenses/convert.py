@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from defenses.architectures import NORMALIZATIONS
 from defenses.cards import make_ensemble, write_model
+from ensemble_attacks.checkpoints import load_tensors
 from ensemble_attacks.data import DATASETS, NUM_CLASSES
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import WeightsError, unknown_name
@@ -39,11 +39,11 @@ def read_checkpoint(path: str | Path) -> list[State]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}: name the downloaded file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load and pickle fail in many ways on what is no checkpoint, or holds code
+        content = load_tensors(path)
+    except ValueError as error:
         raise WeightsError(
-            f"checkpoint {str(path)!r} cannot be read as plain weights ({type(error).__name__}): it is no torch checkpoint, "
-            "or holds pickled objects. Save the members' state dicts alone, with the code that made it"
+            f"checkpoint {str(path)!r} cannot be read as plain weights: {error}. Save the members' state dicts alone, with "
+            "the code that made it"
         ) from None
     members = _members(content)
     if not members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ensemble_attacks.robustbench import ensure
 
 SHIPPED = Path(__file__).parent / "weights"
 THREAT_MODELS = ("Linf",)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 FOREIGN = ("robustbench:", "timm:")
 
 
@@ -92,12 +94,21 @@ def model_card(
 
 
 def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:
-    """The path of a model's files, without what tells them apart."""
+    """The path of a model's files, without what tells them apart; ValueError for a name that leads elsewhere."""
+    check_name(model_name)
     for folder in _folders(model_dir):
         stem = folder / dataset / threat_model / model_name
         if stem.with_suffix(".json").exists():
             return stem
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless a model may be called so: it names files."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"model name {name!r}: use letters, digits, '.', '_', '+' and '-', and begin with a letter or digit"
+        )
 
 
 def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote: str) -> Ensemble:

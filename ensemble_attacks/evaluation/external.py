@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks import __version__
+from ensemble_attacks.checkpoints import load_tensors
 from ensemble_attacks.data import TEST_IMAGES
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.sweep import chains_of, summarise
 from ensemble_attacks.validation import check_images
 
 IMAGES, ABOUT, TEXT = "adversarial_images.pt", "model_info.json", "evaluation.md"
-LARGEST = 4 << 30  # bytes of a bundle's images that are read
 SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"
 
 
@@ -123,12 +123,10 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
     file = path / IMAGES if path.is_dir() else path
     if not file.exists():
         raise FileNotFoundError(f"no bundle in {path}: give a folder that holds {IMAGES}, or a .pt file")
-    if file.stat().st_size > LARGEST:
-        raise ValueError(f"{file} holds {file.stat().st_size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
     try:
-        images = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever is in the file
-        raise ValueError(f"{file} cannot be read as one tensor: {str(error).splitlines()[0]}") from error
+        images = load_tensors(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as one tensor: {error}") from None
     check_images(images, str(file), slack=1e-6)
     about = file.with_name(ABOUT)
     return images, json.loads(about.read_text()) if path.is_dir() and about.exists() else {}

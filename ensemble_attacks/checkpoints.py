@@ -1,0 +1,29 @@
+"""Files of tensors that others wrote: read as tensors or not at all."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LARGEST = 4 << 30  # bytes, as they lie and unpacked
+
+
+def load_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors, numbers, strings and containers of them, 4 GiB at most.
+
+    Raises:
+        ValueError: it is something else, or larger, also if only once unpacked.
+    """
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > LARGEST:
+        raise ValueError(f"it holds {size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load and pickle fail in many ways on what is no checkpoint, or holds code
+        raise ValueError(f"it is no torch file, or holds pickled objects ({type(error).__name__})") from None

@@ -1,0 +1,82 @@
+"""Engines of others over the same ledger: Ray and, through submitit, Slurm."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_ledger import ledger_in, summary
+
+from ensemble_attacks.evaluation import engines
+from ensemble_attacks.evaluation.engines import run
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.sweep import chains_of, progress
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("local") / "run"
+    run(ledger_in(folder))
+    return summary(folder)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the processes of others."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", ""))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same(expected: bytes, tmp_path: Path, importable: None) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ensemble-attacks[ray]'")
+    run(ledger_in(tmp_path / "run"), engine="ray", cpus=0.5)
+    assert summary(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_a_ray_node_is_lost(tmp_path: Path, importable: None) -> None:
+    """Two nodes, one of which is killed in mid-run: everything is done, and nothing twice in the summary."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ensemble-attacks[ray]'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    quiet = ledger_in(tmp_path / "local", n=60, shard_size=6)
+    run(quiet)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    node = cluster.add_node(num_cpus=1)
+    ledger = ledger_in(tmp_path / "run", n=60, shard_size=6)
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def lose_one() -> None:
+        while progress(ledger)["done"] < 6:
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+
+    killer = threading.Thread(target=lose_one)
+    killer.start()
+    try:
+        began = time.perf_counter()
+        run(ledger, engine="ray")
+        print(f"with one of two nodes lost: {time.perf_counter() - began:.0f} s")  # noqa: T201
+    finally:
+        killer.join()
+        ray.shutdown()
+        cluster.shutdown()
+    assert summary(ledger.folder) == summary(quiet.folder)
+    assert len(list((ledger.folder / "units").glob("*.json"))) == sum(map(len, chains_of(ledger.manifest)))
+
+
+def test_submitit_gives_the_same(expected: bytes, tmp_path: Path, importable: None) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'ensemble-attacks[slurm]'")
+    run(ledger_in(tmp_path / "run"), engine="slurm", cluster="local", minutes=5)
+    assert summary(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_engine_that_is_not_installed(engine: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'ensemble-attacks\[{engine}\]'"):
+        engines.ENGINES[engine](Ledger(tmp_path / "run", {"sweep": {}}), [0], print)
