@@ -5,6 +5,7 @@ Both come as ``(images, labels)``: float32 (N, C, H, W) in [0, 1] and int64 (N,)
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,15 +25,17 @@ def load_dataset(
     *,
     data_dir: str | Path = "data",
     n: int | None = None,
+    first: int = 0,
     download: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Load the first ``n`` examples of a split, in file order.
+    """Load ``n`` examples of a split, in file order.
 
     Args:
         name: ``"digits"`` (1,797 8x8 images; 1,200 to train, 597 to test) or ``"cifar10"``.
         split: ``"train"`` or ``"test"``.
         data_dir: the folder that holds ``cifar-10-batches-py`` (digits need none).
         n: how many; ``None`` is all of them.
+        first: from which on.
         download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
 
     Raises:
@@ -49,12 +52,18 @@ def load_dataset(
         raise unknown_name("dataset", name, DATASETS)
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    images, labels = _digits(split) if name == "digits" else _cifar10(split, Path(data_dir), download)
-    if n is not None and n > len(images):
-        raise ValueError(f"n is {n}, but the {split} split of {name} has {len(images)} images: ask for at most that many")
-    return images[:n], labels[:n]
+    if first < 0:
+        raise ValueError(f"first must be at least 0, got {first}")
+    images, labels = _digits(split) if name == "digits" else _cifar10(split, Path(data_dir).resolve(), download)
+    if n is not None and first + n > len(images):
+        which = "images" if not first else f"images, {len(images) - first} from number {first} on"
+        raise ValueError(f"n is {n}, but the {split} split of {name} has {len(images)} {which}: ask for at most that many")
+    part = slice(first, None if n is None else first + n)
+    scale = {"digits": 16, "cifar10": 255}[name]
+    return images[part].float() / scale, labels[part]
 
 
+@lru_cache(maxsize=2)
 def _digits(split: str) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -62,9 +71,10 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(images, labels, train_size=1200, random_state=0, stratify=labels)
     images, labels = (train_x, train_y) if split == "train" else (test_x, test_y)
-    return torch.tensor(images, dtype=torch.float32).div(16).view(-1, 1, 8, 8), torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(images, dtype=torch.uint8).view(-1, 1, 8, 8), torch.tensor(labels, dtype=torch.int64)
 
 
+@lru_cache(maxsize=2)
 def _cifar10(split: str, data_dir: Path, download: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import CIFAR10
 
@@ -80,5 +90,5 @@ def _cifar10(split: str, data_dir: Path, download: bool) -> tuple[Tensor, Tensor
             f"the CIFAR-10 files in {str(data_dir / CIFAR10.base_folder)!r} are missing or fail their checksums; "
             "fetch them again (--download)"
         ) from error
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous().float().div(255)
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(dataset.targets, dtype=torch.int64)

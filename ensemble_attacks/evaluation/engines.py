@@ -4,6 +4,7 @@ chains; paths travel, never models.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -134,7 +135,7 @@ def ray(
         cpus, gpus: of every task; fractions share a GPU.
     """
     try:
-        import ray as library
+        library: Any = importlib.import_module("ray")
     except ImportError as error:
         raise ImportError("the engine 'ray' needs Ray: pip install 'ensemble-attacks[ray]'") from error
     started = not library.is_initialized()

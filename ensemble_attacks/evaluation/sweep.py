@@ -34,6 +34,8 @@ from ensemble_attacks.prepare import prepare
 from ensemble_attacks.validation import check_count
 
 logger = logging.getLogger(__name__)
+PIECE = 500  # images that are read at once
+LIGHT = ("robust", "invalid", "correct", "right")  # tensors that a summary needs, not the images
 CLEAN = "clean"  # the unit that judges the clean images
 
 
@@ -109,7 +111,8 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         ValueError, TypeError, FileNotFoundError: something that cannot be run.
     """
     check_count("shard_size", sweep.shard_size)
-    x, y = load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)
+    n = len(load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)[1])
+    x, y = load_dataset(sweep.dataset, data_dir=data_dir, n=min(n, PIECE))
     weights = {}
     for vote in sweep.votes:
         check_vote(vote)
@@ -119,9 +122,9 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
             check_arguments(model, x, y, sweep.attacks, _settings(asdict(sweep) | {"eps": eps, "seed": seed}))
         weights[name] = digest(*model.state_dict().values())
     return {
-        "sweep": asdict(sweep) | {"n": len(x)},
+        "sweep": asdict(sweep) | {"n": n},
         "weights": weights,
-        "data": digest(x, y),
+        "data": data_digest(sweep.dataset, data_dir, n),
         "code": code_version(),
         "places": {
             "model_dir": None if model_dir is None else str(Path(model_dir).resolve()),
@@ -137,6 +140,14 @@ def digest(*tensors: Tensor) -> str:
         state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
+
+
+@cache
+def data_digest(dataset: str, data_dir: str, n: int) -> str:
+    """The hash of the first ``n`` images and their labels, read piece by piece."""
+    parts = [(first, min(PIECE, n - first)) for first in range(0, n, PIECE)]
+    hashes = [digest(*load_dataset(dataset, data_dir=data_dir, first=first, n=count)) for first, count in parts]
+    return sha256("".join(hashes).encode()).hexdigest()
 
 
 @cache
@@ -223,11 +234,10 @@ class Context:
         ).to(device)
         if digest(*self.model.state_dict().values()) != content["weights"]:
             raise ValueError(f"the weights of {content['model']} are not those that the run began with: restore them")
-        x, y = load_dataset(content["dataset"], data_dir=places["data_dir"], n=content["n"])
-        if digest(x, y) != content["data"]:
+        if data_digest(content["dataset"], places["data_dir"], content["n"]) != content["data"]:
             raise ValueError(f"{content['dataset']} in {places['data_dir']} is not what the run began with: restore it")
         start, stop = content["range"]
-        self.x, self.y = x[start:stop], y[start:stop]
+        self.x, self.y = load_dataset(content["dataset"], data_dir=places["data_dir"], first=start, n=stop - start)
         self.twin: nn.Module = prepare(self.model, self.x[:8].to(device))
         self.settings = _settings(content)
 
@@ -309,7 +319,7 @@ def _summary_of(ledger: Ledger, chains: list[list[Unit]]) -> dict[str, Any]:
     missing: list[str] = []
     rights: list[Tensor] = []
     for units in zip(*chains, strict=True):
-        results = [ledger.read(unit) for unit in units]
+        results = [_light(ledger.read(unit)) for unit in units]
         missing += [unit.name for unit, result in zip(units, results, strict=True) if result is None]
         there = [result for result in results if result is not None]
         if len(there) == len(results):
@@ -322,8 +332,15 @@ def _summary_of(ledger: Ledger, chains: list[list[Unit]]) -> dict[str, Any]:
     return summary | ({"missing": missing} if missing else {})
 
 
+def _light(result: Result | None) -> Result | None:
+    if result is None:
+        return None
+    kept = {key: value.clone() for key, value in result.tensors.items() if key in LIGHT or key.startswith("stage ")}
+    return Result(kept, result.info)
+
+
 def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
-    joined = {key: torch.cat([r.tensors[key] for r in results], -1) for key in ("robust", "invalid", "correct", "right")}
+    joined = {key: torch.cat([r.tensors[key] for r in results], -1) for key in LIGHT}
     robust, invalid = joined["robust"].bool(), joined["invalid"].bool()
     forwards, backwards = (sum(result.info[kind] for result in results) for kind in ("forwards", "backwards"))
     if cascade:  # robust under this attack and all before it
