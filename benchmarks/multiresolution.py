@@ -2,8 +2,8 @@
 
     python benchmarks/multiresolution.py --model multiresolution_resnet20_1 --data-dir DIR --n 100
 
-First table: APGD on the defense as it is, with its draws frozen, with the mean of the logits instead of CrossMax, and with both;
-attacked and judged as such. Second table: APGD on the mean, judged on the defense, at equal numbers of gradients.
+First table: APGD on the defense as it is, with its draws frozen, with the mean of the logits instead of CrossMax, and with
+both; attacked and judged as such. Second table: APGD on the mean, judged on the defense, at equal numbers of gradients.
 """
 
 from __future__ import annotations
