@@ -21,7 +21,7 @@ from cells import Cell, Run, choose, run_options, summary
 from tables import save_table
 
 from ensemble_attacks.ensembles import VOTES
-from ensemble_attacks.evaluation.passes import passes_per_image
+from ensemble_attacks.passes import passes_per_image
 
 CELLS = [  # eps: where AutoAttack leaves 10 to 50%, and 0.01 for ADP as in the MORA paper
     Cell("standard_resnet20_3", "softmax", 0.005),

@@ -19,7 +19,7 @@ from defenses.crossmax import CrossMax
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, judge
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.ensembles import Ensemble
-from ensemble_attacks.evaluation.passes import count_passes
+from ensemble_attacks.passes import count_passes
 from ensemble_attacks.prepare import prepare
 
 ATTACKS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -29,7 +29,6 @@ from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.engines import ENGINES, run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
-from ensemble_attacks.evaluation.passes import passes_per_image
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
 from ensemble_attacks.evaluation.suite import Settings, attack_names
 from ensemble_attacks.evaluation.sweep import (
@@ -43,6 +42,7 @@ from ensemble_attacks.evaluation.sweep import (
 )
 from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
+from ensemble_attacks.passes import passes_per_image
 from ensemble_attacks.validation import check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)

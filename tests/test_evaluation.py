@@ -22,10 +22,10 @@ from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation import runner, suite
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.ledger import Result as Stored
-from ensemble_attacks.evaluation.passes import count_passes
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Crafted, Settings
 from ensemble_attacks.evaluation.sweep import chains_of
+from ensemble_attacks.passes import count_passes
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.surrogates import find_parts
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensemble_attacks.ensembles import check_members
-from ensemble_attacks.evaluation.passes import CountingModel, count_passes
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
+from ensemble_attacks.passes import CountingModel, count_passes
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive, check_scores

@@ -14,10 +14,10 @@ from ensemble_attacks.autoattack import AutoAttack
 from ensemble_attacks.base import CarefulAttack
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.evaluation.passes import CountingModel
 from ensemble_attacks.judge import outside
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.original import RAND, STANDARD, run_autoattack
+from ensemble_attacks.passes import CountingModel
 from ensemble_attacks.projections import per_sample
 from ensemble_attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, craft, registered
 from ensemble_attacks.surrogates import Expected

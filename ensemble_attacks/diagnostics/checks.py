@@ -1,0 +1,349 @@
+"""The checks, by what they look at: structure, gradients, and how attacks behave.
+
+Sources: [C19] Carlini et al., "On Evaluating Adversarial Robustness", arXiv:1902.06705. [A18] Athalye et al., "Obfuscated
+Gradients Give a False Sense of Security", ICML 2018. [P22] Pintor et al., "Indicators of Attack Failure", NeurIPS 2022.
+[CH20] Croce & Hein, AutoAttack, ICML 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ensemble_attacks.eot import EOTAPGD
+from ensemble_attacks.judge import judge
+from ensemble_attacks.objectives import margin
+from ensemble_attacks.passes import count_passes
+from ensemble_attacks.pgd import PGD
+from ensemble_attacks.prepare import prepare
+from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.structure import DIFFERENT, Structure, structure_of
+from ensemble_attacks.surrogates import Surrogate, premise, straight_through
+from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
+
+OK, FLAG, NOTE = "ok", "flag", "note"
+STEPS = 20  # of the attacks below
+DRAWS = 10  # by which a random model is judged
+EOT_ITER = 5
+UNBOUNDED = 0.5  # radius at which every image can become any other [C19]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        figure, threshold: what was measured, and the value beyond which it is a flag.
+        verdict: ``"flag"``, ``"ok"``, or ``"note"`` for what is only good to know.
+        meaning: in words.
+        next: the attack to run, by its name in the registry; empty if there is none to suggest.
+        source: the paper.
+    """
+
+    name: str
+    verdict: str
+    figure: float
+    threshold: float | None
+    meaning: str
+    next: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings of a model.
+
+    Attributes:
+        attacks: what the findings call for, cheapest first.
+        passes: forward and backward passes per image that they cost.
+    """
+
+    structure: Structure
+    checks: list[Check] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
+    passes: float = 0.0
+
+    @property
+    def flags(self) -> list[str]:
+        """Names of the checks that are flags."""
+        return [check.name for check in self.checks if check.verdict == FLAG]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def diagnose(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int = 0) -> Diagnosis:
+    """Look for reasons not to believe a robust accuracy in Linf.
+
+    Args:
+        model: images in [0, 1] -> scores (N, K).
+        x, y: some images (N, C, H, W) and their classes (N,); 64 are enough.
+        eps: radius of the ball, in pixel units of [0, 1].
+
+    Raises:
+        TypeError, ValueError: unusable arguments.
+    """
+    check_images(x, "x")
+    check_labels(y, x, "y")
+    check_positive("eps", eps)
+    check_count("the number of images", len(x), at_least=4)
+    device = next(model.parameters(), x).device
+    x, y = x.to(device), y.to(device).long()
+    with preserved(model), private_random_state(seed, model):
+        was_training = model.training
+        trained = [
+            type(m).__name__ for m in model.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        model.eval()
+        with torch.no_grad():
+            scores_NK = model(x)
+        check_scores(scores_NK, y, type(model).__name__)
+        examination = _Examination(model, x, y, eps, seed)
+        checks = [*examination.of_structure(bool(was_training or trained)), *examination.of_gradients()]
+        checks += examination.of_attacks()
+    attacks = attacks_for(examination.structure, [check for check in checks if check.verdict == FLAG])
+    return Diagnosis(examination.structure, checks, attacks, examination.passes())
+
+
+def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
+    """The adaptive suite that a structure and its flags call for, cheapest first."""
+    wanted = [flag.next for flag in flags if flag.next]
+    order = ["bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd", "apgd-ce", "apgd-t", "fab-t", "square"]
+    chosen = set(wanted) | ({"mora"} if structure.members else set())
+    if structure.frontend and structure.members:
+        chosen.add("bpda-mora")
+    chosen |= {"eot-apgd"} if structure.random else {"apgd-ce", *(["apgd-t"] if structure.classes > 3 else [])}
+    if not structure.members:
+        chosen -= {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
+    return [name for name in order if name in chosen]
+
+
+class _Examination:
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> None:
+        self.original, self.x, self.y, self.eps, self.seed = model, x, y, eps, seed
+        self.structure = structure_of(model, x, seed)
+        self.counted = count_passes(prepare(model, x[:8]))
+        self.model: Any = self.counted
+        self.eot_iter = EOT_ITER if self.structure.random else None
+
+    def passes(self) -> float:
+        return (self.counted.forwards + self.counted.backwards) / len(self.x)
+
+    # -- structure
+
+    def of_structure(self, training: bool) -> Iterator[Check]:
+        structure = self.structure
+        yield Check(
+            "members", NOTE, float(structure.members), None, "shows its members" if structure.members else "one model"
+        )
+        said = "parts called frontend stand before the classifier; their gradient may mislead"
+        yield _flag_if(structure.frontend, "frontend", said, "bpda", "[A18] BPDA")
+        said = "the members are put together otherwise than by mean probability, votes or mean logits"
+        yield _flag_if(structure.own_aggregation, "aggregation", said, "crossmax-transfer", "arXiv:2411.14834")
+        said = "the same images get different scores: gradients and single predictions are draws"
+        yield _flag_if(structure.random, "random", said, "eot-apgd", "[A18] EOT")
+        said = "a forward pass sets the global random generator anew: its noise is the same in every call"
+        yield _flag_if(self._reseeds(), "reseeds", said, "eot-apgd")
+        said = "the same images and random state get different scores: it remembers what it has seen"
+        yield _flag_if(self._remembers(), "stateful", said, "square")
+        said = "was in training mode, where predictions depend on the batch: attacked and judged in eval mode"
+        yield _flag_if(training, "training_mode", said)
+        said = "an image's scores depend on the others in the batch"
+        yield _flag_if(not structure.random and self._depends_on_batch(), "batch_dependence", said)
+        with torch.no_grad():
+            scores_NK = self.original(self.x)
+        probabilities = bool(scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < 1e-5).all())
+        yield _flag_if(
+            probabilities, "probabilities", "the scores are probabilities, whose logarithm underflows", "", "[CH20]"
+        )
+
+    @torch.no_grad()
+    def _reseeds(self) -> bool:
+        states = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            self.original(self.x[:2])
+            states.append(torch.get_rng_state())
+        return torch.equal(*states)
+
+    @torch.no_grad()
+    def _remembers(self) -> bool:
+        scores = []
+        for _ in range(4):
+            with private_random_state(self.seed, self.original):
+                scores.append(_unit(self.original(self.x)))
+        return any(bool(((other - scores[0]).norm(dim=1) > DIFFERENT).any()) for other in scores[1:])
+
+    @torch.no_grad()
+    def _depends_on_batch(self) -> bool:
+        half = len(self.x) // 2
+        whole, part = _unit(self.original(self.x))[:half], _unit(self.original(self.x[:half]))
+        return bool(((whole - part).norm(dim=1) > DIFFERENT).any())
+
+    # -- gradients
+
+    def of_gradients(self) -> Iterator[Check]:
+        gradient = self._gradient(self.model, self.x)
+        zero = 1.0 if gradient is None else _share(_norms(gradient) == 0)
+        said = "of so many images the gradient of the margin is zero or unavailable"
+        yield _measure("zero_gradients", zero, 0.02, said, self._surrogate() or "square", "[P22] unavailable gradients")
+        if gradient is None:
+            return
+        noisy = (self.x + self.eps * self._noise(1)).clamp(0, 1)
+        with torch.no_grad():
+            finite = torch.stack([torch.isfinite(self.model(images)).all(1) for images in (self.x, noisy)])
+        broken = _share(~finite.all(0) | ~torch.isfinite(gradient).flatten(1).all(1))
+        yield _measure("non_finite", broken, 0.0, "of so many images scores or gradients are NaN or infinite", "", "[P22]")
+        saturated = self._gradient(self.model, self.x, F.cross_entropy)
+        said = "of so many images the gradient of the cross-entropy vanishes while that of the margin does not"
+        gone = 0.0 if saturated is None else _share((_norms(saturated) < 1e-12) & (_norms(gradient) > 0))
+        yield _measure("saturation", gone, 0.5, said, "mora" if self.structure.members else "apgd-t", "[CH20] DLR")
+        yield from self._roughness(gradient)
+        if self.structure.members:
+            yield from self._of_members()
+        if self.structure.random:
+            again = self._gradient(self.model, self.x)
+            if again is not None:
+                said = "mean cosine between the gradients of two draws"
+                yield Check("draws_agree", NOTE, _cosine(gradient, again).mean().item(), None, said, "eot-apgd", "[A18] EOT")
+        if self.structure.frontend:
+            figures: Any = premise(self.original, "frontend", self.x, self.y)
+            said = "mean cosine between the gradients with the front end and past it"
+            yield Check("frontend_agrees", NOTE, figures["gradient_cosine"], None, said, "bpda", "arXiv:2402.17018")
+
+    def _roughness(self, gradient: Tensor) -> Iterator[Check]:
+        if self.structure.random:
+            return
+        step = self.eps / 20 * self._noise(2)
+        inside = (self.x + step - 0.5).abs() <= 0.5
+        beside = self._gradient(self.model, torch.where(inside, self.x + step, self.x - step))
+        assert beside is not None
+        alive = (_norms(gradient) > 0) & (_norms(beside) > 0)
+        agree = _cosine(gradient, beside)[alive].median().item() if alive.any() else 1.0
+        said = "median cosine between the gradient at an image and at eps / 20 beside it: the surface is shattered"
+        verdict = FLAG if agree < 0.3 else OK
+        yield Check("shattered", verdict, agree, 0.3, said, self._surrogate() or "square", "[A18] shattered gradients")
+
+    def _of_members(self) -> Iterator[Check]:
+        images = self.x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits_MNK = self.model.member_logits(images)
+        gradients = []
+        for logits_NK in logits_MNK:
+            own = None
+            if logits_NK.requires_grad:
+                (own,) = torch.autograd.grad(margin(logits_NK, self.y).sum(), images, retain_graph=True, allow_unused=True)
+            gradients.append(torch.zeros_like(images) if own is None else own.detach())
+        silent = float(sum(bool((_norms(own) == 0).all()) for own in gradients))
+        yield _measure("detached_member", silent, 0.0, "members give no gradient at all", "crossmax-transfer", "[P22]")
+        pairs = [_cosine(a, b).mean().item() for i, a in enumerate(gradients) for b in gradients[:i]]
+        if pairs:
+            said = "mean cosine between the members' gradients"
+            yield Check("members_agree", NOTE, sum(pairs) / len(pairs), None, said, "mora", "MORA, NeurIPS 2022")
+
+    # -- attacks
+
+    def of_attacks(self) -> Iterator[Check]:
+        n = len(self.x)
+        clean = self._accuracy(self.x)
+        step = self._accuracy(self._pgd(self.model, 1, self.eps, step_size=self.eps))
+        white = self._accuracy(self._pgd(self.model, STEPS, self.eps))
+        longer = self._accuracy(self._pgd(self.model, 2 * STEPS, self.eps))
+        noise = min(self._accuracy((self.x + self.eps * self._noise(k).sign()).clamp(0, 1)) for k in range(3, 6))
+        at_all = self._accuracy(self._pgd(self.model, 2 * STEPS, UNBOUNDED))
+        slack = max(0.05, 2 / n)
+        next_ = self._surrogate() or "apgd-t"
+        said = "the single step fools more than twenty"
+        yield _measure("single_step", white - step, slack, said, next_, "[C19]")
+        said = "random noise fools more than the gradient"
+        yield _measure("noise", white - noise, slack, said, "square", "[C19]")
+        said = "so much robust accuracy is left where the ball holds every image"
+        yield _measure("unbounded", at_all, 0.1, said, next_, "[C19], [P22] unconstrained attack failure")
+        said = "twice the steps lower the robust accuracy by so much"
+        yield _measure(
+            "not_converged", white - longer, max(0.15, 3 / n), said, next_, "[C19], [P22] incomplete optimization"
+        )
+        yield Check("clean", NOTE, clean, None, "accuracy on the clean images")
+        yield Check("white_box", NOTE, longer, None, f"robust accuracy under {2 * STEPS} steps of PGD on the model itself")
+        yield from self._transfer(min(white, longer), max(0.1, 3 / n))
+
+    def _transfer(self, white: float, slack: float) -> Iterator[Check]:
+        if self.structure.members:
+            robust = self._accuracy(self._pgd(Surrogate(self.model, "mean"), STEPS, self.eps))
+            said = "attacking the mean of the members' logits fools so much more than attacking the model"
+            yield _measure("transfer_gap", white - robust, slack, said, "crossmax-transfer", "arXiv:2411.14834")
+        if self.structure.frontend:
+            with straight_through(self.model, "frontend"):
+                images = self._pgd(self.model, STEPS, self.eps)
+            said = "attacking past the front end fools so much more than attacking through it"
+            yield _measure("frontend_gap", white - self._accuracy(images), slack, said, "bpda", "arXiv:2402.17018")
+
+    # -- tools
+
+    def _pgd(self, model: nn.Module, steps: int, eps: float, step_size: float | None = None) -> Tensor:
+        if self._gradient(model, self.x) is None:
+            return self.x
+        if step_size is None:
+            arguments: dict[str, Any] = dict(eps=eps, steps=steps, seed=self.seed)
+            if self.eot_iter:
+                return EOTAPGD(model, eot_iter=self.eot_iter, **arguments)(self.x, self.y)
+            return PGD(model, n_restarts=1, **arguments)(self.x, self.y)
+        gradient = self._gradient(model, self.x, F.cross_entropy)
+        assert gradient is not None
+        return (self.x + step_size * gradient.nan_to_num().sign()).clamp(0, 1)
+
+    def _accuracy(self, images: Tensor) -> float:
+        draws = DRAWS if self.structure.random else 1
+        return judge(self.original, self.x, self.y, images, eps=1.0, draws=draws).accuracy
+
+    def _gradient(self, model: nn.Module, x: Tensor, loss: Any = None) -> Tensor | None:
+        """Of the margin, or of another loss, at images; ``None`` where there is none."""
+        images = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            scores_NK = model(images)
+            if not scores_NK.requires_grad:
+                return None
+            value = -margin(scores_NK, self.y).sum() if loss is None else loss(scores_NK, self.y, reduction="sum")
+            (gradient,) = torch.autograd.grad(value, images, allow_unused=True)
+        return None if gradient is None else gradient.detach()
+
+    def _noise(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + seed)
+        return (2 * torch.rand(self.x.shape, generator=generator) - 1).to(self.x)
+
+    def _surrogate(self) -> str:
+        """The attack on a stand-in that the structure allows, if any."""
+        if self.structure.frontend:
+            return "bpda"
+        return "crossmax-transfer" if self.structure.members else ""
+
+
+def _flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str = "") -> Check:
+    return Check(name, FLAG if found else OK, float(found), 0.0, meaning, next_ if found else "", source)
+
+
+def _measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
+    """A flag where the figure is above the threshold (or not a number)."""
+    return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
+
+
+def _unit(scores_NK: Tensor) -> Tensor:
+    return scores_NK / (scores_NK.norm(dim=1, keepdim=True) + 1e-10)
+
+
+def _norms(gradient: Tensor) -> Tensor:
+    return gradient.flatten(1).norm(dim=1)
+
+
+def _share(found: Tensor) -> float:
+    return found.double().mean().item()
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.flatten(1), b.flatten(1))

@@ -1,0 +1,170 @@
+"""A zoo of broken defenses, each of which must raise its own flag, and honest models, which must raise none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defenses import load_model
+from defenses.crossmax import CrossMax
+from defenses.frontend import DnCNN, FrontEnded
+from ensemble_attacks import Ensemble
+from ensemble_attacks.diagnostics import diagnose
+from ensemble_attacks.registry import registered
+
+EPS = 0.1
+
+
+def standard() -> Ensemble:
+    return load_model("standard_convnet_3", dataset="digits")
+
+
+class Broken(nn.Module):
+    """A trained network with something before it and something after it."""
+
+    def __init__(
+        self, before: Callable[[Tensor], Tensor] = lambda x: x, after: Callable[[Tensor], Tensor] = lambda scores: scores
+    ) -> None:
+        super().__init__()
+        self.net, self.before, self.after = standard().members[0], before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+class Shattered(Broken):
+    """A fine ripple, too small to change a prediction, whose gradient drowns the network's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.01 * torch.sin(3000 * x))
+
+
+class RandomCrop(Broken):
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = torch.randint(-1, 2, (2,)).tolist()
+        return self.net(x.roll((down, right), (2, 3)))
+
+
+class Reseeding(Broken):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return self.net(x + 0.02 * torch.randn_like(x))
+
+
+class Stateful(Broken):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x.roll(self.calls % 2, 3))
+
+
+class NaNCorner(Broken):
+    def forward(self, x: Tensor) -> Tensor:
+        lit = x[:, 0, 0, :1] > 0
+        return torch.where(lit, torch.nan, self.net(x))
+
+
+class DetachedMember(Ensemble):
+    def member_logits(self, x: Tensor) -> Tensor:
+        first, *others = self.members
+        return torch.stack([first(x).detach(), *(member(x) for member in others)])
+
+
+class BatchMean(Broken):
+    """Batch norm in training mode, in spirit: centred by the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.net(x)
+        return scores - scores.mean(0, keepdim=True)
+
+
+def front_ended() -> nn.Module:
+    frontend = DnCNN(1, depth=3, width=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.init.normal_(frontend.residual[-1].weight, std=0.02)
+    return FrontEnded(standard().members[0], frontend, ((0.5,), (0.5,)))
+
+
+def in_training_mode() -> nn.Module:
+    model = nn.Sequential(standard().members[0], nn.BatchNorm1d(10))
+    return model.eval().train()
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "probabilities": (lambda: Broken(after=lambda s: s.softmax(1)), "probabilities"),
+    "quantised": (lambda: Broken(lambda x: (x * 16).round() / 16), "zero_gradients"),
+    "shattered": (Shattered, "shattered"),
+    "logits x 1e6": (lambda: Broken(after=lambda s: s * 1e6), "saturation"),
+    "random crop": (RandomCrop, "random"),
+    "reseeding": (Reseeding, "reseeds"),
+    "detached member": (lambda: DetachedMember(standard().members), "detached_member"),
+    "votes without a gradient": (
+        lambda: Broken(after=lambda s: s.argmax(1, True).eq(torch.arange(10)).float()),
+        "zero_gradients",
+    ),
+    "hard votes": (lambda: load_model("gal_convnet_3", dataset="digits", vote="voting"), "transfer_gap"),
+    "training mode": (in_training_mode, "training_mode"),
+    "batch statistics": (BatchMean, "batch_dependence"),
+    "nan corner": (NaNCorner, "non_finite"),
+    "stateful": (Stateful, "stateful"),
+    "crossmax": (lambda: CrossMax(standard().members), "aggregation"),
+    "front end": (front_ended, "frontend"),
+    "everything everywhere": (lambda: load_model("multiresolution_convnet_1", dataset="digits"), "transfer_gap"),
+}
+HONEST: dict[str, Callable[[], nn.Module]] = {
+    "one network": lambda: standard().members[0],
+    "softmax": standard,
+    "logits": lambda: load_model("standard_convnet_3", dataset="digits", vote="logits"),
+    "adversarially trained": lambda: load_model("dverge_at_convnet_3", dataset="digits"),
+    "adp": lambda: load_model("adp_convnet_3", dataset="digits", vote="logits"),
+    "log-probabilities": lambda: Broken(after=lambda s: s.log_softmax(1)),
+}
+
+
+@pytest.fixture(scope="module")
+def images(digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return digits[0][:64], digits[1][:64]
+
+
+def prepared(make: Callable[[], Any]) -> Any:
+    model = make()
+    return model if make is in_training_mode else model.eval()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_broken_defense_raises_its_own_flag(name: str, images: tuple[Tensor, Tensor]) -> None:
+    make, expected = ZOO[name]
+    found = diagnose(prepared(make), *images, eps=EPS)
+    assert expected in found.flags, found.flags
+    assert all(attack in registered() or attack in ("apgd-ce", "apgd-t", "fab-t", "square") for attack in found.attacks)
+    assert found.attacks
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_model_raises_none(name: str, images: tuple[Tensor, Tensor]) -> None:
+    assert diagnose(prepared(HONEST[name]), *images, eps=EPS).flags == []
+
+
+def test_what_is_recommended(images: tuple[Tensor, Tensor]) -> None:
+    crossmax = diagnose(CrossMax(standard().members).eval(), *images, eps=EPS)
+    assert crossmax.attacks[:2] == ["mora", "crossmax-transfer"]
+    assert diagnose(front_ended().eval(), *images, eps=EPS).attacks[0] == "bpda"
+    assert "eot-apgd" in diagnose(RandomCrop().eval(), *images, eps=EPS).attacks
+
+
+def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
+    model = in_training_mode()
+    statistics = model[1].running_mean.clone()
+    state = torch.get_rng_state()
+    diagnose(model, *images, eps=EPS)
+    assert model.training
+    assert torch.equal(model[1].running_mean, statistics)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="number of images must be at least 4"):
+        diagnose(model, images[0][:2], images[1][:2], eps=EPS)
