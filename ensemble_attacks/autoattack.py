@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.objectives import margin
@@ -34,14 +35,15 @@ from ensemble_attacks.original import STANDARD, installed_autoattack
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.registry import EOT_ITER, craft, find_attack
-from ensemble_attacks.structure import adaptive_attacks, structure_of
+from ensemble_attacks.structure import Structure, adaptive_attacks, structure_of
 from ensemble_attacks.validation import check_choice, check_count, check_images, check_label_range, check_labels
 
 logger = logging.getLogger(__name__)
 Original: Any = installed_autoattack().AutoAttack
 ORIGINAL_PACKAGE = Original.__module__.partition(".")[0]
 ORIGINAL = ("standard", "plus", "rand")
-VERSIONS = (*ORIGINAL, "ensemble", "adaptive", "custom")
+VERSIONS = (*ORIGINAL, "ensemble", "adaptive", "auto", "custom")
+LOOKING = ("adaptive", "auto")  # versions that look at the model before they choose
 ENSEMBLE = ("mora-mt", *STANDARD)
 SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, and what its loop sets before every use
     "apgd-ce": ("apgd", {"loss": "ce"}),
@@ -54,6 +56,7 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, an
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
 PROBABILITY = 1e-5  # how far sums of probabilities may be from 1 (the original's check_range_output)
+DIAGNOSED = 64  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
 JUDGING_SEED = 2**31 - 2  # of those draws
 SAVE_EVERY = 60.0  # seconds
@@ -93,7 +96,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     r"""AutoAttack, with the arguments and results of the original and the attacks of this package.
 
     ``version`` ``"standard"``, ``"plus"`` and ``"rand"`` are the original's. ``"ensemble"`` runs MORA, its targeted stage,
-    then the standard suite on what is left; ``"adaptive"`` what the model's structure asks for (`adaptive_attacks`).
+    then the standard suite on what is left; ``"adaptive"`` what the model's structure asks for (`adaptive_attacks`);
+    ``"auto"`` what a diagnosis asks for (`diagnostics.diagnose`), until two attacks in a row have moved nothing.
     ``attacks_to_run`` mixes any: names of the original or of the registry (`ensemble_attacks.registry`, also
     ``"torchattacks:PGD?steps=50"``), and instances of any torchattacks ``Attack``.
 
@@ -161,9 +165,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         quiet = {"verbose": False} if ORIGINAL_PACKAGE == "autoattack" else {}
         super().__init__(model, norm=norm, eps=eps, seed=seed, version=base, device=device, **quiet)
         self.version, self.verbose = version, verbose
-        self.attacks_to_run: list[Name] = {"custom": [*attacks_to_run], "ensemble": [*ENSEMBLE], "adaptive": []}.get(
-            version, self.attacks_to_run
-        )
+        self.attacks_to_run: list[Name] = {
+            "custom": [*attacks_to_run],
+            "ensemble": [*ENSEMBLE],
+            **{key: [] for key in LOOKING},
+        }.get(version, self.attacks_to_run)
         for name in self.attacks_to_run:
             if isinstance(name, str) and name not in SLOTS:
                 find_attack(name)
@@ -210,7 +216,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             state = self._begin(x_orig, y_orig, bs, chosen, None if state_path is None else Path(state_path))
             try:
                 for called, name in chosen.items():
-                    if called not in state.stages:
+                    if called not in state.stages and not self._settled(state):
                         self._run(called, name, x_orig, y_orig, bs, state)
             finally:
                 state.save(now=True)
@@ -250,14 +256,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         structure = structure_of(self.model, images, seed=self.seed or 0)
         check_label_range(y, structure.classes, "y_orig")
         self.random = structure.random or structure.probabilities
-        if structure.random and self.version not in ("rand", "adaptive"):
+        if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
         self._look_at_scores(images, labels)
         self._twin = prepare(self.model, images[:8])
         self.apgd_targeted.n_target_classes = min(self.apgd_targeted.n_target_classes, structure.classes - 1)
         self.fab.n_target_classes = min(self.fab.n_target_classes, structure.classes - 1)
         chosen: dict[str, Name] = {}
-        for name in adaptive_attacks(structure) if self.version == "adaptive" else self.attacks_to_run:
+        for name in self._choose(structure, x, y):
             if structure.classes < FEWEST_CLASSES.get(str(name), 2):
                 self._flag("few_classes", structure.classes, f"{name} is left out: DLR is not defined for so few classes")
                 continue
@@ -271,6 +277,22 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             chosen[f"{called}#{twins + 1}" if twins else called] = name
         self._say(f"using {self.version} version including {', '.join(chosen)}.")
         return chosen
+
+    def _choose(self, structure: Structure, x: Tensor, y: Tensor) -> Sequence[Name]:
+        """The attacks of this version."""
+        if self.version == "adaptive":
+            return adaptive_attacks(structure)
+        if self.version != "auto":
+            return self.attacks_to_run
+        diagnosis = diagnose(self.model, x[:DIAGNOSED], y[:DIAGNOSED], eps=self.epsilon, seed=self.seed or 0)
+        self.diagnosis = diagnosis
+        for check in diagnosis.checks:
+            if check.verdict == "flag":
+                self._say(
+                    f"{check.name} ({check.figure:.2f}): {check.meaning}" + (f" -> {check.next}" if check.next else "")
+                )
+        self._say(f"so these are run: {', '.join(diagnosis.attacks)}")
+        return diagnosis.attacks
 
     def _look_at_scores(self, x: Tensor, y: Tensor) -> None:
         """Flag probabilities, and gradients of the margin that are exactly zero."""
@@ -336,6 +358,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.on_attack(called)
         spent = time.perf_counter() - began
         self._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
+
+    def _settled(self, state: State) -> bool:
+        """Has nothing moved, in version ``"auto"``, in the last two of at least three attacks?"""
+        counts = [int(robust.sum()) for robust in state.stages.values()]
+        if self.version != "auto" or len(counts) < 3 or counts[-1] < counts[-3]:
+            return False
+        self._say("the last two attacks moved nothing: the others are left out")
+        return True
 
     def _craft(self, name: Name, x: Tensor, y: Tensor) -> Tensor:
         """What one attack makes of one batch."""

@@ -1,10 +1,11 @@
-"""The command line: ``ensemble-attacks evaluate | sweep | status | resume | verify | export | demo | train | convert |
-models | doctor``.
+"""The command line: ``ensemble-attacks evaluate | diagnose | sweep | status | resume | verify | report | export | demo |
+train | convert | models | doctor``.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import multiprocessing
 import os
@@ -19,10 +20,11 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from ensemble_attacks import __version__, providers
+from ensemble_attacks import __version__, diagnostics, providers
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.errors import LedgerError
@@ -137,6 +139,51 @@ def evaluate(
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
     manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
     _run(manifest, out, engine, workers, device, options)
+
+
+@main.command()
+@click.option("--model", required=True, help="As of evaluate.")
+@click.option("--vote", default="softmax", help="softmax, voting or logits.")
+@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@click.option("--eps", type=float, required=True, help="Linf radius, in pixel units of [0, 1].")
+@click.option("--n", type=int, default=64, help="Test images, in file order.")
+@click.option("--seed", type=int, default=0)
+@click.option("--device", default="cpu")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write it there.")
+@places
+def diagnose(
+    model: str,
+    vote: str,
+    dataset: str,
+    eps: float,
+    n: int,
+    seed: int,
+    device: str,
+    path: Path | None,
+    model_dir: str | None,
+    data_dir: str,
+    download: bool,
+) -> None:
+    """Is a model masking its gradients? Checks with figure, threshold and verdict, and the attacks to run."""
+    check_device(device)
+    x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
+    found = diagnostics.diagnose(
+        providers.load_model(model, model_dir, dataset, vote=vote).to(device), x, y, eps=eps, seed=seed
+    )
+    table = Table(title=f"{model}, {vote}, {dataset}, Linf {eps:g}, {n} images")
+    for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
+        table.add_column(column, justify="right" if column in ("figure", "threshold") else "left")
+    colours = {"flag": "red", "ok": "green", "note": "dim"}
+    for check in found.checks:
+        threshold = "" if check.threshold is None else f"{check.threshold:.2f}"
+        shown = check.next if check.verdict == "flag" else ""
+        verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
+        table.add_row(check.name, verdict, f"{check.figure:.2f}", threshold, check.meaning, shown, escape(check.source))
+    console.print(table)
+    console.print(f"Run: --attacks {','.join(found.attacks)}", highlight=False, soft_wrap=True)
+    console.print(f"{found.passes:,.0f} passes per image.", highlight=False)
+    if path is not None:
+        path.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
 
 
 @main.command()
@@ -340,6 +387,18 @@ def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
     console.print(card.read_text(), highlight=False)
     console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder.  [default: report, in the run's]")
+@click.option("--device", default="cpu")
+def report(run: Path, out: Path | None, device: str) -> None:
+    """Write a finished run as one HTML page, Markdown, CSV and figures."""
+    from ensemble_attacks.evaluation.report import write_report
+
+    check_device(device)
+    console.print(f"Written: {write_report(run, out or run / 'report', device=device)}", soft_wrap=True)
 
 
 @main.group()

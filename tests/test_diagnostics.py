@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from defenses import load_model
 from defenses.crossmax import CrossMax
 from defenses.frontend import DnCNN, FrontEnded
-from ensemble_attacks import Ensemble
+from ensemble_attacks import AutoAttack, Ensemble
+from ensemble_attacks.cli import main
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.registry import registered
 
@@ -168,3 +172,25 @@ def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="number of images must be at least 4"):
         diagnose(model, images[0][:2], images[1][:2], eps=EPS)
+
+
+def test_auto_runs_what_the_diagnosis_asks_for(images: tuple[Tensor, Tensor], capsys: Any) -> None:
+    model = load_model("gal_convnet_3", dataset="digits", vote="voting")
+    x, y = images[0][:20], images[1][:20]
+    adversary = AutoAttack(model, eps=0.12, seed=0, version="auto")
+    adversary.square.n_queries = 50
+    adversary.run_standard_evaluation(x, y)
+    printed = capsys.readouterr().out
+    assert "transfer_gap" in printed
+    assert "so these are run: mora" in printed
+    assert adversary.robust_accuracy <= 0.1
+    assert len(adversary.stages) <= len(adversary.diagnosis.attacks)
+
+
+def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
+    arguments = ["diagnose", "--model", "gal_convnet_3", "--vote", "voting", "--eps", "0.12", "--n", "16"]
+    result = CliRunner().invoke(main, [*arguments, "--json", str(tmp_path / "found.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert f"Run: --attacks {','.join(found['attacks'])}" in result.output.replace("\n", "")
+    assert {"name", "verdict", "figure", "threshold", "meaning", "next", "source"} == set(found["checks"][0])

@@ -145,6 +145,7 @@ SUITES: dict[str, Entry] = {
         _ours("ensemble"), "AutoAttack(version='ensemble'): mora-mt, then the standard suite", needs_members=True
     ),
     "autoattack-adaptive": Entry(_ours("adaptive"), "AutoAttack(version='adaptive'): what the model's structure asks for"),
+    "auto": Entry(_ours("auto"), "AutoAttack(version='auto'): what a diagnosis asks for, until nothing moves"),
     "eot-square": Entry(
         _original("square", expectation=True), "AutoAttack's Square on the mean over 20 draws (or --eot-iter), no gradients"
     ),

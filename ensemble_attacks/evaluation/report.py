@@ -1,0 +1,308 @@
+"""A report of a run that a reviewer can check: a page that needs nothing else; the same as Markdown, CSV and figures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+
+from ensemble_attacks.diagnostics import Diagnosis, diagnose
+from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.ledger import Ledger, Unit
+from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise
+from ensemble_attacks.objectives import margin
+from ensemble_attacks.surrogates import Surrogate
+
+STYLE = "tableau-colorblind10"
+DIAGNOSED = 32  # images that a diagnosis looks at
+SHOWN = 8  # images of the gallery
+GRID = 15  # points of the loss surface along each direction
+COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "passes / image", "seconds")
+
+
+@dataclass
+class Picture:
+    """A figure, its caption, and the data behind it."""
+
+    name: str
+    caption: str
+    figure: Figure
+    columns: Sequence[str] = ()
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def png(self) -> str:
+        """For an ``img`` of the page."""
+        self.figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, bbox_inches="tight")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def save(self, folder: Path) -> None:
+        for kind in ("pdf", "png"):
+            self.figure.savefig(folder / f"{self.name}.{kind}", bbox_inches="tight")
+        if self.rows:
+            write_csv(folder / f"{self.name}.csv", self.columns, self.rows)
+
+
+def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
+    """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; returns the page's path.
+
+    Raises:
+        FileNotFoundError, LedgerError: no run, or one that has not finished.
+        FileExistsError: ``out`` is there already.
+    """
+    ledger = Ledger(run)
+    summary = summarise(ledger)
+    if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
+        raise LedgerError(f"{run} is not finished: {missing[0]} is missing, run it again")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder (--out)")
+    rows = table_rows(summary, seconds_of(ledger))
+    with plt.style.context(STYLE):
+        pictures = [*_curves(ledger), *_by_eps(summary)]
+        diagnoses: dict[str, Diagnosis] = {}
+        for chain in _first_chains(ledger):
+            context = Context(ledger.manifest, chain[0], device)
+            pictures += _of_model(ledger, chain, context)
+            diagnoses[_title(chain[0])] = _diagnosis(context)
+        out.mkdir(parents=True)
+        (out / "figures").mkdir()
+        for picture in pictures:
+            picture.save(out / "figures")
+        page = _page(ledger, rows, diagnoses, [(picture, picture.png()) for picture in pictures])
+        plt.close("all")
+    (out / "report.html").write_text(page)
+    (out / "report.md").write_text(_markdown(ledger, rows, diagnoses, pictures))
+    write_csv(out / "table.csv", COLUMNS, rows)
+    return out / "report.html"
+
+
+def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple[Any, ...]]:
+    """The comparison, a row for each attack of each cell, in the order of `COLUMNS`."""
+    rows: list[tuple[Any, ...]] = []
+    for cell in summary["cells"]:
+        start = tuple(cell[key] for key in ("model", "vote", "eps", "seed"))
+        for name, row in {CLEAN: cell["clean"], **cell["attacks"], "worst case": cell["worst_case"]}.items():
+            low, high = row["interval"]
+            passes = row.get("forwards_per_image", 0) + row.get("backwards_per_image", 0)
+            spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
+            figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
+            cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
+            rows.append((*start, name, *figures, *cost))
+    return rows
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+    """A table; text that a spreadsheet would take for a formula gets an apostrophe."""
+    safe = lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" and value else value  # noqa: E731
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *([safe(value) for value in row] for row in rows)])
+
+
+def _title(unit: Unit) -> str:
+    content = unit.content
+    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}"
+
+
+def _first_chains(ledger: Ledger) -> list[list[Unit]]:
+    """Of every cell, the units on its first images."""
+    chains = chains_of(ledger.manifest)
+    return chains[:: len(chains) // len(cells_of(ledger.manifest))]
+
+
+# -- figures
+
+
+def _curves(ledger: Ledger) -> list[Picture]:
+    """Robust images against passes, all attacks of a cell on one axis (MORA, figure 4)."""
+    pictures = []
+    chains, cells = chains_of(ledger.manifest), cells_of(ledger.manifest)
+    shards = len(chains) // len(cells)
+    for index in range(len(cells)):
+        own = chains[index * shards : (index + 1) * shards]
+        figure, axes = plt.subplots(figsize=(7, 4))
+        rows: list[tuple[Any, ...]] = []
+        for units in list(zip(*own, strict=True))[1:]:
+            name = units[0].content["attack"]
+            points = _curve([result.info for unit in units if (result := ledger.read(unit))], own[0][0].content["n"])
+            if len(points) > 1:
+                passes, robust = zip(*points, strict=True)
+                axes.step(passes, robust, where="post", label=name)
+                rows += [(name, *point) for point in points]
+        axes.set(xscale="log", xlabel="passes (forward + backward) per image", ylabel="robust images (%)", ylim=(0, 101))
+        axes.legend()
+        caption = f"{_title(own[0][0])}: what is left robust, against the passes spent"
+        pictures.append(Picture(f"convergence_{index}", caption, figure, ("attack", "passes", "robust %"), rows))
+    return pictures
+
+
+def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
+    """Points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
+    if not all(info["trace"] for info in infos):
+        return []
+    moments: dict[tuple[int, int], tuple[float, float]] = {}
+    for info in infos:
+        for row in info["trace"]:
+            spent, fooled = moments.get((row["stage"], row["step"]), (0.0, 0.0))
+            moments[row["stage"], row["step"]] = spent + row["forwards"] + row["backwards"], fooled + row["fooled"]
+    points, spent, robust = [], 0.0, float(n)
+    for _, (more, fooled) in sorted(moments.items()):
+        spent, robust = spent + more, robust - fooled
+        points.append((spent / n, 100 * robust / n))
+    return points
+
+
+def _by_eps(summary: dict[str, Any]) -> list[Picture]:
+    """The worst case against the radius, where a run has several."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for cell in summary["cells"]:
+        at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
+        lines.setdefault(f"{cell['model']}, {cell['vote']}", [(0.0, 100 * cell["clean"]["accuracy"])]).append(at)
+    if all(len(points) < 3 for points in lines.values()):
+        return []
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel="eps", ylabel="robust accuracy, worst case (%)", ylim=(0, 101))
+    axes.legend()
+    rows = [(name, *point) for name, points in lines.items() for point in sorted(points)]
+    return [Picture("eps", "Robust accuracy against the radius", figure, ("model", "eps", "robust %"), rows)]
+
+
+def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:
+    best = min(chain[1:], key=lambda unit: float(_read(ledger, unit)["right"].sum()))
+    tensors = _read(ledger, best)
+    index = cells_of(ledger.manifest).index({key: best.content[key] for key in cells_of(ledger.manifest)[0]})
+    pictures = [_gallery(context, tensors, best, index), _surface(context, best, index)]
+    if hasattr(context.model, "member_logits"):
+        pictures.append(_members(context, tensors, best, index))
+    return [picture for picture in pictures if picture]
+
+
+def _read(ledger: Ledger, unit: Unit) -> dict[str, Tensor]:
+    result = ledger.read(unit)
+    assert result is not None
+    return result.tensors
+
+
+def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture | None:
+    """Clean, adversarial, and the perturbation magnified."""
+    moved = (tensors["x_adv"] != context.x[tensors["rows"]]).flatten(1).any(1)
+    fooled = torch.nonzero(~tensors["robust"].bool() & moved).squeeze(-1)[:SHOWN]
+    if not len(fooled):
+        return None
+    clean, images = context.x[tensors["rows"][fooled]], tensors["x_adv"][fooled]
+    magnified = 0.5 + 0.5 * (images - clean) / unit.content["eps"]
+    figure, axes = plt.subplots(3, len(fooled), figsize=(1.1 * len(fooled), 3.4), squeeze=False)
+    for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
+        for column, image in enumerate(shown):
+            pixels = image.clamp(0, 1).permute(1, 2, 0).numpy()
+            axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
+            axes[row][column].set(xticks=[], yticks=[])
+        axes[row][0].set_ylabel(name, fontsize=8)
+    caption = (
+        f"{_title(unit)}: images of {unit.content['attack']}; differences magnified {0.5 / unit.content['eps']:.0f} times"
+    )
+    return Picture(f"gallery_{index}", caption, figure)
+
+
+@torch.no_grad()
+def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture:
+    """How many members are wrong where the ensemble is fooled, and where it is not (MORA, figures 1c and 3a)."""
+    device = next(context.model.parameters(), tensors["x_adv"]).device
+    net: Any = context.model
+    wrong = net.member_logits(tensors["x_adv"].to(device)).argmax(-1).cpu() != tensors["labels"]
+    count, robust = wrong.sum(0), tensors["robust"].bool()
+    members = range(len(wrong) + 1)
+    rows = [(m, int((count[~robust] == m).sum()), int((count[robust] == m).sum())) for m in members]
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    axes.bar([m - 0.2 for m in members], [row[1] for row in rows], 0.4, label="ensemble fooled")
+    axes.bar([m + 0.2 for m in members], [row[2] for row in rows], 0.4, label="ensemble robust")
+    axes.set(xlabel="members that are wrong", ylabel="images", xticks=list(members))
+    axes.legend()
+    caption = f"{_title(unit)}: members fooled by {unit.content['attack']}, first {len(robust)} images"
+    return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
+
+
+def _surface(context: Context, unit: Unit, index: int) -> Picture:
+    """The margin of the first right image along its gradient's sign and a random one; beside it, of the members' mean."""
+    device = next(context.model.parameters(), context.x).device
+    nets: dict[str, Any] = {"the model": context.model}
+    if hasattr(context.model, "member_logits"):
+        nets["mean of its members' logits"] = Surrogate(context.model, "mean").eval()
+    with torch.no_grad():
+        right = torch.nonzero(context.model(context.x.to(device)).argmax(1).cpu() == context.y).squeeze(-1)
+    first = int(right[0]) if len(right) else 0
+    x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
+    generator = torch.Generator().manual_seed(0)
+    across = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
+    scale = torch.linspace(-1, 1, GRID) * unit.content["eps"]
+    figure, axes = plt.subplots(1, len(nets), figsize=(4.2 * len(nets), 3.4), squeeze=False)
+    rows: list[tuple[Any, ...]] = []
+    for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
+        image = x.clone().requires_grad_()
+        value = margin(net(image), y)
+        (gradient,) = torch.autograd.grad(value.sum(), image) if value.requires_grad else (torch.zeros_like(x),)
+        points = torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]).clamp(0, 1)
+        with torch.no_grad():
+            heights = torch.cat([margin(net(part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
+        drawn = axis.imshow(heights, origin="lower", extent=(scale[0], scale[-1]) * 2, aspect="auto", cmap="cividis")
+        axis.set(title=name, xlabel="along the gradient's sign", ylabel="along random signs")
+        figure.colorbar(drawn, ax=axis)
+        rows += [(name, float(a), float(b), float(heights[i, j])) for i, b in enumerate(scale) for j, a in enumerate(scale)]
+    figure.tight_layout()
+    caption = f"{_title(unit)}: margin around test image {first} (fooled below 0)"
+    return Picture(f"surface_{index}", caption, figure, ("model", "gradient", "random", "margin"), rows)
+
+
+def _diagnosis(context: Context) -> Diagnosis:
+    x, y = context.x[:DIAGNOSED], context.y[:DIAGNOSED]
+    return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
+
+
+# -- pages
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Any]) -> str:
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    return template.render(
+        title=_name(ledger), columns=COLUMNS, rows=rows, diagnoses=diagnoses, pictures=pictures, manifest=_manifest(ledger)
+    )
+
+
+def _markdown(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Picture]) -> str:
+    parts = [f"# {_name(ledger)}", tabulate(rows, COLUMNS, tablefmt="github")]
+    for name, diagnosis in diagnoses.items():
+        table = [(c.name, c.verdict, f"{c.figure:.2f}", c.meaning, c.source) for c in diagnosis.checks]
+        parts += [f"## Is the gradient masked? {name}", f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
+        parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
+    parts += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in pictures]
+    return "\n\n".join([*parts, "## How to run it again", f"```\n{_manifest(ledger)}\n```"]) + "\n"
+
+
+def _name(ledger: Ledger) -> str:
+    sweep = ledger.manifest["sweep"]
+    return f"{', '.join(sweep['models'])} on {sweep['n']} images of {sweep['dataset']}"
+
+
+def _manifest(ledger: Ledger) -> str:
+    """Settings, hashes and versions, as `sweep`'s file has them."""
+    manifest = ledger.manifest
+    lines = [f"{key} = {value!r}" for key, value in manifest["sweep"].items() if value is not None]
+    lines += [f"weights of {model}: {value}" for model, value in manifest["weights"].items()]
+    versions = f"code {manifest['code']}, torch {torch.__version__}"
+    return "\n".join([*lines, f"images: {manifest['data']}", versions])

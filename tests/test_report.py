@@ -1,0 +1,52 @@
+"""A run as a page: complete, self-contained, and safe to open."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_ledger import ledger_in
+
+from ensemble_attacks import LedgerError
+from ensemble_attacks.cli import main
+from ensemble_attacks.evaluation.engines import run
+from ensemble_attacks.evaluation.report import write_csv, write_report
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
+
+
+def test_a_report_of_a_run(tmp_path: Path) -> None:
+    run(ledger_in(tmp_path / "run", eps=(0.05, 0.12), attacks=("mora", "torchattacks:FGSM")))
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "run" / "report"
+    page = (folder / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")  # no network
+    assert (
+        page.count("<figure>")
+        == len(list((folder / "figures").glob("*.png")))
+        == len(list((folder / "figures").glob("*.pdf")))
+    )
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["attack"] for row in rows] == ["clean", "mora", "torchattacks:FGSM", "worst case"] * 2
+    for row in rows:
+        assert f">{float(row['robust %'])}</td>" in page
+    text = (folder / "report.md").read_text()
+    for part in ("Is the gradient masked?", "torchattacks:FGSM", "weights of gal_convnet_3", "figures/eps.png"):
+        assert part in text
+    assert "exists: choose another folder" in CliRunner().invoke(main, ["report", str(tmp_path / "run")]).output
+
+
+def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:
+    ledger_in(tmp_path / "run")
+    with pytest.raises(LedgerError, match="is not finished"):
+        write_report(tmp_path / "run", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_spreadsheet_gets_no_formula(tmp_path: Path) -> None:
+    write_csv(tmp_path / "table.csv", ("name", "figure"), [("=cmd|' /C calc'!A0", -1.5)])
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "'=cmd|' /C calc'!A0,-1.5"
