@@ -1,9 +1,9 @@
 """Randomized ensembles of two: ARC against adaptive PGD, EOTAPGD and MORA, by the expected accuracy over the members.
 
-    python benchmarks/randomized.py --pairs dverge_at_resnet20_3:0+dverge_at_resnet20_3:1 --probabilities 0.9,0.1 --data-dir DIR
+    python benchmarks/randomized.py --pairs dverge_at_resnet20_3:0+dverge_at_resnet20_3:1 --data-dir DIR
 
-Adaptive PGD climbs the logarithm of the expected probability. Dbouk & Shanbhag (ICML 2022) report for two ResNet-20 trained for
-it, Linf 8/255: adaptive PGD 61.1, ARC 40.7.
+Adaptive PGD climbs the logarithm of the expected probability. Dbouk & Shanbhag (ICML 2022) report for two ResNet-20 trained
+for it, Linf 8/255: adaptive PGD 61.1, ARC 40.7.
 """
 
 from __future__ import annotations

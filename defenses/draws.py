@@ -33,9 +33,15 @@ class OwnDraws(nn.Module):
         """The generator, for the draws of one forward pass."""
         return self.generator if self.frozen_at is None else self.generator.manual_seed(self.frozen_at)
 
+    def draws_for(self, images: int) -> int:
+        """How many draws a forward pass of so many images makes: one for all of them, if they are frozen."""
+        return images if self.frozen_at is None else 1
+
     @contextmanager
     def frozen_noise(self, seed: int = 0) -> Iterator[None]:
-        """Within it, every forward pass makes the same draws; afterwards, the model draws on where it was."""
+        """Within it, every forward pass makes the same draws, and every image gets the same, so that the model is a function
+        of the image alone; afterwards, it draws on where it was.
+        """
         state, before = self.generator.get_state(), self.frozen_at
         self.frozen_at = seed
         try:

@@ -69,28 +69,29 @@ class Stack(nn.Module):
         self.jitter, self.contrast, self.colour = jitter, contrast, colour
         self.faithful_contrast_bug = faithful_contrast_bug
 
-    def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(self, x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
+        """``draws``: as many as images (``None``), or one for all of them."""
         size = min(x.shape[-2:])
         if max(self.resolutions) > size:
             raise ValueError(f"resolutions {self.resolutions} hold one above the images' {size} pixels: leave it out")
-        return torch.cat([self._copy(x, resolution, generator) for resolution in self.resolutions], dim=1)
+        return torch.cat([self._copy(x, resolution, generator, draws or len(x)) for resolution in self.resolutions], dim=1)
 
-    def _copy(self, x: Tensor, resolution: int, generator: torch.Generator) -> Tensor:
-        n = len(x)
+    def _copy(self, x: Tensor, resolution: int, generator: torch.Generator, n: int) -> Tensor:
         factor = lambda low, high: (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(x)  # noqa: E731
         contrast, colour = factor(*self.contrast), factor(*self.colour)
         if self.faithful_contrast_bug:
             contrast = colour
         grey = x.mean(1, keepdim=True) if x.shape[1] != 3 else torch.einsum("nchw,c->nhw", x, x.new_tensor(GREY))[:, None]
         copy = (contrast * x + (1 - contrast) * grey.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
-        copy = roll(copy, *torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator).to(x.device))
+        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator).to(x.device)
+        copy = roll(copy, *shifts.expand(2, len(x)))
         copy = colour * copy + (1 - colour) * copy.mean(1, keepdim=True)
-        copy = self._noisy(resize(copy, resolution, resolution), self.down_noise, generator)
-        return self._noisy(resize(copy, *x.shape[-2:]), self.up_noise, generator).clamp(0, 1)
+        copy = self._noisy(resize(copy, resolution, resolution), self.down_noise, generator, n)
+        return self._noisy(resize(copy, *x.shape[-2:]), self.up_noise, generator, n).clamp(0, 1)
 
-    def _noisy(self, x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    def _noisy(self, x: Tensor, strength: float, generator: torch.Generator, n: int) -> Tensor:
         draw = torch.rand if self.noise == "uniform" else torch.randn
-        return x + strength * draw(x.shape, generator=generator).to(x)
+        return x + strength * draw((n, *x.shape[1:]), generator=generator).to(x)
 
 
 def roll(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class Multiresolution(OwnDraws):
         return [*seen, z]
 
     def _see(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        z = self.stack(x, generator)
+        z = self.stack(x, generator, self.draws_for(len(x)))
         if self.size is not None:
             z = resize(z, self.size, self.size)
         return (z - self.mean) / self.std

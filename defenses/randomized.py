@@ -63,9 +63,9 @@ class RandomizedEnsemble(OwnDraws, Ensemble):
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):
             return super().forward(x)
-        count = len(x) if self.per == "image" else 1
+        count = self.draws_for(len(x)) if self.per == "image" else 1
         chosen = torch.multinomial(self.probabilities.cpu(), count, replacement=True, generator=self.next_draws())
-        if self.per == "batch":
+        if len(chosen) == 1:
             return self.members[int(chosen)](x)
         rows = [torch.nonzero(chosen == index).squeeze(-1).to(x.device) for index in range(len(self.members))]
         parts = [member(x[own]) for member, own in zip(self.members, rows, strict=True) if len(own)]
