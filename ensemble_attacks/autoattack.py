@@ -12,11 +12,12 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks import __version__
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.judge import judge, outside
@@ -34,9 +36,17 @@ from ensemble_attacks.objectives import margin
 from ensemble_attacks.original import STANDARD, installed_autoattack
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.projections import NORMS as BALLS
 from ensemble_attacks.registry import EOT_ITER, craft, find_attack
 from ensemble_attacks.structure import Structure, adaptive_attacks, structure_of
-from ensemble_attacks.validation import check_choice, check_count, check_images, check_label_range, check_labels
+from ensemble_attacks.validation import (
+    check_choice,
+    check_count,
+    check_images,
+    check_label_range,
+    check_labels,
+    check_positive,
+)
 
 logger = logging.getLogger(__name__)
 Original: Any = installed_autoattack().AutoAttack
@@ -45,6 +55,8 @@ ORIGINAL = ("standard", "plus", "rand")
 VERSIONS = (*ORIGINAL, "ensemble", "adaptive", "auto", "custom")
 LOOKING = ("adaptive", "auto")  # versions that look at the model before they choose
 ENSEMBLE = ("mora-mt", *STANDARD)
+NORMS = ("Linf", "L2", "L1")  # of the original's attacks
+SEEN = 8  # images whose scores tell models apart
 SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, and what its loop sets before every use
     "apgd-ce": ("apgd", {"loss": "ce"}),
     "apgd-dlr": ("apgd", {"loss": "dlr"}),
@@ -56,7 +68,7 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, an
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
 PROBABILITY = 1e-5  # how far sums of probabilities may be from 1 (the original's check_range_output)
-DIAGNOSED = 64  # images that a diagnosis looks at
+DIAGNOSED, FEWEST_DIAGNOSED = 64, 4  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
 JUDGING_SEED = 2**31 - 2  # of those draws
 SAVE_EVERY = 60.0  # seconds
@@ -158,6 +170,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
         if version == "custom" and not attacks_to_run:
             raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
+        check_positive("eps", eps)
+        check_choice("norm", norm, NORMS)
+        self._ready = False
         self.verbose, self.log_path = verbose, log_path
         model = model if isinstance(model, nn.Module) else Function(model)
         device = device or next(model.parameters(), torch.zeros(())).device
@@ -177,9 +192,13 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.on_attack: Callable[[str], object] = lambda name: None
         self.flags: list[Flag] = []
         self.stages: dict[str, Tensor] = {}
+        self._ready = True
 
     def set_version(self, version: str = "standard") -> None:
         """Switch to another version."""
+        if not self._ready:  # fra31's constructor calls it
+            Original.set_version(self, version)
+            return
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
@@ -206,14 +225,12 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         Raises:
             TypeError, ValueError: unusable arguments, or a state of another run (says what differs); nothing has been run.
         """
-        check_images(x_orig, "x_orig")
-        check_labels(y_orig, x_orig, "y_orig")
-        check_count("bs", bs)
-        if not len(x_orig):
-            raise ValueError("x_orig holds no images")
+        path = None if state_path is None else Path(state_path)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"state_path {str(path)!r}: there is no folder {str(path.parent)!r}, make it first")
         with self._untouched():
             chosen = self._prepare(x_orig, y_orig, bs)
-            state = self._begin(x_orig, y_orig, bs, chosen, None if state_path is None else Path(state_path))
+            state = self._begin(x_orig, y_orig, bs, chosen, path)
             try:
                 for called, name in chosen.items():
                     if called not in state.stages and not self._settled(state):
@@ -248,6 +265,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def _prepare(self, x: Tensor, y: Tensor, bs: int) -> dict[str, Name]:
         """Look at the model; the attacks that will run, by what they are called."""
+        check_images(x, "x_orig")
+        check_labels(y, x, "y_orig")
+        check_count("bs", bs)
+        if not len(x):
+            raise ValueError("x_orig holds no images")
         self.flags, self.stages = [], {}
         if self.model.training:
             self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")
@@ -268,10 +290,13 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 self._flag("few_classes", structure.classes, f"{name} is left out: DLR is not defined for so few classes")
                 continue
             if isinstance(name, str) and name not in SLOTS:
+                if self.norm not in BALLS:
+                    raise ValueError(f"attack {name!r} knows the norms {', '.join(BALLS)}, not {self.norm}")
                 entry = find_attack(name)
                 if entry.needs_members:
                     check_members(self.model, name)
                 entry.check(self.model)
+                self._make(name, len(images))
             called = name.attack if isinstance(name, Attack) else name
             twins = sum(other.partition("#")[0] == called for other in chosen)
             chosen[f"{called}#{twins + 1}" if twins else called] = name
@@ -280,10 +305,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def _choose(self, structure: Structure, x: Tensor, y: Tensor) -> Sequence[Name]:
         """The attacks of this version."""
-        if self.version == "adaptive":
-            return adaptive_attacks(structure)
-        if self.version != "auto":
+        if self.version not in LOOKING:
             return self.attacks_to_run
+        if self.version == "adaptive" or self.norm != "Linf" or len(x) < FEWEST_DIAGNOSED:
+            return adaptive_attacks(structure)
         diagnosis = diagnose(self.model, x[:DIAGNOSED], y[:DIAGNOSED], eps=self.epsilon, seed=self.seed or 0)
         self.diagnosis = diagnosis
         for check in diagnosis.checks:
@@ -313,16 +338,20 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """The state of this run: as stored, or before the first attack."""
         identity = {
             "version": self.version,
-            "attacks": {called: name if isinstance(name, str) else repr(name) for called, name in chosen.items()},
+            "attacks": {called: _without_addresses(str(name)) for called, name in chosen.items()},
             "norm": self.norm,
             "eps": self.epsilon,
             "seed": self.seed,
             "bs": bs,
             "images": _digest([x, y]),
-            "model": _digest(self.model.state_dict().values()),
+            "draws": self.draws,
+            "eot_iter": self.eot_iter,
+            "model": _digest([*self.model.state_dict().values(), self._scores(x[:SEEN])]),
+            "package": __version__,
         }
         if path is not None and path.exists():
             state = State.load(path, identity, x.device)
+            self.flags = [Flag(*flag) for flag in state.flags]
             self._say(f"going on from {path}: {', '.join(state.stages) or 'no attack'} done")
             return state
         right, predicted, finite = (
@@ -333,7 +362,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             self._flag("non_finite", count, "so many clean images have NaN or infinite scores: they count as not robust")
         robust = right & finite
         self._say(f"initial accuracy: {robust.double().mean():.2%}")
-        return State(x.detach().clone(), robust, predicted, torch.zeros_like(robust), identity=identity, path=path)
+        state = State(x.detach().clone(), robust, predicted, torch.zeros_like(robust), identity=identity, path=path)
+        state.flags = [astuple(flag) for flag in self.flags]
+        return state
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor) -> Tensor:
+        with private_random_state(0, self.model):
+            return self.model(x.to(self.device)).cpu()
 
     def _run(self, called: str, name: Name, x: Tensor, y: Tensor, bs: int, state: State) -> None:
         if called != state.current:
@@ -352,9 +388,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             rejected += int(left.sum())
             self._say(f"{called}: {int(fooled.sum())} of {len(rows)} fooled")
         state.stages[called] = state.robust.clone()
-        state.save(now=True)
         if rejected:
             self._flag("outside_ball", rejected, f"so many images of {called} left the ball or the box, and do not count")
+        state.flags = [astuple(flag) for flag in self.flags]
+        state.save(now=True)
         self.on_attack(called)
         spent = time.perf_counter() - began
         self._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
@@ -373,14 +410,18 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if isinstance(name, Attack):
             return craft(name, x, y, seed=seed, batch_size=len(x))
         if name not in SLOTS:
-            draws = self.eot_iter if self.random else None
-            settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=len(x), eot_iter=draws)
-            return craft(find_attack(name).make(self._twin, **settings), x, y, seed=seed, batch_size=len(x))
+            return craft(self._make(name, len(x), seed), x, y, seed=seed, batch_size=len(x))
         slot, loops_own = SLOTS[name]
         attack = getattr(self, slot)
         for key, value in (loops_own | {"seed": seed}).items():
             setattr(attack, key, value)
         return attack.perturb(x.clone(), y.clone())
+
+    def _make(self, name: str, batch_size: int, seed: int = 0) -> Attack:
+        """An attack of the registry, on the twin."""
+        draws = self.eot_iter if self.random else None
+        settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
+        return find_attack(name).make(self._twin, **settings)
 
     @torch.no_grad()
     def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,9 +436,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def _conclude(self, state: State, x: Tensor, y: Tensor, bs: int) -> None:
         self.stages, self.robust = dict(state.stages), state.robust.clone()
-        before = [self.stages[called] for called in self.stages if called != "square"]
-        if before and "square" in self.stages:
-            helped = (before[-1].sum() - self.stages["square"].sum()).item() / len(x)
+        order = list(self.stages)
+        if "square" in order[1:]:
+            before = self.stages[order[order.index("square") - 1]]
+            helped = (before.sum() - self.stages["square"].sum()).item() / len(x)
             if helped > SQUARE_HELPED:
                 message = "Square, which needs no gradient, lowered the accuracy: the gradients mislead, attack adaptively"
                 self._flag("square_helped", helped, message)
@@ -443,6 +485,7 @@ class State:
         pending: what the attack called ``current`` has yet to attack, (N,).
         stages: the robust samples after each attack that has finished.
         identity: what a run must have in common with the stored one.
+        flags: those of `AutoAttack` so far.
     """
 
     x_adv: Tensor
@@ -453,6 +496,7 @@ class State:
     current: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    flags: list[Any] = field(default_factory=list)
     saved: float = -math.inf
 
     def save(self, now: bool = False) -> None:
@@ -463,7 +507,7 @@ class State:
         tensors = {
             name: (t.to(torch.uint8) if t.dtype == torch.bool else t).cpu().contiguous() for name, t in tensors.items()
         }
-        about = {"identity": self.identity, "current": self.current, "stages": list(self.stages)}
+        about = {key: getattr(self, key) for key in ("identity", "current", "flags")} | {"stages": list(self.stages)}
         partial_file = self.path.with_name(self.path.name + ".part")
         save_file(tensors, partial_file, metadata={"state": json.dumps(about)})
         os.replace(partial_file, self.path)
@@ -490,7 +534,13 @@ class State:
                 )
         stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
         robust, pending = tensors["robust"].bool(), tensors["pending"].bool()
-        return cls(tensors["x_adv"], robust, tensors["predicted"], pending, stages, about["current"], identity, path)
+        state = cls(tensors["x_adv"], robust, tensors["predicted"], pending, stages, about["current"], identity, path)
+        state.flags = about["flags"]
+        return state
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

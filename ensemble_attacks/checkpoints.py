@@ -18,9 +18,12 @@ def load_tensors(path: Path) -> Any:
         ValueError: it is something else, or larger, also if only once unpacked.
     """
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    except zipfile.BadZipFile:
+        raise ValueError("it is no torch file, or damaged") from None
     if size > LARGEST:
         raise ValueError(f"it holds {size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
     try:

@@ -32,7 +32,7 @@ from ensemble_attacks.evaluation.engines import ENGINES, run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
-from ensemble_attacks.evaluation.suite import Settings, attack_names
+from ensemble_attacks.evaluation.suite import SUITES, Settings
 from ensemble_attacks.evaluation.sweep import (
     CLEAN,
     Sweep,
@@ -44,10 +44,13 @@ from ensemble_attacks.evaluation.sweep import (
 )
 from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
+from ensemble_attacks.original import STANDARD
 from ensemble_attacks.passes import passes_per_image
+from ensemble_attacks.registry import OURS
 from ensemble_attacks.validation import check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
+ATTACKS = (*SUITES, *STANDARD, *OURS)  # in the help, and whatever other packages register
 DEMO_MODELS = ("gal_convnet_3", "trs_convnet_3")
 DEMO_VOTES = ("softmax", "voting")
 DEMO_EPS, DEMO_N = 0.12, 50
@@ -104,7 +107,7 @@ def machines(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--attacks",
     default="autoattack,mora",
-    help="Comma-separated: " + ", ".join(attack_names()) + ", or torchattacks:PGD?steps=50.",
+    help="Comma-separated: " + ", ".join(ATTACKS) + ", or torchattacks:PGD?steps=50.",
 )
 @click.option("--cascade", is_flag=True, help="An image that an attack has fooled is not attacked by the next.")
 @click.option("--batch-size", type=int, default=250)
@@ -423,29 +426,33 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
 @click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", help="softmax, voting or logits.  [default: the bundle's, or softmax]")
 @click.option("--dataset", help=" or ".join(DATASETS) + ".  [default: the bundle's]")
-@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
 @click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
-@click.option("--draws", type=int, default=1, help="Forward passes of each image, of a random model.")
+@click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: 1]")
 def verify(
     path: Path,
     model: str | None,
     model_dir: str | None,
     vote: str | None,
     dataset: str | None,
-    data_dir: str,
+    data_dir: str | None,
     norm: str | None,
     eps: float | None,
-    draws: int,
+    draws: int | None,
 ) -> None:
     """Judge stored images anew, from them, the model and the data alone: a run's folder, or an external evaluation, ours or
     anybody's (a folder, or a .pt file of images).
     """
     if (path / MANIFEST).exists():
-        findings = verify_run(Ledger(path))
+        decided = {"model": model, "vote": vote, "dataset": dataset, "norm": norm, "eps": eps, "draws": draws}
+        if given := [key for key, value in decided.items() if value is not None]:
+            raise ValueError(f"{path} is a run, which has its own {given[0]}: leave --{given[0]} out")
+        findings = verify_run(Ledger(path), data_dir=data_dir, model_dir=model_dir)
         for finding in findings:
-            console.print("{unit}: {robust} of {n} robust, {differ} differ".format(**finding), highlight=False)
-        if any(finding["differ"] for finding in findings):
+            text = "missing or damaged" if finding["differ"] is None else "{robust} of {n} robust, {differ} differ"
+            console.print(f"{finding['unit']}: {text.format(**finding)}", highlight=False)
+        if any(finding["differ"] != 0 for finding in findings):
             sys.exit(1)
         return
     images, about = read_bundle(path)
@@ -453,9 +460,9 @@ def verify(
     for option, value in (("--model", model), ("--dataset", dataset), ("--eps", eps)):
         if value is None:
             raise ValueError(f"{path} does not say its {option.strip('-')}: pass {option}")
-    x, y = load_dataset(str(dataset), data_dir=data_dir, n=len(images))
+    x, y = load_dataset(str(dataset), data_dir=data_dir or "data", n=len(images))
     net = providers.load_model(str(model), model_dir, str(dataset), vote=vote or about.get("vote") or "softmax")
-    verdict = judge(net, x, y, images, eps=float(str(eps)), norm=norm or about.get("threat_model", "Linf"), draws=draws)
+    verdict = judge(net, x, y, images, eps=float(str(eps)), norm=norm or about.get("threat_model", "Linf"), draws=draws or 1)
     console.print(f"{model}: {verdict}", highlight=False)
     if "external" in about:
         console.print(f"The bundle says {about['external']}%.", highlight=False)

@@ -60,7 +60,7 @@ def load_dataset(
         raise ValueError(f"n is {n}, but the {split} split of {name} has {len(images)} {which}: ask for at most that many")
     part = slice(first, None if n is None else first + n)
     scale = {"digits": 16, "cifar10": 255}[name]
-    return images[part].float() / scale, labels[part]
+    return images[part].float() / scale, labels[part].clone()
 
 
 @lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from ensemble_attacks.passes import CountingModel
 from ensemble_attacks.preserve import private_random_state
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
         model: in eval mode, an ensemble (whose members are folded) or any other.
         x: some real images (N, C, H, W), on which the twin must agree with the original, draw for draw.
     """
+    if isinstance(model, CountingModel):
+        return model  # a copy would count for itself
     if model.training or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return model
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):

@@ -200,7 +200,8 @@ def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -
 
 
 def _literal(text: str) -> Any:
+    above, slash, below = text.partition("/")
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return float(above) / float(below) if slash else ast.literal_eval(text)
+    except (ValueError, SyntaxError, ZeroDivisionError):
         return text

@@ -140,6 +140,7 @@ class FrontEndReversal(ComposedAttack):
         self.inner._set_normalization_applied(None)  # what it sees are no images
         ball = make_ball(self.norm, clean, self.eps)
         best, robust, start = clean.clone(), self._right(clean, labels), clean
+        own_eps = self.inner.eps
         amplification = self.amplification or self._amplification(clean)
         for round_ in range(self.rounds):
             rows = torch.nonzero(robust).squeeze(-1)
@@ -148,19 +149,21 @@ class FrontEndReversal(ComposedAttack):
             seen = self._seen(start[rows])
             self.inner.eps = amplification * self.eps / 2**round_ / (2 * REACH)
             found = self.inner(seen, labels[rows]).to(seen)
-            step = self._as_image((found - seen) * 2 * REACH / amplification, clean)
+            step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, clean)
             for share in range(1, SHARES + 1):
                 trial = ball.select(rows).project(start[rows] + share / SHARES * step)
                 fooled = robust[rows] & ~self._right(trial, labels[rows])
                 best[rows[fooled]] = trial[fooled]
                 robust[rows[fooled]] = False
             start = start.index_copy(0, rows, ball.select(rows).project(start[rows] + step / 2))
+        self.inner.eps = own_eps
         return best
 
     @torch.no_grad()
     def _right(self, x: Tensor, labels: Tensor) -> Tensor:
         parts = zip(self._split(x), self._split(labels), strict=True)
-        return torch.cat([self.get_logits(images).argmax(1) == truth for images, truth in parts])
+        scores = [(self.get_logits(images), truth) for images, truth in parts]
+        return torch.cat([(s.argmax(1) == truth) | ~torch.isfinite(s).all(1) for s, truth in scores])
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split(getattr(self, "batch_size", None) or len(values))

@@ -39,6 +39,11 @@ FRA31 = """
             attacks = attacks_to_run or None
             super().__init__(model, attacks=attacks, device=device, eps=eps, norm=norm, seed=seed, version=version)
             self.verbose = verbose
+            if version != "custom":
+                self.set_version(version)
+
+        def set_version(self, version="standard"):
+            self._set_version(version)
 """
 
 

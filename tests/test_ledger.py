@@ -270,11 +270,15 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path) -> None:
     """The attack of another package, in every worker: it kills the process, three times for each range."""
-    (tmp_path / "suicidal.py").write_text("import os\n\n\ndef make(model, **settings):\n    os._exit(9)\n")
+    (tmp_path / "suicidal.py").write_text(
+        "import os\nfrom torchattacks.attack import Attack\n\n\nclass Suicidal(Attack):\n"
+        "    def __init__(self, model):\n        super().__init__('Suicidal', model)\n\n"
+        "    def forward(self, images, labels):\n        os._exit(9)\n"
+    )
     info = tmp_path / "suicidal-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Name: suicidal\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[ensemble_attacks.attacks]\nsuicidal = suicidal:make\n")
+    (info / "entry_points.txt").write_text("[ensemble_attacks.attacks]\nsuicidal = suicidal:Suicidal\n")
     command = [sys.executable, "-m", "ensemble_attacks", "evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "6"]
     command += ["--attacks", "suicidal,torchattacks:FGSM", "--workers", "2", "--out", str(tmp_path / "run")]
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -330,6 +330,11 @@ def test_fra31s_package_as_the_base(tmp_path: Path) -> None:
                     super().__init__(model, attacks=attacks_to_run or None, device=device, eps=eps, norm=norm,
                                      seed=seed, version=version)
                     self.verbose = verbose
+                    if not attacks_to_run and version != "custom":
+                        self.set_version(version)
+
+                def set_version(self, version="standard"):
+                    self._set_version(version)
             """
         )
     )
@@ -337,9 +342,11 @@ def test_fra31s_package_as_the_base(tmp_path: Path) -> None:
         import torch, autoattack
         from ensemble_attacks import AutoAttack
         assert AutoAttack.__mro__[1] is autoattack.AutoAttack
+        torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).eval()
         x = torch.rand(8, 3, 2, 2)
-        adversary = AutoAttack(model, eps=0.2, seed=0, attacks_to_run=["apgd-ce", "apgd-t", "fab-t", "torchattacks:PGD"])
+        adversary = AutoAttack(model, eps=0.5, seed=0, attacks_to_run=["apgd-ce", "apgd-t", "fab-t", "torchattacks:PGD"])
+        assert AutoAttack(model).attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
         adversary.run_standard_evaluation(x, model(x).argmax(1))
         print(adversary.device, adversary.robust_accuracy)
     """

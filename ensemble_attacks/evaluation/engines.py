@@ -81,29 +81,46 @@ def local(
             run_chain(str(ledger.folder), index, devices[0])
             report(index)
         return
-    left = list(chains)
+    left, suspects = list(chains), set[int]()
     threads = max(1, torch.get_num_threads() // workers)
+    others = multiprocessing.active_children()
     while left:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _worker, (threads, os.getpid()))
+        now = sorted(suspects)[:1] or left
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _worker, (threads, os.getpid()))
         try:
             tasks = {
                 pool.submit(run_chain, str(ledger.folder), index, devices[turn % len(devices)]): index
-                for turn, index in enumerate(left)
+                for turn, index in enumerate(now)
             }
             for task in as_completed(tasks):
                 task.result()
                 left.remove(tasks[task])
+                suspects.discard(tasks[task])
                 report(tasks[task])
         except BrokenProcessPool:  # a worker was killed, by lack of memory or a crash of its own
-            for entry in ledger.in_work():
-                logger.warning("a worker died while it ran %s", Unit(entry["unit"]).name)
-                ledger.fail(Unit(entry["unit"]), "the process died (killed, or out of memory)")
+            running = [unit for entry in ledger.in_work() if not ledger.done(unit := Unit(entry["unit"]))]
+            if len(now) == 1:
+                for unit in running:
+                    logger.warning("the process died while it ran %s", unit.name)
+                    ledger.fail(unit, "the process died (killed, or out of memory)")
+            else:  # each by itself, to tell which it was
+                identities = {unit.identity for unit in running}
+                units = chains_of(ledger.manifest)
+                suspects = {index for index in left if identities & {unit.identity for unit in units[index]}} or set(left)
             ledger.forget_running()
         finally:
             for child in multiprocessing.active_children():
-                child.kill()
+                if child not in others:
+                    child.kill()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _lost(ledger: Ledger, index: int, error: Exception) -> None:
+    """A task of somebody else's engine did not come back: a failure of the unit that it was at."""
+    unit = next((unit for unit in chains_of(ledger.manifest)[index] if ledger.open(unit)), None)
+    if unit is not None:
+        logger.warning("%s: %s", unit.name, error)
+        ledger.fail(unit, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 def _worker(threads: int, parent: int) -> None:
@@ -147,8 +164,12 @@ def ray(
         waiting = {task.remote(folder, index, devices[0]): index for index in chains}
         while waiting:
             (ready,), _ = library.wait(list(waiting), num_returns=1)
-            library.get(ready)
-            report(waiting.pop(ready))
+            index = waiting.pop(ready)
+            try:
+                library.get(ready)
+            except library.exceptions.RayError as error:
+                _lost(ledger, index, error)
+            report(index)
     finally:
         if started:
             library.shutdown()
@@ -185,7 +206,10 @@ def slurm(
     executor.update_parameters(**{key: value for key, value in settings.items() if value is not None})
     tasks = [Chain(folder, index, devices[0]) for index in chains]
     for job, index in zip(executor.map_array(_call, tasks), chains, strict=True):
-        job.result()
+        try:
+            job.result()
+        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+            _lost(ledger, index, error)
         report(index)
 
 

@@ -25,7 +25,7 @@ SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below 
 
 
 def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
-    """Write the bundle of a finished ``evaluate`` run: of every sample, the image of the first attack that fooled it.
+    """Write the bundle of a finished ``evaluate`` run: of every sample, the image that is least often right.
 
     Args:
         run: the folder of a finished ``evaluate``.
@@ -65,16 +65,15 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
 
 
 def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
-    """Of every sample, the first image that fools it, or the clean one; and its share of right draws in the worst case."""
+    """Of every sample, the image that is least often right, the clean one if none is less; and its share of right draws."""
     images, rights = [], []
     for chain in chains_of(ledger.manifest):
         results = [result for unit in chain if (result := ledger.read(unit))]
         chosen, right = results[0].tensors["x_adv"].clone(), results[0].tensors["right"].clone()
         for result in results[1:]:
-            rows, robust = result.tensors["rows"], result.tensors["robust"].bool()
-            better = rows[~robust & (right[rows] > 0.5)]
-            chosen[better] = result.tensors["x_adv"][~robust & (right[rows] > 0.5)]
-            right = right.minimum(result.tensors["right"])
+            rows, found = result.tensors["rows"], result.tensors["correct"].double().mean(0)
+            better = (found < right[rows]) & ~result.tensors["invalid"].bool()
+            chosen[rows[better]], right[rows[better]] = result.tensors["x_adv"][better], found[better]
         images.append(chosen)
         rights.append(right)
     return torch.cat(images), torch.cat(rights)
@@ -82,7 +81,8 @@ def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
 
 def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     """The fields of RobustBench's ``model_info`` that an external evaluation changes, and those that say of what it is."""
-    suite = summary["attacks"].get("autoattack")
+    alone = not summary["cascade"] or next(iter(summary["attacks"])) == "autoattack"
+    suite = summary["attacks"].get("autoattack") if alone else None
     autoattack = None if suite is None else 100 * suite["accuracy"]
     return {
         "name": summary["model"],

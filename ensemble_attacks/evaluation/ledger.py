@@ -115,7 +115,7 @@ class Ledger:
             if place.is_symlink():
                 raise LedgerError(f"{place} is a symbolic link: give the folder itself")
         path = folder / MANIFEST
-        if not path.exists() and folder.is_dir() and {entry.name for entry in folder.iterdir()} - set(FOLDERS):
+        if not path.exists() and folder.is_dir() and not all(_ours(entry.name) for entry in folder.iterdir()):
             raise LedgerError(f"{folder} holds other things, and no run: choose another folder (--out)")
         stored = None
         if path.exists():
@@ -198,8 +198,13 @@ class Ledger:
         return list(self._all("running"))
 
     def forget_running(self) -> None:
+        """Remove marks, and files that were being written, of processes that are no more."""
         for mark in (self.folder / "running").glob("*.json"):
             mark.unlink(missing_ok=True)
+        for left in self.folder.glob("**/.*.tmp"):
+            pid = left.name.split(".")[-2]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                left.unlink(missing_ok=True)
 
     # -- failures
 
@@ -247,6 +252,11 @@ class Ledger:
         if path.exists():
             (self.folder / "quarantine").mkdir(exist_ok=True)
             path.replace(self.folder / "quarantine" / f"{path.name}.{time.time_ns()}")
+
+
+def _ours(name: str) -> bool:
+    """Is a file of this name one that a run leaves?"""
+    return name in (*FOLDERS, MANIFEST, SUMMARY, "report", "slurm") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def difference(stored: Any, new: Any, where: str = "") -> str:

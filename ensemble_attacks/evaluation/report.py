@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
@@ -25,6 +22,7 @@ from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
 from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise
 from ensemble_attacks.objectives import margin
+from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.surrogates import Surrogate
 
 STYLE = "tableau-colorblind10"
@@ -70,19 +68,19 @@ def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
     rows = table_rows(summary, seconds_of(ledger))
-    with plt.style.context(STYLE):
+    with style.context(STYLE):
         pictures = [*_curves(ledger), *_by_eps(summary)]
         diagnoses: dict[str, Diagnosis] = {}
         for chain in _first_chains(ledger):
             context = Context(ledger.manifest, chain[0], device)
-            pictures += _of_model(ledger, chain, context)
+            with private_random_state(context.settings.seed, context.model):
+                pictures += _of_model(ledger, chain, context)
             diagnoses[_title(chain[0])] = _diagnosis(context)
         out.mkdir(parents=True)
         (out / "figures").mkdir()
         for picture in pictures:
             picture.save(out / "figures")
         page = _page(ledger, rows, diagnoses, [(picture, picture.png()) for picture in pictures])
-        plt.close("all")
     (out / "report.html").write_text(page)
     (out / "report.md").write_text(_markdown(ledger, rows, diagnoses, pictures))
     write_csv(out / "table.csv", COLUMNS, rows)
@@ -132,7 +130,7 @@ def _curves(ledger: Ledger) -> list[Picture]:
     shards = len(chains) // len(cells)
     for index in range(len(cells)):
         own = chains[index * shards : (index + 1) * shards]
-        figure, axes = plt.subplots(figsize=(7, 4))
+        axes = (figure := Figure(figsize=(7, 4))).subplots()
         rows: list[tuple[Any, ...]] = []
         for units in list(zip(*own, strict=True))[1:]:
             name = units[0].content["attack"]
@@ -157,7 +155,8 @@ def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
         for row in info["trace"]:
             spent, fooled = moments.get((row["stage"], row["step"]), (0.0, 0.0))
             moments[row["stage"], row["step"]] = spent + row["forwards"] + row["backwards"], fooled + row["fooled"]
-    points, spent, robust = [], 0.0, float(n)
+    first = [info["trace"][0] for info in infos]
+    points, spent, robust = [], 0.0, float(sum(row["robust"] + row["fooled"] for row in first))
     for _, (more, fooled) in sorted(moments.items()):
         spent, robust = spent + more, robust - fooled
         points.append((spent / n, 100 * robust / n))
@@ -172,7 +171,7 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
         lines.setdefault(f"{cell['model']}, {cell['vote']}", [(0.0, 100 * cell["clean"]["accuracy"])]).append(at)
     if all(len(points) < 3 for points in lines.values()):
         return []
-    figure, axes = plt.subplots(figsize=(7, 4))
+    axes = (figure := Figure(figsize=(7, 4))).subplots()
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xlabel="eps", ylabel="robust accuracy, worst case (%)", ylim=(0, 101))
@@ -205,7 +204,7 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
         return None
     clean, images = context.x[tensors["rows"][fooled]], tensors["x_adv"][fooled]
     magnified = 0.5 + 0.5 * (images - clean) / unit.content["eps"]
-    figure, axes = plt.subplots(3, len(fooled), figsize=(1.1 * len(fooled), 3.4), squeeze=False)
+    axes = (figure := Figure(figsize=(1.1 * len(fooled), 3.4))).subplots(3, len(fooled), squeeze=False)
     for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
         for column, image in enumerate(shown):
             pixels = image.clamp(0, 1).permute(1, 2, 0).numpy()
@@ -227,7 +226,7 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     count, robust = wrong.sum(0), tensors["robust"].bool()
     members = range(len(wrong) + 1)
     rows = [(m, int((count[~robust] == m).sum()), int((count[robust] == m).sum())) for m in members]
-    figure, axes = plt.subplots(figsize=(7, 3.2))
+    axes = (figure := Figure(figsize=(7, 3.2))).subplots()
     axes.bar([m - 0.2 for m in members], [row[1] for row in rows], 0.4, label="ensemble fooled")
     axes.bar([m + 0.2 for m in members], [row[2] for row in rows], 0.4, label="ensemble robust")
     axes.set(xlabel="members that are wrong", ylabel="images", xticks=list(members))
@@ -249,7 +248,7 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     generator = torch.Generator().manual_seed(0)
     across = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
     scale = torch.linspace(-1, 1, GRID) * unit.content["eps"]
-    figure, axes = plt.subplots(1, len(nets), figsize=(4.2 * len(nets), 3.4), squeeze=False)
+    axes = (figure := Figure(figsize=(4.2 * len(nets), 3.4))).subplots(1, len(nets), squeeze=False)
     rows: list[tuple[Any, ...]] = []
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
         image = x.clone().requires_grad_()

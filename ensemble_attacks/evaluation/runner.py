@@ -49,11 +49,6 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     """Raise, before anything is run, on a model, images, attacks or settings that cannot be."""
     check_images(x, "x")
     check_labels(y, x, "y")
-    for name in attacks:
-        entry = find_attack(name)
-        if entry.needs_members:
-            check_members(model, name)
-        entry.check(model)
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
     check_count("batch_size", settings.batch_size)
@@ -61,6 +56,11 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_count("draws", settings.draws)
     if settings.eot_iter is not None:
         check_count("eot_iter", settings.eot_iter)
+    for name in attacks:
+        entry = find_attack(name)
+        if entry.needs_members:
+            check_members(model, name)
+        entry.check(model, settings)
     device = next(model.parameters(), x).device
     with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
         model.eval()
@@ -155,7 +155,7 @@ def evaluate(
     right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
     for name in attacks:
         attacked = attack(model, twin, x, y, name, settings)
-        right, seconds[name] = right.minimum(attacked.judgement.correct.double().mean(0)), attacked.seconds
+        right, seconds[name] = right.minimum(share_right(attacked.judgement, right)), attacked.seconds
         rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards)
         report(name, rows[name] | {"seconds": seconds[name]})
         if out is not None:
@@ -191,6 +191,11 @@ def row_of(
         for name, (robust, ahead, back) in stages.items()
     }
     return row | ({"stages": parts} if parts else {})
+
+
+def share_right(judgement: Judgement, before: Tensor) -> Tensor:
+    """Of every sample, the share of right draws (N,); as ``before`` where it is invalid, which is no success."""
+    return torch.where(judgement.invalid, before, judgement.correct.double().mean(0))
 
 
 def worst_case(right: Tensor) -> dict[str, Any]:

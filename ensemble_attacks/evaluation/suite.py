@@ -71,7 +71,7 @@ class Entry:
     craft: Craft
     summary: str
     needs_members: bool = False
-    check: Callable[[nn.Module], object] = lambda model: None
+    check: Callable[[nn.Module, Settings], object] = lambda model, settings: None
 
 
 def _original(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
@@ -110,16 +110,14 @@ def _ours(version: str) -> Craft:
     return run
 
 
+def _make(attack: NamedAttack, model: nn.Module, settings: Settings) -> Any:
+    given = {key: getattr(settings, key) for key in ("norm", "eps", "seed", "batch_size", "eot_iter")}
+    return attack.make(model, **given)
+
+
 def _named(attack: NamedAttack) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
-        made: Any = attack.make(
-            model,
-            norm=settings.norm,
-            eps=settings.eps,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            eot_iter=settings.eot_iter,
-        )
+        made = _make(attack, model, settings)
         if not isinstance(made, CarefulAttack):
             images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
             left = outside(x, images, eps=settings.eps, norm=settings.norm)  # which is no success, and no error either
@@ -166,4 +164,9 @@ def find_attack(name: str) -> Entry:
     if not name.startswith(PEER) and name not in registered():
         raise unknown_name("attack", name, attack_names())
     attack = registry.find_attack(name)
-    return Entry(_named(attack), attack.summary, attack.needs_members, attack.check)
+
+    def check(model: nn.Module, settings: Settings) -> None:
+        attack.check(model)
+        _make(attack, model, settings)
+
+    return Entry(_named(attack), attack.summary, attack.needs_members, check)

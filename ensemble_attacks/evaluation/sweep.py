@@ -19,18 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchattacks
 from torch import Tensor, nn
 
 from ensemble_attacks import __version__, providers
+from ensemble_attacks.autoattack import Original
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.ensembles import check_vote
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import LedgerError, unknown_name
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, SUMMARY, Ledger, Result, Unit, canonical, write_whole
-from ensemble_attacks.evaluation.runner import Attacked, attack, check_arguments, judged, row_of, worst_case
+from ensemble_attacks.evaluation.runner import (
+    Attacked,
+    attack,
+    check_arguments,
+    judged,
+    row_of,
+    share_right,
+    worst_case,
+)
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.prepare import prepare
+from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.validation import check_count
 
 logger = logging.getLogger(__name__)
@@ -87,7 +98,8 @@ class Sweep:
         for key in given:
             if key not in known:
                 raise unknown_name(f"key in {where}", key, known)
-        if missing := [key for key in ("models", "eps", "attacks") if given.get(key) in (None, [], "")]:
+        needed = {"models", "eps", "attacks", *(key for key in given if str(known[key].type).startswith("tuple"))}
+        if missing := [key for key in known if key in needed and given.get(key) in (None, [], (), "")]:
             raise ValueError(f"{where} does not say its {missing[0]}")
         values = {}
         for key, value in given.items():
@@ -152,11 +164,13 @@ def data_digest(dataset: str, data_dir: str, n: int) -> str:
 
 @cache
 def code_version() -> str:
-    """This package's version and the hash of its sources."""
-    folder = Path(__file__).parents[1]
-    state = sha256()
-    for path in sorted(folder.rglob("*.py")):
-        state.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    """This package's version, and a hash of its sources, of the models' packages, and of the versions that they stand on."""
+    modules = [provider.__file__ for provider in providers.providers() if provider.__file__]
+    folders = [Path(__file__).parents[1], *(Path(file).parent for file in modules)]
+    state = sha256(f"{torch.__version__} {Original.__module__} {torchattacks.__version__}".encode())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            state.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return f"{__version__}+{state.hexdigest()[:12]}"
 
 
@@ -210,32 +224,44 @@ def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
     for unit in units:
         result = ledger.read(unit)
         while result is None and ledger.open(unit):
+            context = context or Context(ledger.manifest, unit, device)
             try:
-                context = context or Context(ledger.manifest, unit, device)
                 with ledger.running(unit):
                     result = _run_unit(ledger, unit, context, right)
+            except LedgerError:  # no failure of the unit's
+                raise
             except Exception as error:  # whatever a model or an attack raises: the others go on
                 logger.warning("%s failed (%d of %d): %s", unit.name, ledger.failures(unit) + 1, ATTEMPTS, error)
                 ledger.fail(unit, f"{type(error).__name__}: {error}")
         if result is None:
             given_up.append(unit.name)
+            if unit.content["cascade"]:
+                break  # what follows depends on it
         else:
             right = result.tensors["right"] if right is None else right.minimum(result.tensors["right"])
     return given_up
 
 
 class Context:
-    """What the units of a chain share: the model, its twin and the images of the range."""
+    """What the units of a chain share: the model, its twin and the images of the range.
+
+    Raises:
+        LedgerError: code, weights or images are not those that the run began with.
+    """
 
     def __init__(self, manifest: dict[str, Any], unit: Unit, device: str) -> None:
         content, places = unit.content, manifest["places"]
+        if content["code"] != code_version():
+            raise LedgerError(
+                f"the run began with code {content['code']}, this is {code_version()}: install that, or begin anew"
+            )
         self.model = providers.load_model(
             content["model"], places["model_dir"], content["dataset"], vote=content["vote"]
         ).to(device)
         if digest(*self.model.state_dict().values()) != content["weights"]:
-            raise ValueError(f"the weights of {content['model']} are not those that the run began with: restore them")
+            raise LedgerError(f"the weights of {content['model']} are not those that the run began with: restore them")
         if data_digest(content["dataset"], places["data_dir"], content["n"]) != content["data"]:
-            raise ValueError(f"{content['dataset']} in {places['data_dir']} is not what the run began with: restore it")
+            raise LedgerError(f"{content['dataset']} in {places['data_dir']} is not what the run began with: restore it")
         start, stop = content["range"]
         self.x, self.y = load_dataset(content["dataset"], data_dir=places["data_dir"], first=start, n=stop - start)
         self.twin: nn.Module = prepare(self.model, self.x[:8].to(device))
@@ -255,8 +281,9 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
     else:
         nothing = torch.zeros(0, dtype=torch.bool)
         done = Attacked(x[rows], Judgement(nothing, nothing, nothing, nothing[None]), {}, [], 0, 0, 0.0, settings.batch_size)
-    shares = torch.zeros(len(x), dtype=torch.float64) if right is None else right.clone()
-    shares[rows] = done.judgement.correct.double().mean(0)
+    before = torch.zeros(len(x), dtype=torch.float64) if right is None else right
+    shares, found = before.clone(), share_right(done.judgement, before[rows])
+    shares[rows] = found.minimum(before[rows]) if unit.content["before"] else found
     tensors = {
         "rows": rows,
         "x_adv": done.images,
@@ -286,7 +313,9 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Tens
     """By how much the label's score leads the best other one, in one draw, (N,)."""
     device = next(model.parameters(), x).device
     parts = zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
-    margins = [margin(model(images.to(device)), labels.to(device)).cpu() for images, labels in parts if len(images)]
+    with preserved(model), private_random_state(settings.seed, model):
+        model.eval()
+        margins = [margin(model(images.to(device)), labels.to(device)).cpu() for images, labels in parts if len(images)]
     return torch.cat([x.new_zeros(0), *margins])
 
 
@@ -350,31 +379,44 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
         return row | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool())
     stages: dict[str, tuple[Tensor, int, int]] = {}
-    for part in results[0].info["stages"]:
-        flags = torch.cat([result.tensors[f"stage {part}"] for result in results])
-        ahead, back = (sum(result.info["stages"][part][k] for result in results) for k in (0, 1))
+    for part in dict.fromkeys(part for result in results for part in result.info["stages"]):
+        last = [_until(result.info["stages"], part) for result in results]  # a range may have settled earlier
+        flags = torch.cat([result.tensors[f"stage {at}"] for result, at in zip(results, last, strict=True)])
+        ahead, back = (sum(r.info["stages"][at][k] for r, at in zip(results, last, strict=True)) for k in (0, 1))
         stages[part] = (flags.bool(), ahead, back)
     return row_of(judgement, stages, forwards, backwards)
 
 
-def verify(ledger: Ledger, device: str = "cpu") -> list[dict[str, Any]]:
-    """Judge every stored image anew, from the model and the data alone.
+def _until(stages: dict[str, Any], part: str) -> str:
+    """The stage ``part``, or where it was not reached the last one."""
+    return part if part in stages else list(stages)[-1]
+
+
+def verify(
+    ledger: Ledger, device: str = "cpu", *, data_dir: str | None = None, model_dir: str | None = None
+) -> list[dict[str, Any]]:
+    """Judge every stored image anew, from the model and the data alone, which may lie elsewhere by now.
 
     Returns:
-        For each unit that is done, ``unit`` (its name), ``n``, ``robust`` (now) and ``differ``, the samples whose verdict is
-        not the stored one.
+        For each unit ``unit`` (its name), ``n``, ``robust`` (now) and ``differ``, the samples whose verdict is not the one
+        stored; ``None`` for a unit that is missing or damaged.
 
     Raises:
         OutOfBallError: a stored image outside the ball.
     """
-    findings = []
-    for chain in chains_of(ledger.manifest):
+    findings: list[dict[str, Any]] = []
+    manifest = ledger.manifest | {"places": dict(ledger.manifest["places"])}
+    manifest["places"] |= {k: v for k, v in (("data_dir", data_dir), ("model_dir", model_dir)) if v is not None}
+    for chain in chains_of(manifest):
         context: Context | None = None
         for unit in chain:
             result = ledger.read(unit)
-            if result is None or not len(result.tensors["rows"]):
+            if result is None:
+                findings.append({"unit": unit.name, "n": 0, "robust": 0, "differ": None})
                 continue
-            context = context or Context(ledger.manifest, unit, device)
+            if not len(result.tensors["rows"]):
+                continue
+            context = context or Context(manifest, unit, device)
             rows = result.tensors["rows"]
             verdict = judged(context.model, context.x[rows], context.y[rows], result.tensors["x_adv"], context.settings)
             differ = int((verdict.robust != result.tensors["robust"].bool()).sum())
