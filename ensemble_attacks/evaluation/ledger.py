@@ -115,7 +115,8 @@ class Ledger:
             if place.is_symlink():
                 raise LedgerError(f"{place} is a symbolic link: give the folder itself")
         path = folder / MANIFEST
-        if not path.exists() and folder.is_dir() and not all(_ours(entry.name) for entry in folder.iterdir()):
+        ours = (folder / "units").is_dir() or not folder.is_dir() or all(map(_unfinished, folder.iterdir()))
+        if not path.exists() and not ours:
             raise LedgerError(f"{folder} holds other things, and no run: choose another folder (--out)")
         stored = None
         if path.exists():
@@ -254,9 +255,9 @@ class Ledger:
             path.replace(self.folder / "quarantine" / f"{path.name}.{time.time_ns()}")
 
 
-def _ours(name: str) -> bool:
-    """Is a file of this name one that a run leaves?"""
-    return name in (*FOLDERS, MANIFEST, SUMMARY, "report", "slurm") or (name.startswith(".") and name.endswith(".tmp"))
+def _unfinished(path: Path) -> bool:
+    """Is it what a run leaves that was killed as it began?"""
+    return path.name in FOLDERS or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def difference(stored: Any, new: Any, where: str = "") -> str:
