@@ -150,7 +150,7 @@ def test_folders_that_are_refused(tmp_path: Path, finished: Path) -> None:
         ledger_in(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 12), (7, 5), (64, 3)])
+@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 12), (7, 5)])
 def test_batches_and_shards_change_nothing(
     batch_size: int, shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
