@@ -24,7 +24,7 @@ SEEDS = (0, 1)  # of the two comparisons; a random model would give itself away
 
 @torch.no_grad()
 def prepare(model: nn.Module, x: Tensor) -> nn.Module:
-    """A twin of ``model`` that computes the same, faster; the model itself where there is nothing to fold or it cannot be.
+    """A twin of ``model`` that computes the same, faster; the model itself where it cannot be.
 
     Args:
         model: in eval mode, an ensemble (whose members are folded) or any other.
@@ -32,7 +32,7 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """
     if isinstance(model, CountingModel):
         return model  # a copy would count for itself
-    if model.training or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if model.training:
         return model
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return model  # a folded module would not call them
