@@ -7,7 +7,6 @@ original books a NaN as a success, believes images outside the ball, and cannot 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from torchattacks.attack import Attack
 from ensemble_attacks import __version__
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.ensembles import check_members
+from ensemble_attacks.hashing import digest
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.original import STANDARD, installed_autoattack
@@ -38,7 +38,7 @@ from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.projections import NORMS as BALLS
 from ensemble_attacks.registry import EOT_ITER, craft, find_attack
-from ensemble_attacks.structure import Structure, adaptive_attacks, structure_of
+from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, structure_of
 from ensemble_attacks.validation import (
     check_choice,
     check_count,
@@ -67,7 +67,6 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, an
 }
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
-PROBABILITY = 1e-5  # how far sums of probabilities may be from 1 (the original's check_range_output)
 DIAGNOSED, FEWEST_DIAGNOSED = 64, 4  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
 JUDGING_SEED = 2**31 - 2  # of those draws
@@ -324,7 +323,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         images = x.detach().clone().requires_grad_()
         with private_random_state(self.seed or 0, self.model):
             scores_NK = self.model(images)
-        if scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < PROBABILITY).all():
+        if are_probabilities(scores_NK):
             self._flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
         gradient = None
         if scores_NK.requires_grad:
@@ -343,10 +342,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             "eps": self.epsilon,
             "seed": self.seed,
             "bs": bs,
-            "images": _digest([x, y]),
+            "images": digest(x, y),
             "draws": self.draws,
             "eot_iter": self.eot_iter,
-            "model": _digest([*self.model.state_dict().values(), self._scores(x[:SEEN])]),
+            "model": digest(*self.model.state_dict().values(), self._scores(x[:SEEN])),
             "package": __version__,
         }
         if path is not None and path.exists():
@@ -541,11 +540,3 @@ class State:
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

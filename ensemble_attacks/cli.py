@@ -141,7 +141,7 @@ def evaluate(
     _devices(device)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
     manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
-    _run(manifest, out, engine, workers, device, options)
+    _run(manifest, out, engine=engine, workers=workers, device=device, options=options)
 
 
 @main.command()
@@ -200,25 +200,22 @@ def sweep(
     model_dir: str | None,
     data_dir: str,
     download: bool,
-    engine: str,
-    workers: int,
-    device: str,
-    options: tuple[str, ...],
+    **machine: Any,
 ) -> None:
     """Evaluate what a TOML file describes: models x votes x eps x seeds, as `evaluate` does one."""
-    _devices(device)
+    _devices(machine["device"])
     manifest = manifest_of(Sweep.read(config), model_dir=model_dir, data_dir=data_dir, download=download)
-    _run(manifest, out, engine, workers, device, options)
+    _run(manifest, out, **machine)
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @machines
-def resume(run: Path, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+def resume(run: Path, **machine: Any) -> None:
     """Go on with a run; units that were given up are tried again."""
     ledger = Ledger(run)
     ledger.retry_failed()
-    _drive(ledger, engine, workers, device, options)
+    _drive(ledger, **machine)
 
 
 @main.command()
@@ -239,11 +236,8 @@ def status(run: Path) -> None:
         console.print(f"damaged, in quarantine: {name}", highlight=False, markup=False)
 
 
-def _run(
-    manifest: dict[str, Any], out: Path | None, engine: str, workers: int, device: str, options: tuple[str, ...]
-) -> None:
-    ledger = Ledger(out or Path("runs") / run_identity(manifest), manifest)
-    _drive(ledger, engine, workers, device, options)
+def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
+    _drive(Ledger(out or Path("runs") / run_identity(manifest), manifest), **machine)
 
 
 def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:

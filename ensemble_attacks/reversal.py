@@ -148,7 +148,10 @@ class FrontEndReversal(ComposedAttack):
                 break
             seen = self._seen(start[rows])
             self.inner.eps = amplification * self.eps / 2**round_ / (2 * REACH)
-            found = self.inner(seen, labels[rows]).to(seen)
+            try:
+                found = self.inner(seen, labels[rows]).to(seen)
+            finally:
+                self.inner.eps = own_eps
             step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, clean)
             for share in range(1, SHARES + 1):
                 trial = ball.select(rows).project(start[rows] + share / SHARES * step)
@@ -156,7 +159,6 @@ class FrontEndReversal(ComposedAttack):
                 best[rows[fooled]] = trial[fooled]
                 robust[rows[fooled]] = False
             start = start.index_copy(0, rows, ball.select(rows).project(start[rows] + step / 2))
-        self.inner.eps = own_eps
         return best
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.surrogates import find_parts
 
 REPEATS = 5  # forward passes of the same images
+PROBABILITY = 1e-5  # how far their sum may be from 1
 DIFFERENT = 1e-4  # of normalised scores in L2, beyond which two of them differ (AutoAttack's check_randomized)
 
 
@@ -49,10 +50,20 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     with preserved(model), private_random_state(seed, model):
         model.eval()
         scores = [model(x) for _ in range(REPEATS)]
-    unit = [score / (score.norm(dim=1, keepdim=True) + 1e-10) for score in scores]
-    random = any(bool(((other - unit[0]).norm(dim=1) > DIFFERENT).any()) for other in unit[1:])
+    random = any(differ(other, scores[0]) for other in scores[1:])
     own = members and not probabilities and getattr(model, "vote", None) not in VOTES
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])
+
+
+def differ(scores_NK: Tensor, others_NK: Tensor) -> bool:
+    """Are the scores of any image another, apart from their length?"""
+    unit, other = (z / (z.norm(dim=1, keepdim=True) + 1e-10) for z in (scores_NK, others_NK))
+    return bool(((unit - other).norm(dim=1) > DIFFERENT).any())
+
+
+def are_probabilities(scores_NK: Tensor) -> bool:
+    """Does every image have scores of at least 0 that sum to 1 (AutoAttack's check_range_output)?"""
+    return bool(scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < PROBABILITY).all())
 
 
 def adaptive_attacks(structure: Structure) -> list[str]:

@@ -22,7 +22,7 @@ from ensemble_attacks.passes import count_passes
 from ensemble_attacks.pgd import PGD
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
-from ensemble_attacks.structure import DIFFERENT, Structure, structure_of
+from ensemble_attacks.structure import Structure, are_probabilities, differ, structure_of
 from ensemble_attacks.surrogates import Surrogate, premise, straight_through
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
 
@@ -158,7 +158,7 @@ class _Examination:
         yield _flag_if(not structure.random and self._depends_on_batch(), "batch_dependence", said)
         with torch.no_grad():
             scores_NK = self.original(self.x)
-        probabilities = bool(scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < 1e-5).all())
+        probabilities = are_probabilities(scores_NK)
         yield _flag_if(
             probabilities, "probabilities", "the scores are probabilities, whose logarithm underflows", "", "[CH20]"
         )
@@ -177,14 +177,13 @@ class _Examination:
         scores = []
         for _ in range(4):
             with private_random_state(self.seed, self.original):
-                scores.append(_unit(self.original(self.x)))
-        return any(bool(((other - scores[0]).norm(dim=1) > DIFFERENT).any()) for other in scores[1:])
+                scores.append(self.original(self.x))
+        return any(differ(other, scores[0]) for other in scores[1:])
 
     @torch.no_grad()
     def _depends_on_batch(self) -> bool:
         half = len(self.x) // 2
-        whole, part = _unit(self.original(self.x))[:half], _unit(self.original(self.x[:half]))
-        return bool(((whole - part).norm(dim=1) > DIFFERENT).any())
+        return differ(self.original(self.x)[:half], self.original(self.x[:half]))
 
     # -- gradients
 
@@ -331,10 +330,6 @@ def _flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str 
 def _measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
     """A flag where the figure is above the threshold (or not a number)."""
     return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
-
-
-def _unit(scores_NK: Tensor) -> Tensor:
-    return scores_NK / (scores_NK.norm(dim=1, keepdim=True) + 1e-10)
 
 
 def _norms(gradient: Tensor) -> Tensor:

@@ -175,6 +175,13 @@ class Ledger:
                 self._quarantine(path)
             return None
 
+    def info(self, unit: Unit) -> dict[str, Any] | None:
+        """The numbers of a unit that is done, without its tensors; ``None`` where they are missing or damaged."""
+        try:
+            return unsealed(self._info(unit).read_bytes())
+        except (OSError, ValueError):
+            return None
+
     def write(self, unit: Unit, tensors: dict[str, Tensor], info: dict[str, Any]) -> Result:
         """Make the unit done."""
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

@@ -134,7 +134,7 @@ def _curves(ledger: Ledger) -> list[Picture]:
         rows: list[tuple[Any, ...]] = []
         for units in list(zip(*own, strict=True))[1:]:
             name = units[0].content["attack"]
-            points = _curve([result.info for unit in units if (result := ledger.read(unit))], own[0][0].content["n"])
+            points = _curve([info for unit in units if (info := ledger.info(unit))], own[0][0].content["n"])
             if len(points) > 1:
                 passes, robust = zip(*points, strict=True)
                 axes.step(passes, robust, where="post", label=name)

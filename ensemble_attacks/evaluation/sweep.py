@@ -38,6 +38,7 @@ from ensemble_attacks.evaluation.runner import (
     worst_case,
 )
 from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.hashing import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.prepare import prepare
@@ -143,15 +144,6 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
             "data_dir": str(Path(data_dir).resolve()),
         },
     }
-
-
-def digest(*tensors: Tensor) -> str:
-    """A hash of types, shapes and values."""
-    state = sha256()
-    for tensor in tensors:
-        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 @cache
@@ -451,9 +443,9 @@ def seconds_of(ledger: Ledger) -> dict[str, float]:
     """Seconds that each attack took in each cell, over all ranges, by ``model vote eps seed attack``."""
     spent: dict[str, float] = {}
     for unit in (unit for chain in chains_of(ledger.manifest) for unit in chain):
-        if (result := ledger.read(unit)) is not None:
+        if (info := ledger.info(unit)) is not None:
             key = " ".join(str(unit.content[part]) for part in ("model", "vote", "eps", "seed", "attack"))
-            spent[key] = spent.get(key, 0.0) + result.info["seconds"]
+            spent[key] = spent.get(key, 0.0) + info["seconds"]
     return spent
 
 
