@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
+from torchattacks.attack import Attack
 from tqdm import tqdm
 
 from ensemble_attacks import __version__, diagnostics, providers
@@ -46,7 +48,7 @@ from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
 from ensemble_attacks.original import STANDARD
 from ensemble_attacks.passes import passes_per_image
-from ensemble_attacks.registry import OURS
+from ensemble_attacks.registry import OURS, find_attack
 from ensemble_attacks.validation import check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -152,6 +154,7 @@ def evaluate(
 @click.option("--n", type=int, default=64, help="Test images, in file order.")
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
+@click.option("--attack", help="The attack whose failures are looked into, by name.  [default: 50 steps of PGD]")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write it there.")
 @places
 def diagnose(
@@ -162,6 +165,7 @@ def diagnose(
     n: int,
     seed: int,
     device: str,
+    attack: str | None,
     path: Path | None,
     model_dir: str | None,
     data_dir: str,
@@ -170,9 +174,9 @@ def diagnose(
     """Is a model masking its gradients? Checks with figure, threshold and verdict, and the attacks to run."""
     check_device(device)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
-    found = diagnostics.diagnose(
-        providers.load_model(model, model_dir, dataset, vote=vote).to(device), x, y, eps=eps, seed=seed
-    )
+    make = None if attack is None else partial(_of_radius, find_attack(attack).make, seed)
+    net = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
+    found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
     table = Table(title=f"{model}, {vote}, {dataset}, Linf {eps:g}, {n} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left")
@@ -187,6 +191,10 @@ def diagnose(
     console.print(f"{found.passes:,.0f} passes per image.", highlight=False)
     if path is not None:
         path.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+
+
+def _of_radius(make: Callable[..., Attack], seed: int, model: nn.Module, eps: float) -> Attack:
+    return make(model, norm="Linf", eps=eps, seed=seed, batch_size=250, eot_iter=None)
 
 
 @main.command()

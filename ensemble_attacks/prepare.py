@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from ensemble_attacks.passes import CountingModel
-from ensemble_attacks.preserve import private_random_state
+from ensemble_attacks.preserve import preserved, private_random_state
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the folded model's scores, relative to the largest; float32 folding stays below 1e-5
@@ -37,7 +37,8 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return model  # a folded module would not call them
     try:
-        twin = _folded(copy.deepcopy(model)).eval()
+        with private_random_state(0, model):  # tracing runs the model's own code
+            twin = _folded(copy.deepcopy(model)).eval()
         for seed in SEEDS:
             expected, scores = (_scores(net, x, seed) for net in (model, twin))
             if not (scores - expected).abs().max() <= TOLERANCE * expected.abs().max():
@@ -62,5 +63,5 @@ def _folded(module: nn.Module) -> nn.Module:
 
 
 def _scores(net: Any, x: Tensor, seed: int) -> Tensor:
-    with private_random_state(seed, net):
+    with preserved(net), private_random_state(seed, net):
         return net.member_logits(x) if hasattr(net, "member_logits") else net(x)

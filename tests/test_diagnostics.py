@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torchattacks import FGSM
+from torchattacks.attack import Attack
 
 from defenses import load_model
 from defenses.crossmax import CrossMax
 from defenses.frontend import DnCNN, FrontEnded
-from ensemble_attacks import AutoAttack, Ensemble
+from ensemble_attacks import PGD, AutoAttack, Ensemble
 from ensemble_attacks.cli import main
-from ensemble_attacks.diagnostics import diagnose
+from ensemble_attacks.diagnostics import binarization, diagnose, indicators
 from ensemble_attacks.registry import registered
 
 EPS = 0.1
@@ -155,6 +158,66 @@ def test_an_honest_model_raises_none(name: str, images: tuple[Tensor, Tensor]) -
     assert diagnose(prepared(HONEST[name]), *images, eps=EPS).flags == []
 
 
+class Careless(Attack):
+    """Climbs as PGD does, and gives back the clean images."""
+
+    def __init__(self, model: nn.Module, eps: float) -> None:
+        super().__init__("Careless", model)
+        self.inner = sound(model, eps)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.inner(images, labels)
+        return images
+
+
+def sound(model: nn.Module, eps: float) -> Attack:
+    return PGD(model, eps=eps, steps=50, n_restarts=1)
+
+
+def short(model: nn.Module, eps: float) -> Attack:
+    return PGD(model, eps=eps, alpha=eps / 40, steps=10, n_restarts=1)
+
+
+def confined(model: nn.Module, eps: float) -> Attack:
+    return PGD(model, eps=1e-3, n_restarts=1)
+
+
+FAILURES: dict[str, tuple[Callable[[nn.Module, float], Attack], str, str | None]] = {
+    "unavailable_gradients": (sound, "quantised", None),
+    "unstable_predictions": (sound, "crossmax", None),
+    "silent_success": (Careless, "one network", None),
+    "incomplete_optimization": (short, "one network", None),
+    "transfer_failure": (sound, "one network", "adversarially trained"),
+    "unconstrained_attack_failure": (confined, "one network", None),
+}
+
+
+@pytest.mark.parametrize("indicator", FAILURES)
+def test_the_six_indicators_of_attack_failure(indicator: str, images: tuple[Tensor, Tensor]) -> None:
+    attack, name, target = FAILURES[indicator]
+    models = {**HONEST, **{broken: make for broken, (make, _) in ZOO.items()}}
+    other = prepared(models[target]) if target else None
+    failing = indicators(attack, prepared(models[name]), images[0][:8], images[1][:8], eps=EPS, target=other).means()
+    working = indicators(sound, prepared(HONEST["one network"]), images[0][:8], images[1][:8], eps=EPS).means()
+    assert failing[indicator] > 0.1 > working[indicator]
+
+
+def test_the_binarization_test_tells_an_attack_that_works_from_one_that_does_not(images: tuple[Tensor, Tensor]) -> None:
+    pgd = partial(sound, eps=EPS)
+    for make in (standard, lambda: load_model("adp_convnet_3", dataset="digits", vote="logits")):
+        found = binarization(pgd, make(), images[0][:10], eps=EPS)
+        assert found.score == 1 and found.by_chance.double().mean() < 0.5 and found.skipped == 0
+    model = CrossMax(standard().members).eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert binarization(pgd, model, images[0][:10], eps=EPS).score < 0.95
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert binarization(partial(FGSM, eps=1e-4), standard(), images[0][:10], eps=EPS).score < 0.95
+    with pytest.raises(ValueError, match="cannot do with binary read-outs"):
+        binarization(pgd, in_training_mode(), images[0][:4], eps=EPS)
+    with pytest.raises(ValueError, match="no linear layer with 10 outputs"):
+        binarization(pgd, nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), images[0][:4], eps=EPS)
+
+
 def test_what_is_recommended(images: tuple[Tensor, Tensor]) -> None:
     crossmax = diagnose(CrossMax(standard().members).eval(), *images, eps=EPS)
     assert crossmax.attacks[:2] == ["mora", "crossmax-transfer"]
@@ -189,8 +252,10 @@ def test_auto_runs_what_the_diagnosis_asks_for(images: tuple[Tensor, Tensor], ca
 
 def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
     arguments = ["diagnose", "--model", "gal_convnet_3", "--vote", "voting", "--eps", "0.12", "--n", "16"]
+    arguments += ["--attack", "torchattacks:PGD?steps=10"]
     result = CliRunner().invoke(main, [*arguments, "--json", str(tmp_path / "found.json")])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"Run: --attacks {','.join(found['attacks'])}" in result.output.replace("\n", "")
+    assert any(check["name"] == "silent_success" for check in found["checks"])
     assert {"name", "verdict", "figure", "threshold", "meaning", "next", "source"} == set(found["checks"][0])

@@ -218,12 +218,16 @@ def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
 def test_stopped_at_once_by_a_signal(number: int, code: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ensemble_attacks", "evaluate", "--model", "dverge_at_convnet_3", "--eps", "0.1"]
-    process = subprocess.Popen([*command, "--attacks", "autoattack", "--out", str(folder)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--attacks", "autoattack", "--out", str(folder)],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list(folder.glob("units/*.json")):
         time.sleep(0.05)
     began = time.monotonic()
     process.send_signal(number)
-    assert process.wait() == code
+    assert process.wait(timeout=60) == code
     assert time.monotonic() - began < 5
     assert progress(Ledger(folder))["done"] == 1
 

@@ -1,5 +1,7 @@
 """Is a defense masking its gradients? Named checks, each with figure, threshold, verdict, source and what to run next."""
 
+from ensemble_attacks.diagnostics.binarization import Binarization, binarization
 from ensemble_attacks.diagnostics.checks import Check, Diagnosis, diagnose
+from ensemble_attacks.diagnostics.indicators import Indicators, indicators
 
-__all__ = ["Check", "Diagnosis", "diagnose"]
+__all__ = ["Binarization", "Check", "Diagnosis", "Indicators", "binarization", "diagnose", "indicators"]

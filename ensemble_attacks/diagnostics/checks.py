@@ -1,20 +1,24 @@
 """The checks, by what they look at: structure, gradients, and how attacks behave.
 
 Sources: [C19] Carlini et al., "On Evaluating Adversarial Robustness", arXiv:1902.06705. [A18] Athalye et al., "Obfuscated
-Gradients Give a False Sense of Security", ICML 2018. [P22] Pintor et al., "Indicators of Attack Failure", NeurIPS 2022.
-[CH20] Croce & Hein, AutoAttack, ICML 2020.
+Gradients Give a False Sense of Security", ICML 2018. [P22] Pintor et al., "Indicators of Attack Failure", NeurIPS 2022,
+I1 to I6. [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022. [CH20] Croce &
+Hein, AutoAttack, ICML 2020.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchattacks.attack import Attack
 
+from ensemble_attacks.diagnostics.binarization import binarization
+from ensemble_attacks.diagnostics.indicators import indicators
 from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.judge import judge
 from ensemble_attacks.objectives import margin
@@ -30,6 +34,7 @@ OK, FLAG, NOTE = "ok", "flag", "note"
 STEPS = 20  # of the attacks below
 DRAWS = 10  # by which a random model is judged
 EOT_ITER = 5
+ALONE = 8  # images on which an attack is looked at one by one
 UNBOUNDED = 0.5  # radius at which every image can become any other [C19]
 
 
@@ -78,13 +83,22 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int = 0) -> Diagnosis:
+def diagnose(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    seed: int = 0,
+    attack: Callable[[nn.Module, float], Attack] | None = None,
+) -> Diagnosis:
     """Look for reasons not to believe a robust accuracy in Linf.
 
     Args:
         model: images in [0, 1] -> scores (N, K).
         x, y: some images (N, C, H, W) and their classes (N,); 64 are enough.
         eps: radius of the ball, in pixel units of [0, 1].
+        attack: whose failures are looked into, as in `indicators`. (Default: 50 steps of PGD; EOTAPGD, if the model is random)
 
     Raises:
         TypeError, ValueError: unusable arguments.
@@ -104,9 +118,9 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int = 
         with torch.no_grad():
             scores_NK = model(x)
         check_scores(scores_NK, y, type(model).__name__)
-        examination = _Examination(model, x, y, eps, seed)
+        examination = _Examination(model, x, y, eps, seed, attack)
         checks = [*examination.of_structure(bool(was_training or trained)), *examination.of_gradients()]
-        checks += examination.of_attacks()
+        checks += [*examination.of_attacks(), *examination.of_one_attack()]
     attacks = attacks_for(examination.structure, [check for check in checks if check.verdict == FLAG])
     return Diagnosis(examination.structure, checks, attacks, examination.passes())
 
@@ -125,12 +139,21 @@ def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
 
 
 class _Examination:
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        seed: int,
+        attack: Callable[[nn.Module, float], Attack] | None,
+    ) -> None:
         self.original, self.x, self.y, self.eps, self.seed = model, x, y, eps, seed
         self.structure = structure_of(model, x, seed)
         self.counted = count_passes(prepare(model, x[:8]))
         self.model: Any = self.counted
         self.eot_iter = EOT_ITER if self.structure.random else None
+        self.attack = attack or self._default_attack
 
     def passes(self) -> float:
         return (self.counted.forwards + self.counted.backwards) / len(self.x)
@@ -191,7 +214,7 @@ class _Examination:
         gradient = self._gradient(self.model, self.x)
         zero = 1.0 if gradient is None else _share(_norms(gradient) == 0)
         said = "of so many images the gradient of the margin is zero or unavailable"
-        yield _measure("zero_gradients", zero, 0.02, said, self._surrogate() or "square", "[P22] unavailable gradients")
+        yield _measure("zero_gradients", zero, 0.02, said, self._surrogate() or "square", "[P22] I1")
         if gradient is None:
             return
         noisy = (self.x + self.eps * self._noise(1)).clamp(0, 1)
@@ -263,11 +286,9 @@ class _Examination:
         said = "random noise fools more than the gradient"
         yield _measure("noise", white - noise, slack, said, "square", "[C19]")
         said = "so much robust accuracy is left where the ball holds every image"
-        yield _measure("unbounded", at_all, 0.1, said, next_, "[C19], [P22] unconstrained attack failure")
+        yield _measure("unbounded", at_all, 0.1, said, next_, "[C19], [P22] I6")
         said = "twice the steps lower the robust accuracy by so much"
-        yield _measure(
-            "not_converged", white - longer, max(0.15, 3 / n), said, next_, "[C19], [P22] incomplete optimization"
-        )
+        yield _measure("not_converged", white - longer, max(0.15, 3 / n), said, next_, "[C19]")
         yield Check("clean", NOTE, clean, None, "accuracy on the clean images")
         yield Check("white_box", NOTE, longer, None, f"robust accuracy under {2 * STEPS} steps of PGD on the model itself")
         yield from self._transfer(min(white, longer), max(0.1, 3 / n))
@@ -283,7 +304,39 @@ class _Examination:
             said = "attacking past the front end fools so much more than attacking through it"
             yield _measure("frontend_gap", white - self._accuracy(images), slack, said, "bpda", "arXiv:2402.17018")
 
+    def of_one_attack(self) -> Iterator[Check]:
+        """An attack, image by image: the indicators of its failure, and whether it solves tasks that can be solved."""
+        x, y = self.x[:ALONE], self.y[:ALONE]
+        next_ = self._surrogate() or "apgd-t"
+        means = indicators(self.attack, self.model, x, y, eps=self.eps, target=self.original, seed=self.seed).means()
+        said = "mean relative change of the margin within 4/255: the loss is noise"
+        yield _measure("unstable_predictions", means["unstable_predictions"], 0.1, said, next_, "[P22] I2")
+        if not self.structure.random:  # of a random model, one lucky draw is no success
+            said = "of so many images an iterate was a success that the attack did not give back"
+            yield _measure("silent_success", means["silent_success"], 0.0, said, "pgd", "[P22] I3")
+            said = "of so many images the attack failed while its loss still moved"
+            yield _measure("incomplete_optimization", means["incomplete_optimization"], 0.1, said, next_, "[P22] I4")
+        said = "of so many images the attack fools what it climbs on, and not the model"
+        yield _measure("transfer_failure", means["transfer_failure"], 0.0, said, next_, "[P22] I5")
+        try:
+            tasks = binarization(lambda net: self.attack(net, self.eps), self.original, x, eps=self.eps, seed=self.seed)
+        except ValueError as error:
+            yield Check("binarization", NOTE, 0.0, None, f"no binarization test: {error}", "", "[Z22]")
+            return
+        if len(tasks.found) < 4:
+            said = f"no binarization test: {tasks.skipped} of {len(x)} images make no binary task"
+            yield Check("binarization", NOTE, 0.0, None, said, "", "[Z22]")
+            return
+        said = f"of {len(tasks.found)} binary tasks with a known adversarial example, so many are solved by the attack"
+        verdict = OK if tasks.score >= 0.95 else FLAG
+        yield Check("binarization", verdict, tasks.score, 0.95, said, next_, "[Z22]")
+
     # -- tools
+
+    def _default_attack(self, model: nn.Module, eps: float) -> Attack:
+        if self.eot_iter:
+            return EOTAPGD(model, eps=eps, steps=STEPS, seed=self.seed, eot_iter=self.eot_iter)
+        return PGD(model, eps=eps, steps=50, n_restarts=1, seed=self.seed)
 
     def _pgd(self, model: nn.Module, steps: int, eps: float, step_size: float | None = None) -> Tensor:
         if self._gradient(model, self.x) is None:

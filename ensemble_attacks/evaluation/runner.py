@@ -213,7 +213,7 @@ def _recraft(
     device = next(model.parameters(), x).device
 
     def predict(net: nn.Module) -> Tensor:
-        with private_random_state(settings.seed, net):
+        with preserved(net), private_random_state(settings.seed, net):
             return torch.cat([net(batch.to(device)).argmax(1).cpu() for batch in crafted.images.split(settings.batch_size)])
 
     rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
