@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-import torchattacks
+from matplotlib.figure import Figure
 from tables import save_table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,17 +25,7 @@ from torch.nn import functional as F
 from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
-
-
-def transfer_matrix(members: nn.ModuleList, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
-    """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M)."""
-    rows = []
-    for member in members:
-        attack = torchattacks.PGD(member, eps=eps, alpha=eps / 4, steps=steps)
-        crafted = torch.cat([attack(*batch) for batch in zip(x.split(250), y.split(250), strict=True)])
-        with torch.no_grad():
-            rows.append(torch.stack([(other(crafted).argmax(1) != y).double().mean() for other in members]))
-    return 100 * torch.stack(rows)
+from ensemble_attacks.diagnostics.transfer import draw_transfer, transfer_matrix
 
 
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
@@ -58,18 +48,13 @@ def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
 def main(
     model: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, steps: int, n: int, seed: int, out: Path
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     torch.manual_seed(seed)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     ensemble = load_model(model, model_dir, dataset)
     with torch.no_grad():
         right = (ensemble.member_logits(x).argmax(-1) == y).all(0)
     x, y = x[right], y[right]
-    matrix = transfer_matrix(ensemble.members, x, y, eps, steps)
+    matrix = transfer_matrix(ensemble.members, x, y, eps=eps, steps=steps)
     apart = matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean().item()
     cosine = gradient_cosine(ensemble.members, x, y)
 
@@ -83,13 +68,9 @@ def main(
     summary |= {"transfer": apart, "cosine": cosine}
     (out / f"{model}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
-    figure, axes = pyplot.subplots(figsize=(4, 3.4), layout="constrained")
-    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
-    for i, j in torch.cartesian_prod(torch.arange(len(matrix)), torch.arange(len(matrix))).tolist():
-        axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color="white" if matrix[i, j] < 60 else "black")
-    axes.set(xlabel="fooled member", ylabel="crafted on member", title=f"{model}, Linf {eps:g}")
-    axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
-    figure.colorbar(image, label="fooled (%)")
+    axes = (figure := Figure(figsize=(4, 3.4), layout="constrained")).subplots()
+    draw_transfer(axes, matrix)
+    axes.set(title=f"{model}, Linf {eps:g}")
     figure.savefig(out / f"{model}.png", dpi=150)
 
 

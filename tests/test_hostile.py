@@ -99,7 +99,8 @@ def test_is_evaluated_as_the_sound_model_is_and_left_as_it_was(kind: str) -> Non
     summary = run(model, x, y)
     assert summary["clean"]["robust"] == sound["clean"]["robust"] == N
     assert abs(summary["worst_case"]["robust"] - sound["worst_case"]["robust"]) <= 1  # half precision has ties
-    assert torch.equal(torch.get_rng_state(), state) and model.training == mode
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training == mode
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -121,7 +122,8 @@ def test_scores_that_are_not_finite_are_no_success_and_are_counted(value: float)
     summary = run(Wrapped(corner), x, y)
     assert summary["clean"]["invalid"] == broken
     for row in summary["attacks"].values():
-        assert row["robust"] + row["fooled"] + row["invalid"] == N and row["invalid"] >= broken
+        assert row["robust"] + row["fooled"] + row["invalid"] == N
+        assert row["invalid"] >= broken
     assert summary["worst_case"]["robust"] <= N - broken
 
 

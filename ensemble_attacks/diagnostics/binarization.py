@@ -1,4 +1,4 @@
-"""The binarization test of [Z22]: a task of two classes with an adversarial example known to be there; does the attack find it?
+"""The binarization test of [Z22]: does an attack find an adversarial example that is known to be there?
 
 [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022, arXiv:2206.13991. Of
 an ensemble, every member's read-out is made binary, and the aggregation is left in place.

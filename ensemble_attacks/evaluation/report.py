@@ -15,9 +15,10 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemble_attacks.diagnostics import Diagnosis, diagnose
+from ensemble_attacks.diagnostics.transfer import draw_transfer, transfer_matrix
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
 from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise
@@ -28,6 +29,7 @@ from ensemble_attacks.surrogates import Surrogate
 STYLE = "tableau-colorblind10"
 DIAGNOSED = 32  # images that a diagnosis looks at
 SHOWN = 8  # images of the gallery
+TRANSFER_STEPS = 20
 GRID = 15  # points of the loss surface along each direction
 COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "passes / image", "seconds")
 
@@ -187,6 +189,8 @@ def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Pictu
     pictures = [_gallery(context, tensors, best, index), _surface(context, best, index)]
     if hasattr(context.model, "member_logits"):
         pictures.append(_members(context, tensors, best, index))
+    if isinstance(getattr(context.model, "members", None), nn.ModuleList):
+        pictures.append(_transfer(context, best, index))
     return [picture for picture in pictures if picture]
 
 
@@ -235,6 +239,20 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
 
 
+def _transfer(context: Context, unit: Unit, index: int) -> Picture:
+    """How far adversarial examples carry from one member to another."""
+    device = next(context.model.parameters(), context.x).device
+    x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
+    net: Any = context.model
+    eps = unit.content["eps"]
+    shares = transfer_matrix(net.members, x, y, eps=eps, steps=TRANSFER_STEPS)
+    axes = (figure := Figure(figsize=(4, 3.4), layout="constrained")).subplots()
+    draw_transfer(axes, shares)
+    rows = [(i, j, share) for i, row in enumerate(shares.tolist()) for j, share in enumerate(row)]
+    caption = f"{_title(unit)}: of the images crafted on a member (PGD-{TRANSFER_STEPS}), those that fool another (%)"
+    return Picture(f"transfer_{index}", caption, figure, ("crafted on", "fooled", "%"), rows)
+
+
 def _surface(context: Context, unit: Unit, index: int) -> Picture:
     """The margin of the first right image along its gradient's sign and a random one; beside it, of the members' mean."""
     device = next(context.model.parameters(), context.x).device
@@ -273,13 +291,25 @@ def _diagnosis(context: Context) -> Diagnosis:
 
 # -- pages
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATES = Path(__file__).parent
+
+
+def render_page(template: Path, **content: Any) -> str:
+    """A self-contained page; the template extends ``page.html.jinja``, and all content is escaped."""
+    loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    return environment.get_template(template.name).render(**content)
 
 
 def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Any]) -> str:
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
-    return template.render(
-        title=_name(ledger), columns=COLUMNS, rows=rows, diagnoses=diagnoses, pictures=pictures, manifest=_manifest(ledger)
+    return render_page(
+        TEMPLATES / "report.html.jinja",
+        title=_name(ledger),
+        columns=COLUMNS,
+        rows=rows,
+        diagnoses=diagnoses,
+        pictures=pictures,
+        manifest=_manifest(ledger),
     )
 
 

@@ -1,0 +1,47 @@
+"""How far adversarial examples carry from one member of an ensemble to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+BATCH = 250
+
+
+def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M).
+
+    The attack is torchattacks' PGD with steps of eps / 4, on that member alone, from the images that all members get right
+    (all zero, if there are none).
+
+    Args:
+        members: each (N, C, H, W) in [0, 1] -> logits (N, K).
+        x, y: images and labels (N,).
+        eps: Linf radius in pixel units of [0, 1].
+    """
+    members = list(members)
+    with torch.no_grad():
+        right = torch.stack([member(x).argmax(1) == y for member in members]).all(0)
+    x, y = x[right], y[right]
+    rows = []
+    for member in members:
+        attack = torchattacks.PGD(member, eps=eps, alpha=eps / 4, steps=steps)
+        parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
+        crafted = torch.cat([attack(*part) for part in parts]) if len(x) else x
+        with torch.no_grad():
+            rows.append(torch.stack([(other(crafted).argmax(1) != y).double().mean().nan_to_num() for other in members]))
+    return 100 * torch.stack(rows).cpu()
+
+
+def draw_transfer(axes: Any, shares: Tensor) -> None:
+    """The matrix as a heat map on a figure's axes."""
+    drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis")
+    for i, row in enumerate(shares.tolist()):
+        for j, share in enumerate(row):
+            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share < 60 else "black")
+    axes.set(xlabel="fooled member", ylabel="crafted on member", xticks=range(len(shares)), yticks=range(len(shares)))
+    axes.figure.colorbar(drawn, label="fooled (%)")
