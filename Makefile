@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+PAGES := ensemble_attacks ensemble_attacks.autoattack ensemble_attacks.robustbench ensemble_attacks.diagnostics \
+	ensemble_attacks.registry ensemble_attacks.data ensemble_attacks.evaluation.ledger \
+	ensemble_attacks.evaluation.runner ensemble_attacks.evaluation.sweep defenses
 
-.PHONY: install demo test test-hosts lint
+.PHONY: install demo test test-hosts lint docs
 
 install: $(STAMP)
 
@@ -25,3 +28,6 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(VENV)/bin/pdoc -d google -o site $(PAGES)

@@ -46,11 +46,14 @@ class Run:
     data_dir: str
     model_dir: str | None = None
     dataset: str = "cifar10"
+    shard: int = SHARD
+    draws: int = 1
+    eot_iter: int | None = None
 
     def shards(self) -> range:
-        if self.n < 1 or self.n % SHARD:
-            raise click.BadParameter(f"{self.n} is not a multiple of {SHARD}", param_hint="--n")
-        return range(self.n // SHARD)
+        if self.n < 1 or self.n % self.shard:
+            raise click.BadParameter(f"{self.n} is not a multiple of {self.shard}", param_hint="--n")
+        return range(self.n // self.shard)
 
     def folder(self, cell: Cell, shard: int, attack: str) -> Path:
         return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / f"{shard}_{attack}"
@@ -71,19 +74,19 @@ class Run:
         for shard, cell, attack, where, weights in missing:
             if (where / "summary.json").exists():  # another process was quicker
                 continue
-            part = slice(shard * SHARD, (shard + 1) * SHARD)
+            part = slice(shard * self.shard, (shard + 1) * self.shard)
             model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote)
             evaluate(
                 model,
                 images[part],
                 labels[part],
                 [attack],
-                Settings(eps=cell.eps, seed=self.seed, batch_size=SHARD),
+                Settings(cell.eps, seed=self.seed, batch_size=SHARD, draws=self.draws, eot_iter=self.eot_iter),
                 describe={
                     "model": cell.model,
                     "vote": cell.vote,
                     "dataset": self.dataset,
-                    "first": shard * SHARD,
+                    "first": shard * self.shard,
                     "weights": weights,
                 },
                 out=where,

@@ -1,0 +1,160 @@
+"""What every defense that ships is worth: clean accuracy, the standard suite's verdict, the best attack known, the flags.
+
+    python benchmarks/leaderboard.py --datasets digits,cifar10 --data-dir DIR --out runs/leaderboard
+
+Goes on where it stopped (see `cells`). Writes ``leaderboard.json``, from which all else is made, ``leaderboard.html`` (one
+page that needs nothing else), and the table as Markdown and CSV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from cells import Cell, Run, summary
+from tables import save_table
+
+from defenses import list_models, load_model
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.diagnostics import diagnose
+from ensemble_attacks.ensembles import VOTES
+from ensemble_attacks.evaluation.report import render_page
+from ensemble_attacks.passes import passes_per_image
+
+RANDOM = ("multiresolution",)  # defenses that draw at random, and have an aggregation of their own
+SUITES = {False: "autoattack", True: "autoattack-rand"}
+ATTACKS = {False: ("cw", "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+DRAWS, EOT_ITER = 10, 5
+DIAGNOSED = 64
+RULES = (
+    "Every figure is the judge's, from stored images and fresh forward passes; NaN is no success, images outside the "
+    "ball are refused. The best known is the single attack that leaves the lowest accuracy, with Wilson's 95% interval over "
+    f"images. Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
+    "accuracy is the share of right draws, and one lucky draw is no success. An empty field was not run."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A defense on the board."""
+
+    cell: Cell
+    run: Run
+    random: bool
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        return (SUITES[self.random], *ATTACKS[self.random])
+
+    def flags_file(self) -> Path:
+        return self.run.folder(self.cell, 0, "flags.json")
+
+
+def entries(run: Run, eps: dict[str, float]) -> list[Entry]:
+    """Every model that ships for the run's dataset, in every vote that it has."""
+    found = []
+    for name in list_models(run.dataset, run.model_dir):
+        random = name.startswith(RANDOM)
+        own = replace(run, draws=DRAWS, eot_iter=EOT_ITER) if random else run
+        size = eps["random" if random else "trained" if name.startswith("dverge_at") else "plain"]
+        found += [Entry(Cell(name, vote, size), own, random) for vote in (("softmax",) if random else VOTES)]
+    return found
+
+
+def examine(entry: Entry) -> None:
+    """Store the flags of a defense."""
+    path, run, cell = entry.flags_file(), entry.run, entry.cell
+    if path.exists():
+        return
+    x, y = load_dataset(run.dataset, data_dir=run.data_dir, n=DIAGNOSED)
+    model = load_model(cell.model, run.model_dir, run.dataset, vote=cell.vote)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(diagnose(model, x, y, eps=cell.eps, seed=run.seed).flags) + "\n")
+
+
+def row_of(entry: Entry) -> dict[str, Any] | None:
+    """The row of a defense, from what has been run; ``None``, if nothing has."""
+    folders = {name: entry.run.folder(entry.cell, 0, name) for name in entry.attacks}
+    done = {name: summary(path) for name, path in folders.items() if (path / "summary.json").exists()}
+    if not done:
+        return None
+    rows = {name: found["attacks"][name] for name, found in done.items()}
+    best = min(rows, key=lambda name: rows[name]["accuracy"])
+    first, suite = next(iter(done.values())), SUITES[entry.random]
+    images = folders[best] / f"{best}.safetensors"
+    low, high = rows[best]["interval"]
+    return {
+        "dataset": entry.run.dataset,
+        "defense": entry.cell.model,
+        "vote": "own" if entry.random else entry.cell.vote,
+        "eps": entry.cell.eps,
+        "n": first["n"],
+        "clean": 100 * first["clean"]["accuracy"],
+        "AutoAttack": 100 * rows[suite]["accuracy"] if suite in rows else None,
+        "best known": 100 * rows[best]["accuracy"],
+        "low": 100 * low,
+        "high": 100 * high,
+        "found by": best,
+        "passes / image": passes_per_image(rows[best]),
+        "flags": ", ".join(json.loads(entry.flags_file().read_text())) if entry.flags_file().exists() else None,
+        "weights": first["weights"][:12],
+        "images": hashlib.sha256(images.read_bytes()).hexdigest()[:12] if images.exists() else None,
+    }
+
+
+def shown(value: Any, digits: int) -> Any:
+    """A value of a row, as the page has it."""
+    if value is None:
+        return ""
+    return round(value, digits) if isinstance(value, float) else value
+
+
+@click.command()
+@click.option("--datasets", default="digits", show_default=True, help="Comma-separated: digits, cifar10.")
+@click.option("--data-dir", default="data", show_default=True)
+@click.option("--model-dir", help="Where models are looked for, before those that ship.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/leaderboard"), show_default=True)
+@click.option("--n", default=100, show_default=True, help="Test images.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--models", help="Comma-separated names.  [default: all that ship]")
+@click.option("--table-only", is_flag=True, help="Run nothing, write the page from what is there.")
+def main(
+    datasets: str,
+    data_dir: str,
+    model_dir: str | None,
+    out: Path,
+    n: int,
+    seed: int,
+    models: str | None,
+    table_only: bool,
+) -> None:
+    board: list[dict[str, Any]] = []
+    radii = {
+        "digits": {"plain": 0.12, "trained": 0.12, "random": 0.1},
+        "cifar10": {"plain": 0.01, "trained": 0.03, "random": 8 / 255},
+    }
+    for dataset in datasets.split(","):
+        if dataset not in radii:
+            raise click.BadParameter(f"{dataset!r}: choose from {', '.join(radii)}", param_hint="--datasets")
+        run = Run(out / dataset, n, seed, data_dir, model_dir, dataset, shard=n)
+        for entry in entries(run, radii[dataset]):
+            if not table_only and (not models or entry.cell.model in models.split(",")):
+                entry.run.attack([entry.cell], entry.attacks)
+                examine(entry)
+            if row := row_of(entry):
+                board.append(row)
+    if not board:
+        raise click.UsageError(f"{out} holds nothing yet")
+    click.echo(save_table(board, out / "leaderboard"))
+    template = Path(__file__).with_name("leaderboard.html.jinja")
+    rows = [[shown(value, 3 if key == "eps" else 1) for key, value in row.items()] for row in board]
+    title = "What ensemble defenses are worth"
+    (out / "leaderboard.html").write_text(render_page(template, title=title, rules=RULES, columns=list(board[0]), rows=rows))
+
+
+if __name__ == "__main__":
+    main()
