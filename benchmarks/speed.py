@@ -3,7 +3,8 @@
     python benchmarks/speed.py --data-dir DIR
 
 Same model, images and steps; the ball is so small that nobody is fooled and stops early. Ours crafts on the prepared twin
-(`prepare`), as `evaluate` does. Medians over the repetitions.
+(`prepare`), as `evaluate` does; and in mixed precision, as ``--amp``
+does. Medians over the repetitions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main(
     x, _ = load_dataset(dataset, data_dir=data_dir, n=n)
     with torch.no_grad():
         y = model(x).argmax(1)
-    twin = prepare(model, x[:8])
+    twin, mixed = prepare(model, x[:8]), prepare(model, x[:8], amp=True)
 
     def bare(net: Any) -> Callable[[Any, Tensor, Tensor], object]:
         def run(_: Any, images: Tensor, labels: Tensor) -> None:
@@ -71,11 +72,14 @@ def main(
     contestants: dict[str, tuple[Any, Callable[[Any, Tensor, Tensor], object]]] = {
         "bare passes": (model, bare(model)),
         "bare passes, prepared": (twin, bare(twin)),
+        "bare passes, prepared, amp": (mixed, bare(mixed)),
         "torchattacks PGD": (model, lambda net, *xy: torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=steps)(*xy)),
         "pyautoattack APGD": (model, lambda net, *xy: APGDAttack(net, **quiet).perturb(*xy)),
         "our PGD": (twin, lambda net, *xy: PGD(net, n_restarts=1, **settings)(*xy)),
         "our APGD": (twin, lambda net, *xy: APGD(net, **settings)(*xy)),
         "our MORA, one beta": (twin, lambda net, *xy: MORA(net, betas=(0.5,), **settings)(*xy)),
+        "our APGD, amp": (mixed, lambda net, *xy: APGD(net, **settings)(*xy)),
+        "our MORA, one beta, amp": (mixed, lambda net, *xy: MORA(net, betas=(0.5,), **settings)(*xy)),
     }
     seconds: dict[str, list[float]] = {key: [] for key in contestants}
     for repetition in range(repetitions + 1):

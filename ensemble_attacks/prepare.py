@@ -1,6 +1,7 @@
 """A faster twin of a model to craft on: batch norm folded into the convolutions, ``channels_last``, parameters frozen.
 
-The judge never sees it: images crafted on the twin are judged on the original.
+The judge never sees it: images crafted on the twin are judged on the original, and an image that fools the twin alone is
+crafted again on the original.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from ensemble_attacks.preserve import preserved, private_random_state
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the folded model's scores, relative to the largest; float32 folding stays below 1e-5
+AMP_TOLERANCE = 0.1  # in mixed precision, which keeps eight bits
 PARTS = ("frontend",)  # that attacks ask for by name: what holds one is not folded as a whole
 SEEDS = (0, 1)  # of the two comparisons; a random model would give itself away
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, x: Tensor) -> nn.Module:
+def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
     """A twin of ``model`` that computes the same, faster; the model itself where it cannot be.
 
     Args:
         model: in eval mode, an ensemble (whose members are folded) or any other.
         x: some real images (N, C, H, W), on which the twin must agree with the original, draw for draw.
+        amp: run what was folded in mixed precision (bfloat16 convolutions); scores come out, and votes are counted, in the
+            images' type.
     """
     if isinstance(model, CountingModel):
         return model  # a copy would count for itself
@@ -38,10 +42,10 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
         return model  # a folded module would not call them
     try:
         with private_random_state(0, model):  # tracing runs the model's own code
-            twin = _folded(copy.deepcopy(model)).eval()
+            twin = _folded(copy.deepcopy(model), amp).eval()
         for seed in SEEDS:
             expected, scores = (_scores(net, x, seed) for net in (model, twin))
-            if not (scores - expected).abs().max() <= TOLERANCE * expected.abs().max():
+            if not (scores - expected).abs().max() <= (AMP_TOLERANCE if amp else TOLERANCE) * expected.abs().max():
                 raise ValueError("the folded model computes something else")
     except Exception as error:  # networks that cannot be copied or traced say so in many ways
         logger.debug("not prepared: %s (%s)", type(model).__name__, error)
@@ -49,17 +53,30 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     return twin.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def _folded(module: nn.Module) -> nn.Module:
+def _folded(module: nn.Module, amp: bool) -> nn.Module:
     """The module, folded as a whole where that is possible and no attack looks inside; else its children are."""
     looked_into = hasattr(module, "member_logits") or any(name.split(".")[-1] in PARTS for name, _ in module.named_modules())
     if not looked_into:
         try:
-            return fuse(module)
+            return Autocast(fuse(module)) if amp else fuse(module)
         except Exception as error:  # torch.fx cannot trace every network
             logger.debug("%s is folded by its children (%s)", type(module).__name__, error)
     for name, child in module.named_children():
-        setattr(module, name, _folded(child))
+        setattr(module, name, _folded(child, amp))
     return module
+
+
+class Autocast(nn.Module):
+    """A network in mixed precision: (N, C, H, W) -> scores in the type of its input."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            scores = self.net(x)
+        return scores.to(x.dtype)
 
 
 def _scores(net: Any, x: Tensor, seed: int) -> Tensor:

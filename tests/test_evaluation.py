@@ -152,7 +152,7 @@ def test_images_that_fool_only_the_twin_are_crafted_again_on_the_model(
     brittle = load_model("standard_convnet_3", dataset="digits")
     for member in brittle.members:
         member.linear2.bias.data[0] += 10
-    monkeypatch.setattr(runner, "prepare", lambda model, x: brittle)
+    monkeypatch.setattr(runner, "prepare", lambda model, x, amp: brittle)
     through_twin = evaluate(model, *digits, ["ea-apgd-ce"], Settings(eps=0.2))
     monkeypatch.undo()
     direct = evaluate(model, *digits, ["ea-apgd-ce"], Settings(eps=0.2))
@@ -174,6 +174,19 @@ def test_prepare_folds_batch_norm_and_leaves_the_model_alone() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert prepare(model.train(), x) is model
     assert not any(parameter.requires_grad for parameter in twin.parameters())
+
+
+@pytest.mark.parametrize("vote", ["softmax", "voting", "logits"])
+def test_mixed_precision_leaves_no_more_robust(vote: str, digits: tuple[Tensor, Tensor]) -> None:
+    model = load_model("gal_convnet_3", dataset="digits", vote=vote)
+    x, y = digits[0][:60], digits[1][:60]
+    twin = prepare(model, x[:8], amp=True)
+    scores = twin.member_logits(x)
+    assert scores.dtype == x.dtype
+    assert not torch.equal(scores, model.member_logits(x))
+    torch.testing.assert_close(scores, model.member_logits(x), rtol=0.05, atol=0.1)
+    mixed, single = (evaluate(model, x, y, ["mora"], Settings(eps=0.12, amp=amp)) for amp in (True, False))
+    assert mixed["worst_case"]["robust"] <= single["worst_case"]["robust"] + 1
 
 
 def test_prepare_keeps_the_parts_that_attacks_ask_for_and_the_draws() -> None:

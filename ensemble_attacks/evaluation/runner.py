@@ -149,7 +149,7 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     clean = judged(model, x, y, x, settings)
     report("clean", clean.summary())
-    twin = prepare(model, x[:8].to(next(model.parameters(), x).device))
+    twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far

@@ -31,6 +31,7 @@ class Settings:
         eps: radius of the ball, in pixel units of [0, 1].
         draws: fresh forward passes by which the judge decides on each image of a random model.
         eot_iter: of a random model, draws of every iterate; ``None``: the model is deterministic.
+        amp: craft in mixed precision; the judge does not.
     """
 
     eps: float
@@ -39,6 +40,7 @@ class Settings:
     batch_size: int = 250
     draws: int = 1
     eot_iter: int | None = None
+    amp: bool = False
 
 
 @dataclass(frozen=True, eq=False)

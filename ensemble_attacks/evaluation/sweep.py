@@ -76,6 +76,7 @@ class Sweep:
     shard_size: int = 250
     draws: int = 1
     eot_iter: int | None = None
+    amp: bool = False
     cascade: bool = False
 
     @classmethod
@@ -182,7 +183,7 @@ def cells_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             "vote": vote,
             "eps": eps,
             "seed": seed,
-            **{key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "cascade")},
+            **{key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "amp", "cascade")},
             "weights": manifest["weights"][model],
             "data": manifest["data"],
             "code": manifest["code"],
@@ -256,8 +257,8 @@ class Context:
             raise LedgerError(f"{content['dataset']} in {places['data_dir']} is not what the run began with: restore it")
         start, stop = content["range"]
         self.x, self.y = load_dataset(content["dataset"], data_dir=places["data_dir"], first=start, n=stop - start)
-        self.twin: nn.Module = prepare(self.model, self.x[:8].to(device))
         self.settings = _settings(content)
+        self.twin: nn.Module = prepare(self.model, self.x[:8].to(device), amp=self.settings.amp)
 
 
 def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None) -> Result:
