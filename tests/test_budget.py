@@ -1,0 +1,33 @@
+"""Passes that attacks may spend: a change that spends more, or leaves more robust, fails."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from defenses import load_model
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.passes import passes_per_image
+
+N = 50
+SLACK = 1.03  # other hardware rounds otherwise, and an image on the boundary stays for longer
+BUDGET = {  # (model, vote, attack): robust images of N, passes per image; digits, Linf 0.12, seed 0
+    ("standard_convnet_3", "softmax", "mora"): (14, 309.8),
+    ("gal_convnet_3", "softmax", "mora"): (6, 161.9),
+    ("gal_convnet_3", "voting", "mora"): (1, 67.4),
+    ("gal_convnet_3", "voting", "mora-mt"): (1, 103.6),
+    ("gal_convnet_3", "logits", "mora"): (15, 306.4),
+    ("gal_convnet_3", "softmax", "ea-apgd-ce"): (14, 68.8),
+    ("gal_convnet_3", "voting", "pgd"): (27, 620.2),
+}
+
+
+@pytest.mark.parametrize("case", BUDGET, ids=" ".join)
+def test_passes_stay_within_budget(case: tuple[str, str, str], digits: tuple[Tensor, Tensor]) -> None:
+    model, vote, attack = case
+    robust, passes = BUDGET[case]
+    x, y = digits[0][:N], digits[1][:N]
+    row = evaluate(load_model(model, dataset="digits", vote=vote), x, y, [attack], Settings(eps=0.12))["attacks"][attack]
+    assert row["robust"] <= robust + 1
+    assert passes_per_image(row) <= SLACK * passes + 2
