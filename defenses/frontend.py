@@ -9,6 +9,7 @@ epoch of adversarial training at a small learning rate turns its gradient away f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,4 +115,10 @@ RECIPE = Recipe(
     fewest_members=1,
     summary="DnCNN front end with a skip connection before a frozen backbone (Boytsov et al. 2024); AdamW, adversarial "
     "training of the front end on PGD-10 images.",
+)
+ROBUST = replace(
+    RECIPE,
+    name="frontend_at",
+    start_from="dverge_at",
+    summary=f"{RECIPE.summary} The backbones are adversarially trained.",
 )

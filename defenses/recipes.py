@@ -29,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
         dverge.RECIPE,
         adversarial.RECIPE,
         frontend.RECIPE,
+        frontend.ROBUST,
         multiresolution.RECIPE,
         multiresolution.LIGHT_AT,
         *map(with_adversarial_training, _JOINT[1:]),
