@@ -128,7 +128,9 @@ def test_every_recipe_trains_reproducibly(name: str, amp: bool) -> None:
     first = gradients()
     assert all(torch.isfinite(g).all() for g in first)
     moved = sum(bool(g.any()) for g in first)
-    assert moved == (3 if name.startswith("frontend") else len(first))  # its last convolutions, zero, let nothing through yet
+    assert moved == (
+        3 if name.startswith("frontend") else len(first)
+    )  # its last convolutions, zero, let nothing through yet
     assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
