@@ -23,7 +23,7 @@ from ensemble_attacks.passes import passes_per_image
 from ensemble_attacks.surrogates import premise
 
 SINGLE = ("autoattack", "bpda", "front-end-reversal")
-RANDOM = ("autoattack", "autoattack-rand", "eot-apgd", "bpda", "bpda-mora")
+RANDOM = ("autoattack", "autoattack-rand", "eot-apgd", "mora", "bpda", "bpda-mora")
 
 
 def tell(attack: str, row: dict[str, Any]) -> None:

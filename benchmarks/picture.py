@@ -1,0 +1,43 @@
+"""The picture of the README: what attacks leave robust of ensembles that take a hard vote, from the records of `table1`.
+
+python benchmarks/picture.py benchmarks/results/table1/table1.json --out docs/hard-votes.png
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from matplotlib import style
+from matplotlib.figure import Figure
+
+ATTACKS = {"PGD": "PGD-500", "CW": "CW-500", "AutoAttack": "AutoAttack", "MORA-mt": "MORA"}
+WIDTH = 0.2
+
+
+@click.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--vote", default="voting", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(table: Path, vote: str, out: Path) -> None:
+    rows: list[dict[str, Any]] = [row for row in json.loads(table.read_text()) if row["vote"] == vote]
+    if not rows:
+        raise click.BadParameter(f"{table} has no row of {vote!r}", param_hint="--vote")
+    with style.context("tableau-colorblind10"):
+        axes = (figure := Figure(figsize=(7.5, 3.4), layout="constrained")).subplots()
+        for turn, (column, label) in enumerate(ATTACKS.items()):
+            at = [index + (turn - 1.5) * WIDTH for index in range(len(rows))]
+            bars = axes.bar(at, [row[column] or 0 for row in rows], WIDTH, label=label)
+            axes.bar_label(bars, ["-" if row[column] is None else f"{row[column]:.0f}" for row in rows], fontsize=8)
+        names = [f"{row['defense']}\nLinf {row['eps']:g}" for row in rows]
+        axes.set(xticks=range(len(rows)), xticklabels=names, ylabel="robust accuracy (%)")
+        axes.set_title(f"CIFAR-10, three ResNet-20 that take a hard vote, first {rows[0]['n']} test images", fontsize=10)
+        axes.legend(ncols=4, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(out, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
