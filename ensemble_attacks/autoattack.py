@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -23,13 +22,14 @@ from typing import Any, TypeAlias
 import click
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks import __version__
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.ensembles import check_members
+from ensemble_attacks.evaluation.ledger import write_whole
 from ensemble_attacks.hashing import digest
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.objectives import margin
@@ -507,9 +507,7 @@ class State:
             name: (t.to(torch.uint8) if t.dtype == torch.bool else t).cpu().contiguous() for name, t in tensors.items()
         }
         about = {key: getattr(self, key) for key in ("identity", "current", "flags")} | {"stages": list(self.stages)}
-        partial_file = self.path.with_name(self.path.name + ".part")
-        save_file(tensors, partial_file, metadata={"state": json.dumps(about)})
-        os.replace(partial_file, self.path)
+        write_whole(self.path, save(tensors, metadata={"state": json.dumps(about)}))
         self.saved = time.monotonic()
 
     @classmethod

@@ -26,7 +26,7 @@ from ensemble_attacks.passes import count_passes
 from ensemble_attacks.pgd import PGD
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
-from ensemble_attacks.structure import Structure, are_probabilities, differ, structure_of
+from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, differ, structure_of
 from ensemble_attacks.surrogates import Surrogate, premise, straight_through
 from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
 
@@ -35,6 +35,11 @@ STEPS = 20  # of the attacks below
 DRAWS = 10  # by which a random model is judged
 EOT_ITER = 5
 ALONE = 8  # images on which an attack is looked at one by one
+NEED_MEMBERS = {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
+CHEAPEST_FIRST = (
+    *("bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd"),
+    *("pgd", "apgd-ce", "apgd-t", "fab-t", "square"),
+)
 UNBOUNDED = 0.5  # radius at which every image can become any other [C19]
 
 
@@ -127,15 +132,11 @@ def diagnose(
 
 def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
     """The adaptive suite that a structure and its flags call for, cheapest first."""
-    wanted = [flag.next for flag in flags if flag.next]
-    order = ["bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd", "apgd-ce", "apgd-t", "fab-t", "square"]
-    chosen = set(wanted) | ({"mora"} if structure.members else set())
-    if structure.frontend and structure.members:
-        chosen.add("bpda-mora")
-    chosen |= {"eot-apgd"} if structure.random else {"apgd-ce", *(["apgd-t"] if structure.classes > 3 else [])}
+    asked = {flag.next for flag in flags if flag.next}
+    chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
     if not structure.members:
-        chosen -= {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
-    return [name for name in order if name in chosen]
+        chosen -= NEED_MEMBERS
+    return [name for name in CHEAPEST_FIRST if name in chosen]
 
 
 class _Examination:
