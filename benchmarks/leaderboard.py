@@ -26,14 +26,17 @@ from ensemble_attacks.evaluation.report import render_page
 from ensemble_attacks.passes import passes_per_image
 
 RANDOM = ("multiresolution",)  # defenses that draw at random, and have an aggregation of their own
+FRONT_ENDED = "frontend"
+AUTO = "auto"
 SUITES = {False: "autoattack", True: "autoattack-rand"}
 ATTACKS = {False: ("cw", "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
 RULES = (
     "Every figure is the judge's, from stored images and fresh forward passes; NaN is no success, images outside the "
-    "ball are refused. The best known is the single attack that leaves the lowest accuracy, with Wilson's 95% interval over "
-    f"images. Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
+    "ball are refused. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
+    "Wilson's 95% interval over images; auto is what `--attacks auto` leaves, which is not told which attack that is. "
+    f"Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
     "accuracy is the share of right draws, and one lucky draw is no success. An empty field was not run."
 )
 
@@ -48,7 +51,8 @@ class Entry:
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        return (SUITES[self.random], *ATTACKS[self.random])
+        past_frontend = ("bpda-mora",) if self.cell.model.startswith(FRONT_ENDED) else ()
+        return (SUITES[self.random], *ATTACKS[self.random], *past_frontend, AUTO)
 
     def flags_file(self) -> Path:
         return self.run.folder(self.cell, 0, "flags.json")
@@ -83,7 +87,8 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
     if not done:
         return None
     rows = {name: found["attacks"][name] for name, found in done.items()}
-    best = min(rows, key=lambda name: rows[name]["accuracy"])
+    chosen = [name for name in rows if name != AUTO] or [AUTO]
+    best = min(chosen, key=lambda name: (rows[name]["accuracy"], passes_per_image(rows[name])))
     first, suite = next(iter(done.values())), SUITES[entry.random]
     images = folders[best] / f"{best}.safetensors"
     low, high = rows[best]["interval"]
@@ -100,6 +105,8 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "high": 100 * high,
         "found by": best,
         "passes / image": passes_per_image(rows[best]),
+        "auto": 100 * rows[AUTO]["accuracy"] if AUTO in rows else None,
+        "auto's passes": passes_per_image(rows[AUTO]) if AUTO in rows else None,
         "flags": ", ".join(json.loads(entry.flags_file().read_text())) if entry.flags_file().exists() else None,
         "weights": first["weights"][:12],
         "images": hashlib.sha256(images.read_bytes()).hexdigest()[:12] if images.exists() else None,
