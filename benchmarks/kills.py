@@ -1,6 +1,8 @@
 """What a run loses when it is killed: kill -9 at random instants, run again, compare the summaries byte for byte.
 
-python benchmarks/kills.py --kills 200 --workers 1
+    python benchmarks/kills.py --kills 200 --workers 1
+
+With ``--coordinators``, so many processes drive the same run at once, and all of them are killed at the same instant.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ def start(folder: Path, manifest: dict[str, Any], workers: int) -> None:
 @click.command()
 @click.option("--kills", default=200, show_default=True)
 @click.option("--workers", default=1, show_default=True)
+@click.option("--coordinators", default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(kills: int, workers: int, seed: int) -> None:
+def main(kills: int, workers: int, coordinators: int, seed: int) -> None:
     random.seed(seed)
     manifest = manifest_of(SWEEP, model_dir=None, data_dir="data")
     units = sum(map(len, chains_of(manifest)))
@@ -46,12 +49,15 @@ def main(kills: int, workers: int, seed: int) -> None:
     different = corrupted = recomputed = landed = 0
     for _ in range(kills):
         folder = Path(tempfile.mkdtemp())
-        process = context.Process(target=start, args=(folder / "run", manifest, workers))
-        process.start()
+        processes = [context.Process(target=start, args=(folder / "run", manifest, workers)) for _ in range(coordinators)]
+        for process in processes:
+            process.start()
         time.sleep(random.uniform(0, seconds))
-        landed += process.is_alive()
-        process.kill()
-        process.join()
+        landed += any(process.is_alive() for process in processes)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
         before = len(list((folder / "run" / "units").glob("*.json")))
         marks = len(list((folder / "run" / "running").glob("*.json")))
         start(folder / "run", manifest, workers)
@@ -62,8 +68,8 @@ def main(kills: int, workers: int, seed: int) -> None:
         assert before <= units
         shutil.rmtree(folder)
     click.echo(
-        f"{units} units, {workers} processes, {seconds:.1f} s undisturbed; {kills} kills, {landed} before the end: "
-        f"{different} summaries differ, {corrupted} files corrupted, {recomputed / kills:.2f} units computed again per kill"
+        f"{units} units, {coordinators} x {workers} processes, {seconds:.1f} s undisturbed; {kills} kills, {landed} before "
+        f"the end: {different} summaries differ, {corrupted} files corrupted, {recomputed / kills:.2f} units computed again per kill"
     )
 
 
