@@ -69,7 +69,8 @@ def main(kills: int, workers: int, coordinators: int, seed: int) -> None:
         shutil.rmtree(folder)
     click.echo(
         f"{units} units, {coordinators} x {workers} processes, {seconds:.1f} s undisturbed; {kills} kills, {landed} before "
-        f"the end: {different} summaries differ, {corrupted} files corrupted, {recomputed / kills:.2f} units computed again per kill"
+        f"the end: {different} summaries differ, {corrupted} files corrupted, {recomputed / kills:.2f} units computed again "
+        "per kill"
     )
 
 
