@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(VENV)/bin/ensemble-attacks demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 test-hosts: $(STAMP)
 	$(VENV)/bin/python -m pytest -m hosts tests

@@ -66,8 +66,8 @@ class Run:
             weights = model_card(cell.model, self.model_dir, self.dataset)["sha256"]
             if not (where / "summary.json").exists():
                 missing.append((shard, cell, attack, where, weights))
-            elif summary(where).get("weights") != weights:
-                raise click.UsageError(f"{where} was run on other weights of {cell.model}: choose another --out")
+            elif other := self._differs(summary(where), weights, shard):
+                raise click.UsageError(f"{where} was run with another {other}: choose another --out")
         if not missing:
             return
         images, labels = load_dataset(self.dataset, data_dir=self.data_dir, n=self.n)
@@ -94,6 +94,17 @@ class Run:
                     f"{at} {name}: {100 * row['accuracy']:.1f}", err=True
                 ),
             )
+
+    def _differs(self, stored: dict[str, Any], weights: str, shard: int) -> str | None:
+        """What a stored summary has otherwise than this run."""
+        own = {
+            "weights": weights,
+            "n": self.shard,
+            "first": shard * self.shard,
+            "draws": self.draws,
+            "eot_iter": self.eot_iter,
+        }
+        return next((key for key, value in own.items() if stored.get(key, value) != value), None)
 
     def finished(self, cell: Cell, attacks: Iterable[str]) -> list[dict[str, Path]]:
         """Of the shards that all ``attacks`` have run, the folder of each attack."""

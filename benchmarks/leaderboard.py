@@ -87,8 +87,7 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
     if not done:
         return None
     rows = {name: found["attacks"][name] for name, found in done.items()}
-    chosen = [name for name in rows if name != AUTO] or [AUTO]
-    best = min(chosen, key=lambda name: (rows[name]["accuracy"], passes_per_image(rows[name])))
+    best = min(rows, key=lambda name: (rows[name]["accuracy"], passes_per_image(rows[name])))
     first, suite = next(iter(done.values())), SUITES[entry.random]
     images = folders[best] / f"{best}.safetensors"
     low, high = rows[best]["interval"]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 ATTACKS = {"PGD": "PGD-500", "CW": "CW-500", "AutoAttack": "AutoAttack", "MORA-mt": "MORA"}
 WIDTH = 0.2
+TITLES = {"voting": "hard votes", "softmax": "mean probability", "logits": "mean logits"}
 
 
 @click.command()
@@ -33,7 +34,7 @@ def main(table: Path, vote: str, out: Path) -> None:
             axes.bar_label(bars, ["-" if row[column] is None else f"{row[column]:.0f}" for row in rows], fontsize=8)
         names = [f"{row['defense']}\nLinf {row['eps']:g}" for row in rows]
         axes.set(xticks=range(len(rows)), xticklabels=names, ylabel="robust accuracy (%)")
-        axes.set_title(f"CIFAR-10, three ResNet-20 that take a hard vote, first {rows[0]['n']} test images", fontsize=10)
+        axes.set_title(f"CIFAR-10, three ResNet-20, {TITLES[vote]}, first {rows[0]['n']} test images", fontsize=10)
         axes.legend(ncols=4, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(out, dpi=130)

@@ -48,7 +48,8 @@ from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
 from ensemble_attacks.original import STANDARD
 from ensemble_attacks.passes import passes_per_image
-from ensemble_attacks.registry import OURS, find_attack
+from ensemble_attacks.registry import HOSTS, OURS, find_attack
+from ensemble_attacks.structure import structure_of
 from ensemble_attacks.validation import check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -175,8 +176,15 @@ def diagnose(
     """Is a model masking its gradients? Checks with figure, threshold and verdict, and the attacks to run."""
     check_device(device)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
-    make = None if attack is None else partial(_of_radius, find_attack(attack).make, seed)
     net = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
+    make = None
+    if attack is not None:
+        if attack in HOSTS or attack in SUITES:
+            raise ValueError(f"attack {attack!r} is AutoAttack's own: choose from {', '.join(OURS)}, or torchattacks:NAME")
+        named = find_attack(attack)
+        named.check(net)
+        eot_iter = diagnostics.EOT_ITER if structure_of(net, x[:8].to(device), seed).random else None
+        make = partial(_of_radius, named.make, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
     table = Table(title=f"{model}, {vote}, {dataset}, Linf {eps:g}, {n} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
@@ -186,7 +194,9 @@ def diagnose(
         threshold = "" if check.threshold is None else f"{check.threshold:.2f}"
         shown = check.next if check.verdict == "flag" else ""
         verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
-        table.add_row(check.name, verdict, f"{check.figure:.2f}", threshold, check.meaning, shown, escape(check.source))
+        table.add_row(
+            check.name, verdict, f"{check.figure:.2f}", threshold, escape(check.meaning), shown, escape(check.source)
+        )
     console.print(table)
     console.print(f"Run: --attacks {','.join(found.attacks)}", highlight=False, soft_wrap=True)
     console.print(f"{found.passes:,.0f} passes per image.", highlight=False)
@@ -194,8 +204,8 @@ def diagnose(
         path.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
 
 
-def _of_radius(make: Callable[..., Attack], seed: int, model: nn.Module, eps: float) -> Attack:
-    return make(model, norm="Linf", eps=eps, seed=seed, batch_size=250, eot_iter=None)
+def _of_radius(make: Callable[..., Attack], seed: int, eot_iter: int | None, model: nn.Module, eps: float) -> Attack:
+    return make(model, norm="Linf", eps=eps, seed=seed, batch_size=250, eot_iter=eot_iter)
 
 
 @main.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
 from ensemble_attacks.passes import CountingModel
@@ -42,27 +43,50 @@ def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
         return model  # a folded module would not call them
     try:
         with private_random_state(0, model):  # tracing runs the model's own code
-            twin = _folded(copy.deepcopy(model), amp).eval()
-        for seed in SEEDS:
-            expected, scores = (_scores(net, x, seed) for net in (model, twin))
-            if not (scores - expected).abs().max() <= (AMP_TOLERANCE if amp else TOLERANCE) * expected.abs().max():
-                raise ValueError("the folded model computes something else")
+            twin = _folded(copy.deepcopy(model)).eval()
+        _check(twin, model, x, TOLERANCE)
     except Exception as error:  # networks that cannot be copied or traced say so in many ways
         logger.debug("not prepared: %s (%s)", type(model).__name__, error)
+        if amp:
+            logger.warning("%s cannot be prepared, and is not run in mixed precision", type(model).__name__)
         return model
+    if amp:
+        try:
+            mixed = _mixed(copy.deepcopy(twin)).eval()
+            _check(mixed, model, x, AMP_TOLERANCE)
+            twin = mixed
+        except Exception as error:
+            logger.warning("%s is not run in mixed precision: %s", type(model).__name__, error)
     return twin.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def _folded(module: nn.Module, amp: bool) -> nn.Module:
+def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: float) -> None:
+    """Raise a ValueError unless both compute the same, draw for draw, give or take a share of the largest score."""
+    for seed in SEEDS:
+        expected, scores = (_scores(net, x, seed) for net in (model, twin))
+        if not (scores - expected).abs().max() <= tolerance * expected.abs().max():
+            raise ValueError("the folded model computes something else")
+
+
+def _folded(module: nn.Module) -> nn.Module:
     """The module, folded as a whole where that is possible and no attack looks inside; else its children are."""
     looked_into = hasattr(module, "member_logits") or any(name.split(".")[-1] in PARTS for name, _ in module.named_modules())
     if not looked_into:
         try:
-            return Autocast(fuse(module)) if amp else fuse(module)
+            return fuse(module)
         except Exception as error:  # torch.fx cannot trace every network
             logger.debug("%s is folded by its children (%s)", type(module).__name__, error)
     for name, child in module.named_children():
-        setattr(module, name, _folded(child, amp))
+        setattr(module, name, _folded(child))
+    return module
+
+
+def _mixed(module: nn.Module) -> nn.Module:
+    """With every network that was folded as a whole in mixed precision."""
+    if isinstance(module, GraphModule):
+        return Autocast(module)
+    for name, child in module.named_children():
+        setattr(module, name, _mixed(child))
     return module
 
 

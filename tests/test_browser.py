@@ -48,6 +48,12 @@ def test_a_click_sorts_the_table(column: int, expected: list[str], page: Path) -
 
 
 def test_nothing_is_cut_off(page: Path) -> None:
+    columns = ["dataset", "defense", "vote", "eps", "n", "clean", "AutoAttack", "best known", "low", "high", "found by"]
+    columns += ["passes / image", "auto", "auto's passes", "flags", "weights", "images"]
+    row = ["digits", "multiresolution_at_convnet_1", "own", 0.1, *[100.0] * 6, "crossmax-transfer", 1909.8, 72.0, 1234.5]
+    row += ["aggregation, random, zero_gradients, transfer_gap, unstable_predictions", "0123456789ab", "0123456789ab"]
+    template = Path(leaderboard.__file__).with_name("leaderboard.html.jinja")
+    page.write_text(render_page(template, title="A title", rules=leaderboard.RULES, columns=columns, rows=[row]))
     beyond = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     page.write_text(page.read_text().replace("</body>", f"<script>document.title = {beyond}</script></body>"))
     assert "<title>0</title>" in look(page, "--dump-dom", "--window-size=1100,800")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from torchattacks.attack import Attack
 from defenses import load_model
 from defenses.crossmax import CrossMax
 from defenses.frontend import DnCNN, FrontEnded
-from ensemble_attacks import PGD, AutoAttack, Ensemble
+from ensemble_attacks import MORA, PGD, AutoAttack, Ensemble
 from ensemble_attacks.cli import main
+from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
 from ensemble_attacks.registry import registered
 
@@ -202,6 +204,48 @@ def test_the_six_indicators_of_attack_failure(indicator: str, images: tuple[Tens
     assert failing[indicator] > 0.1 > working[indicator]
 
 
+def test_an_attack_that_looks_at_the_members_or_leaves_the_ball(images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:6], images[1][:6]
+    found = indicators(lambda net, eps: MORA(net, eps=eps, steps=20), standard(), x, y, eps=EPS)
+    assert found.silent_success.sum() == found.incomplete_optimization.sum() == 0
+    far = indicators(lambda net, eps: PGD(net, eps=0.9, n_restarts=1), standard(), x, y, eps=1e-3)
+    assert far.silent_success.sum() == 0
+    blind = indicators(lambda net, eps: Blind("Blind", net), standard(), x, y, eps=EPS)
+    assert blind.silent_success.isnan().all()
+
+
+class Blind(Attack):
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return images
+
+
+class Locked(nn.Module):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.lock = standard().members[0], threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_what_cannot_be_tested_is_a_note(images: tuple[Tensor, Tensor]) -> None:
+    for model in (Locked().eval(), RandomCrop().eval()):
+        (check,) = [check for check in diagnose(model, *images, eps=EPS).checks if check.name == "binarization"]
+        assert check.verdict == "note"
+        assert "no binarization test" in check.meaning
+    raising = lambda net, eps: PGD(net, eps=-1)  # noqa: E731
+    found = diagnose(standard(), images[0][:16], images[1][:16], eps=EPS, attack=raising)
+    assert found.flags == ["attack"]
+
+
+def test_honest_on_cifar10_too(cifar10_dir: Path) -> None:
+    x, y = load_dataset("cifar10", data_dir=cifar10_dir, n=16)
+    found = diagnose(load_model("dverge_at_resnet20_3"), x, y, eps=0.03)
+    assert found.flags == []
+
+
 def test_the_binarization_test_tells_an_attack_that_works_from_one_that_does_not(images: tuple[Tensor, Tensor]) -> None:
     pgd = partial(sound, eps=EPS)
     for make in (standard, lambda: load_model("adp_convnet_3", dataset="digits", vote="logits")):
@@ -259,5 +303,8 @@ def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"Run: --attacks {','.join(found['attacks'])}" in result.output.replace("\n", "")
+    refused = CliRunner().invoke(main, [*arguments[:-1], "apgd-ce"])
+    assert refused.exit_code == 2
+    assert "is AutoAttack's own: choose from mora" in " ".join(refused.output.split())
     assert any(check["name"] == "silent_success" for check in found["checks"])
     assert {"name", "verdict", "figure", "threshold", "meaning", "next", "source"} == set(found["checks"][0])

@@ -59,7 +59,7 @@ def test_a_ray_node_is_lost(tmp_path: Path, importable: None) -> None:
             time.sleep(0.1)
         cluster.remove_node(node, allow_graceful=False)
 
-    killer = threading.Thread(target=lose_one)
+    killer = threading.Thread(target=lose_one, daemon=True)
     try:
         timed(warm)  # the first starts the workers
         whole = timed(undisturbed)

@@ -189,6 +189,31 @@ def test_mixed_precision_leaves_no_more_robust(vote: str, digits: tuple[Tensor, 
     assert mixed["worst_case"]["robust"] <= single["worst_case"]["robust"] + 1
 
 
+class SlightNoise(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.01 * torch.randn(1, 3, 8, 8))
+
+
+class ReadsItsWeight(nn.Module):
+    """Cannot run in mixed precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.conv(x)).flatten(1)[:, None] * self.fc.weight).sum(2).logcumsumexp(1)
+
+
+def test_mixed_precision_is_no_laxer_with_what_tracing_would_change() -> None:
+    x = torch.rand(4, 3, 8, 8)
+    noisy = SlightNoise(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    assert prepare(noisy, x, amp=True) is noisy
+    odd = ReadsItsWeight().eval()
+    twin = prepare(odd, x, amp=True)
+    torch.testing.assert_close(twin(x), odd(x), rtol=0.05, atol=0.05)
+
+
 def test_prepare_keeps_the_parts_that_attacks_ask_for_and_the_draws() -> None:
     members = [FRONT_ENDED["frontend-resnet20"](depth=3, width=4).eval() for _ in range(2)]
     model = RandomizedEnsemble(members, seed=0).eval()

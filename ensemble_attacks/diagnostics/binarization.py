@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.judge import judge
+from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.registry import craft
-from ensemble_attacks.validation import check_images, check_positive
+from ensemble_attacks.validation import check_count, check_images, check_positive
 
 INNER = 50  # points around the image, of class 0
 ETA = 0.95  # of eps: how far they may lie
 CLOSENESS = 0.999  # of the way from the inner points to the boundary point, where the read-outs divide
 RIDGE = 1e-3
 LOGIT = 10.0  # of the image's class, where the image is
+REPEATS = 3  # predictions of every point
 RANDOM = 200  # points tried by the random attack
 
 
@@ -35,7 +36,7 @@ class Binarization:
     Attributes:
         found: the attack succeeds. All should; below 0.95 it is too weak for the model [Z22].
         by_chance: so does one of 200 random points; where most do, the task is too easy to tell.
-        skipped: images that could not: the read-outs cannot divide the points, or the model is random.
+        skipped: images that could not: the read-outs cannot divide the points, or a random model does so only at times.
     """
 
     found: Tensor
@@ -69,6 +70,8 @@ def binarization(
     """
     check_images(x, "x")
     check_positive("eps", eps)
+    check_count("the number of images", len(x))
+    x = x.to(next(model.parameters(), x).device)
     with private_random_state(seed, model):
         binary = _Binary(model, x[:1])
         generator = torch.Generator().manual_seed(seed)
@@ -78,6 +81,7 @@ def binarization(
                 continue
             y = torch.zeros(1, dtype=torch.long, device=x.device)
             images = craft(attack(binary.model), image, y, seed=seed, batch_size=1)
+            images = image if outside(image, images, eps=eps).any() else images
             found.append(bool(judge(binary.model, image, y, images, eps=eps).fooled))
             by_chance.append(bool((binary.predict(_boundary(image, eps, RANDOM, generator)) == 1).any()))
     return Binarization(torch.tensor(found), torch.tensor(by_chance), len(x) - len(found))
@@ -89,17 +93,22 @@ def _uniform(image: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _boundary(image: Tensor, eps: float, count: int, generator: torch.Generator) -> Tensor:
-    """Random points, a pixel of each on the boundary of the ball."""
+    """Random points, a pixel of each on the boundary of the ball: the one that moves the most, away from the box's."""
     directions = _uniform(image, count, generator)
-    reach = directions.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
-    return (image + eps * directions / reach).clamp(0, 1)
+    furthest = directions.flatten(1).abs().argmax(1, keepdim=True)
+    inwards = torch.where(image.flatten(1).expand(count, -1).gather(1, furthest) > 0.5, -1.0, 1.0).to(image)
+    directions = directions.flatten(1).scatter(1, furthest, inwards).view_as(directions)
+    return (image + eps * directions).clamp(0, 1)
 
 
 class _Binary:
     """A copy of a model whose read-outs are made anew for every image."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
+        try:
+            self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
+        except Exception as error:  # not everything that a model may hold can be copied
+            raise ValueError(f"model {type(model).__name__} cannot be copied: {error}") from error
         with torch.no_grad():
             classes = self.model(x).shape[1]
         linear = {name: net for name, net in self.model.named_modules() if isinstance(net, nn.Linear)}
@@ -136,8 +145,8 @@ class _Binary:
             head = self.heads[name]
             head.weight.copy_(torch.stack([torch.zeros_like(weight), weight]))
             head.bias.copy_(torch.stack([torch.zeros_like(bias), bias]))
-        predicted = self.predict(points)
-        return bool(predicted[-1] == 1) and not predicted[:-1].any()
+        predicted = torch.stack([self.predict(points) for _ in range(REPEATS)])  # a random model gives itself away
+        return bool((predicted[:, -1] == 1).all()) and not predicted[:, :-1].any()
 
     def _features(self, points: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

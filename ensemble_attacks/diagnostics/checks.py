@@ -8,6 +8,7 @@ I1 to I6. [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torchattacks.attack import Attack
 
 from ensemble_attacks.diagnostics.binarization import binarization
-from ensemble_attacks.diagnostics.indicators import indicators
+from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
 from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.judge import judge
 from ensemble_attacks.objectives import margin
@@ -306,31 +307,50 @@ class _Examination:
             yield _measure("frontend_gap", white - self._accuracy(images), slack, said, "bpda", "arXiv:2402.17018")
 
     def of_one_attack(self) -> Iterator[Check]:
-        """An attack, image by image: the indicators of its failure, and whether it solves tasks that can be solved."""
-        x, y = self.x[:ALONE], self.y[:ALONE]
+        """An attack, image by image: the indicators of its failure, and whether it solves tasks that can be solved.
+
+        I1 is ``zero_gradients``; I5, of attacks on another model than the target, is left to `indicators`.
+        """
+        with torch.no_grad():
+            right = self.original(self.x).argmax(1) == self.y
+        x, y = self.x[right][:ALONE], self.y[right][:ALONE]
+        if not len(x):
+            yield Check("attack", NOTE, 0.0, None, "no image is classified rightly: no attack is looked into")
+            return
         next_ = self._surrogate() or "apgd-t"
-        means = indicators(self.attack, self.model, x, y, eps=self.eps, target=self.original, seed=self.seed).means()
-        said = "mean relative change of the margin within 4/255: the loss is noise"
-        yield _measure("unstable_predictions", means["unstable_predictions"], 0.1, said, next_, "[P22] I2")
+        radius = min(RADIUS, 2 * self.eps)
+        try:
+            found = indicators(self.attack, self.model, x, y, eps=self.eps, seed=self.seed, radius=radius)
+        except Exception as error:  # of somebody else's attack
+            yield Check("attack", FLAG, 0.0, None, f"the attack ends with {type(error).__name__}: {error}", next_)
+            return
+        said = f"median relative change of the margin within {radius / 2:.3f}: the loss is noise"
+        yield _measure("unstable_predictions", found.unstable_predictions.median().item(), 0.1, said, next_, "[P22] I2")
         if not self.structure.random:  # of a random model, one lucky draw is no success
             said = "of so many images an iterate was a success that the attack did not give back"
-            yield _measure("silent_success", means["silent_success"], 0.0, said, "pgd", "[P22] I3")
+            yield _measured("silent_success", found.silent_success, 0.0, said, "pgd", "[P22] I3")
             said = "of so many images the attack failed while its loss still moved"
-            yield _measure("incomplete_optimization", means["incomplete_optimization"], 0.1, said, next_, "[P22] I4")
-        said = "of so many images the attack fools what it climbs on, and not the model"
-        yield _measure("transfer_failure", means["transfer_failure"], 0.0, said, next_, "[P22] I5")
+            yield _measured("incomplete_optimization", found.incomplete_optimization, 0.1, said, next_, "[P22] I4")
+        said = "of so many images the attack fails without a bound"
+        failed = found.unconstrained_attack_failure
+        yield _measured("unconstrained_attack_failure", failed, 0.1, said, next_, "[P22] I6")
+        yield self._binarization(x, next_)
+
+    def _binarization(self, x: Tensor, next_: str) -> Check:
+        if self.structure.random:
+            return Check("binarization", NOTE, 0.0, None, "no binarization test of a random model", "", "[Z22]")
         try:
             tasks = binarization(lambda net: self.attack(net, self.eps), self.original, x, eps=self.eps, seed=self.seed)
-        except ValueError as error:
-            yield Check("binarization", NOTE, 0.0, None, f"no binarization test: {error}", "", "[Z22]")
-            return
+        except Exception as error:  # of a model without read-outs, or of an attack that wants more than two classes
+            return Check("binarization", NOTE, 0.0, None, f"no binarization test: {error}", "", "[Z22]")
         if len(tasks.found) < 4:
             said = f"no binarization test: {tasks.skipped} of {len(x)} images make no binary task"
-            yield Check("binarization", NOTE, 0.0, None, said, "", "[Z22]")
-            return
+            return Check("binarization", NOTE, 0.0, None, said, "", "[Z22]")
+        chance = _share(tasks.by_chance)
         said = f"of {len(tasks.found)} binary tasks with a known adversarial example, so many are solved by the attack"
-        verdict = OK if tasks.score >= 0.95 else FLAG
-        yield Check("binarization", verdict, tasks.score, 0.95, said, next_, "[Z22]")
+        if chance > 0.5:
+            return Check("binarization", NOTE, tasks.score, None, f"{said}, but {chance:.2f} by chance", "", "[Z22]")
+        return Check("binarization", OK if tasks.score >= 0.95 else FLAG, tasks.score, 0.95, said, next_, "[Z22]")
 
     # -- tools
 
@@ -384,6 +404,16 @@ def _flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str 
 def _measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
     """A flag where the figure is above the threshold (or not a number)."""
     return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
+
+
+def _measured(name: str, by_image: Tensor, threshold: float, meaning: str, next_: str, source: str) -> Check:
+    """`_measure` of the mean over images; a note where it is not a number."""
+    figure = by_image.double().mean().item()
+    if math.isnan(figure):
+        return Check(
+            name, NOTE, 0.0, None, "the attack asks for no scores in the ball, so that this cannot be told", "", source
+        )
+    return _measure(name, figure, threshold, meaning, next_, source)
 
 
 def _norms(gradient: Tensor) -> Tensor:

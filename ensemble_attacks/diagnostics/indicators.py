@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.judge import judge
+from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.registry import craft
-from ensemble_attacks.validation import check_images, check_labels, check_positive
+from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
 
 NEIGHBOURS = 100  # gamma
 RADIUS = 8 / 255  # r, the side of the cube they are drawn from
@@ -28,7 +28,8 @@ PROGRESS = 0.05  # of its range
 
 @dataclass(frozen=True, eq=False)
 class Indicators:
-    """By sample, (N,): 1 where a failure is indicated, 0 where it is not; `unstable_predictions` lies between.
+    """By sample, (N,): 1 where a failure is indicated, 0 where it is not; `unstable_predictions` lies between. I3 and I4 are
+    NaN where the attack never looked at a point of the ball.
 
     Attributes:
         unavailable_gradients: I1, the loss has no gradient, or zero.
@@ -51,26 +52,38 @@ class Indicators:
 
 
 class _Recorder(nn.Module):
-    """A model that notes the loss of every call; one sample at a time, so that all calls belong to it."""
+    """A model that notes the loss of every call within the ball around one sample, to which all calls belong."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> None:
         super().__init__()
         self.model = model
+        self.x, self.y, self.eps = x, y, eps
         self.losses: list[float] = []
-        self.label = torch.zeros(1, dtype=torch.long)
         self.train(model.training)
 
     def forward(self, x: Tensor) -> Tensor:
         scores_NK = self.model(x)
-        losses = margin(scores_NK.detach(), self.label.to(scores_NK.device).expand(len(scores_NK)))
-        self.losses.append(losses.mean().item())
+        self._note(x, scores_NK)
         return scores_NK
+
+    def _member_logits(self, x: Tensor) -> Tensor:
+        net: Any = self.model
+        logits_MNK = net.member_logits(x)
+        self._note(x, net.aggregate(logits_MNK.detach()))
+        return logits_MNK
+
+    @torch.no_grad()
+    def _note(self, x: Tensor, scores_NK: Tensor) -> None:
+        near = ~outside(self.x.expand_as(x), x, eps=self.eps).to(scores_NK.device)
+        if near.any():
+            self.losses.append(margin(scores_NK[near], self.y.expand(int(near.sum()))).mean().item())
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+            found = getattr(super().__getattr__("model"), name)
+            return self._member_logits if name == "member_logits" else found
 
 
 def indicators(
@@ -82,8 +95,12 @@ def indicators(
     eps: float,
     target: nn.Module | None = None,
     seed: int = 0,
+    radius: float = RADIUS,
 ) -> Indicators:
     """Run an attack sample by sample, and look for reasons why it may fail.
+
+    What the attack looked at is what it asked the model to score within the ball, so that the probes of an attack that
+    estimates its gradients count, too. An image outside the ball is no success.
 
     Args:
         attack: makes a torchattacks ``Attack`` in Linf: ``lambda net, eps: PGD(net, eps=eps)``.
@@ -91,6 +108,7 @@ def indicators(
         x, y: images (N, C, H, W) and labels (N,); ten or so are enough.
         eps: radius of the ball, in pixel units of [0, 1].
         target: what it shall fool. (Default: the model)
+        radius: side of the cube of I2.
 
     Raises:
         TypeError, ValueError: unusable arguments.
@@ -104,11 +122,17 @@ def indicators(
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)
+    check_positive("radius", radius)
+    check_count("the number of images", len(x))
     target = model if target is None else target
+    device = next(model.parameters(), x).device
+    x, y = x.to(device), y.to(device).long()
     with preserved(model), preserved(target), private_random_state(seed, model):
         model.eval()
         target.eval()
-        rows = [_of_sample(attack, model, target, x[n : n + 1], y[n : n + 1].long(), eps, seed) for n in range(len(x))]
+        with torch.no_grad():
+            check_scores(model(x), y, type(model).__name__)
+        rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]
     return Indicators(*torch.tensor(rows).T)
 
 
@@ -120,25 +144,26 @@ def _of_sample(
     y: Tensor,
     eps: float,
     seed: int,
+    radius: float,
 ) -> tuple[float, ...]:
-    recorder = _Recorder(model)
-    recorder.label = y
-
     missing, differentiable = _gradient_is_missing(model, x, y)
 
-    def run(radius: float) -> tuple[bool, bool, list[float]]:
-        recorder.losses = []
-        images = craft(attack(recorder, radius), x, y, seed=seed, batch_size=1) if differentiable else x
-        losses, fooled = recorder.losses, [bool(judge(net, x, y, images, eps=radius).fooled) for net in (model, target)]
-        return fooled[0], fooled[1], losses
+    def run(size: float) -> tuple[bool, bool, list[float]]:
+        recorder = _Recorder(model, x, y, size)
+        images = x
+        if differentiable:
+            images = craft(attack(recorder, size), x, y, seed=seed, batch_size=1)
+            images = x if outside(x, images, eps=size).any() else images
+        fooled = [bool(judge(net, x, y, images, eps=size).fooled) for net in (model, target)]
+        return fooled[0], fooled[1], recorder.losses
 
     fooled, fools_target, losses = run(eps)
     unbounded, _, far = run(1.0)
     return (
         float(missing),
-        _instability(model, x, y, seed),
-        float(not fooled and min(losses, default=0.0) < 0),
-        float(not fooled and _still_moves(losses)),
+        _instability(model, x, y, seed, radius),
+        float(not fooled and min(losses) < 0) if losses else float("nan"),
+        float(not fooled and _still_moves(losses)) if losses else float("nan"),
         float(fooled and not fools_target),
         float(not unbounded and min(far, default=0.0) >= 0),
     )
@@ -147,28 +172,27 @@ def _of_sample(
 def _gradient_is_missing(model: nn.Module, x: Tensor, y: Tensor) -> tuple[bool, bool]:
     """Whether the loss has no gradient, or zero; and whether an attack can ask for one."""
     images = x.clone().requires_grad_()
-    with torch.enable_grad():
-        loss = margin(model(images), y).sum()
-        if not loss.requires_grad:
-            return True, False
-        (gradient,) = torch.autograd.grad(loss, images, allow_unused=True)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(margin(model(images), y).sum(), images, allow_unused=True)
+    except RuntimeError:  # of a graph that was cut, or of an operation that has no gradient
+        return True, False
     return gradient is None or not bool(gradient.any()), True
 
 
 @torch.no_grad()
-def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
-    """``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side `RADIUS`."""
+def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int, radius: float) -> float:
+    """``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side ``radius``."""
     generator = torch.Generator().manual_seed(seed)
-    directions = RADIUS * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator) - 0.5)
+    directions = radius * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator) - 0.5)
     at_x = margin(model(x), y)
     around = margin(model(x + directions.to(x)), y.expand(NEIGHBOURS))
-    return min(1.0, ((around - at_x).abs() / at_x.abs().clamp_min(1e-12)).mean().item())
+    size = at_x.abs() if at_x.abs().item() > 0 else 1.0
+    return min(1.0, ((around - at_x).abs() / size).mean().item())
 
 
 def _still_moves(losses: list[float]) -> bool:
     """Whether the best loss so far falls, over the last ten steps, by more than 5% of the range of all."""
-    if not losses:
-        return False
     best = torch.tensor(losses).cummin(0).values
     reach = max(losses) - min(losses)
     return reach > 0 and bool((best[-LAST:].max() - best[-1]) / reach > PROGRESS)

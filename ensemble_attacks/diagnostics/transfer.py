@@ -16,7 +16,7 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
     """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M).
 
     The attack is torchattacks' PGD with steps of eps / 4, on that member alone, from the images that all members get right
-    (all zero, if there are none).
+    (NaN, if there are none). A score that is not finite is no success.
 
     Args:
         members: each (N, C, H, W) in [0, 1] -> logits (N, K).
@@ -24,17 +24,40 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
         eps: Linf radius in pixel units of [0, 1].
     """
     members = list(members)
-    with torch.no_grad():
-        right = torch.stack([member(x).argmax(1) == y for member in members]).all(0)
+    right = right_for_all(members, x, y)
     x, y = x[right], y[right]
     rows = []
     for member in members:
         attack = torchattacks.PGD(member, eps=eps, alpha=eps / 4, steps=steps)
         parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
         crafted = torch.cat([attack(*part) for part in parts]) if len(x) else x
-        with torch.no_grad():
-            rows.append(torch.stack([(other(crafted).argmax(1) != y).double().mean().nan_to_num() for other in members]))
+        rows.append(torch.stack([_fooled(other, crafted, y).double().mean() for other in members]))
     return 100 * torch.stack(rows).cpu()
+
+
+@torch.no_grad()
+def right_for_all(members: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
+    """(N,) bool: what every member classifies rightly."""
+    return torch.stack([member(x).argmax(1) == y for member in members]).all(0)
+
+
+@torch.no_grad()
+def _fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    scores_NK = member(x)
+    return (scores_NK.argmax(1) != y) & torch.isfinite(scores_NK).all(1)
+
+
+class Member(nn.Module):
+    """One member of an ensemble, as the ensemble itself runs it: (N, C, H, W) -> (N, K)."""
+
+    def __init__(self, ensemble: nn.Module, index: int) -> None:
+        super().__init__()
+        self.ensemble, self.index = ensemble, index
+        self.train(ensemble.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        net: Any = self.ensemble
+        return net.member_logits(x)[self.index]
 
 
 def draw_transfer(axes: Any, shares: Tensor) -> None:

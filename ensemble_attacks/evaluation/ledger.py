@@ -25,7 +25,7 @@ from torch import Tensor
 from ensemble_attacks.errors import LedgerError
 
 logger = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 ATTEMPTS = 3  # after which a unit that fails is left alone
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 FOLDERS = ("units", "failed", "running", "quarantine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemble_attacks.diagnostics import Diagnosis, diagnose
-from ensemble_attacks.diagnostics.transfer import draw_transfer, transfer_matrix
+from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
 from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise
@@ -26,10 +27,12 @@ from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.surrogates import Surrogate
 
+logger = logging.getLogger(__name__)
 STYLE = "tableau-colorblind10"
 DIAGNOSED = 32  # images that a diagnosis looks at
 SHOWN = 8  # images of the gallery
 TRANSFER_STEPS = 20
+MOST_MEMBERS = 8  # of a transfer matrix
 GRID = 15  # points of the loss surface along each direction
 COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "passes / image", "seconds")
 
@@ -77,7 +80,8 @@ def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
             context = Context(ledger.manifest, chain[0], device)
             with private_random_state(context.settings.seed, context.model):
                 pictures += _of_model(ledger, chain, context)
-            diagnoses[_title(chain[0])] = _diagnosis(context)
+            if context.settings.norm == "Linf":  # what the checks are made for
+                diagnoses[_title(chain[0])] = _diagnosis(context)
         out.mkdir(parents=True)
         (out / "figures").mkdir()
         for picture in pictures:
@@ -186,11 +190,14 @@ def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Pictu
     best = min(chain[1:], key=lambda unit: float(_read(ledger, unit)["right"].sum()))
     tensors = _read(ledger, best)
     index = cells_of(ledger.manifest).index({key: best.content[key] for key in cells_of(ledger.manifest)[0]})
-    pictures = [_gallery(context, tensors, best, index), _surface(context, best, index)]
+    pictures = [_gallery(context, tensors, best, index)]
+    linf = context.settings.norm == "Linf"
+    if linf:
+        pictures.append(_surface(context, best, index))
     if hasattr(context.model, "member_logits"):
         pictures.append(_members(context, tensors, best, index))
-    if isinstance(getattr(context.model, "members", None), nn.ModuleList):
-        pictures.append(_transfer(context, best, index))
+        if linf:
+            pictures.append(_transfer(context, best, index))
     return [picture for picture in pictures if picture]
 
 
@@ -239,17 +246,31 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
 
 
-def _transfer(context: Context, unit: Unit, index: int) -> Picture:
-    """How far adversarial examples carry from one member to another."""
+def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
+    """How far adversarial examples carry from one member to another; nothing where members have no gradient."""
     device = next(context.model.parameters(), context.x).device
     x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
     net: Any = context.model
-    eps = unit.content["eps"]
-    shares = transfer_matrix(net.members, x, y, eps=eps, steps=TRANSFER_STEPS)
+    with torch.no_grad():
+        count = len(net.member_logits(x[:1]))
+    if not 1 < count <= MOST_MEMBERS:
+        return None
+    members = [Member(net, m) for m in range(count)]
+    right = int(right_for_all(members, x, y).sum())
+    if not right:
+        return None
+    try:
+        shares = transfer_matrix(members, x, y, eps=unit.content["eps"], steps=TRANSFER_STEPS)
+    except RuntimeError as error:  # autograd's, of a member without a gradient
+        logger.warning("no transfer between the members of %s: %s", _title(unit), error)
+        return None
     axes = (figure := Figure(figsize=(4, 3.4), layout="constrained")).subplots()
     draw_transfer(axes, shares)
     rows = [(i, j, share) for i, row in enumerate(shares.tolist()) for j, share in enumerate(row)]
-    caption = f"{_title(unit)}: of the images crafted on a member (PGD-{TRANSFER_STEPS}), those that fool another (%)"
+    caption = (
+        f"{_title(unit)}: of images crafted on a member (PGD-{TRANSFER_STEPS}), those that fool another (%); the {right} of "
+        f"{len(x)} images that all members get right"
+    )
     return Picture(f"transfer_{index}", caption, figure, ("crafted on", "fooled", "%"), rows)
 
 
@@ -316,7 +337,7 @@ def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diag
 def _markdown(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Picture]) -> str:
     parts = [f"# {_name(ledger)}", tabulate(rows, COLUMNS, tablefmt="github")]
     for name, diagnosis in diagnoses.items():
-        table = [(c.name, c.verdict, f"{c.figure:.2f}", c.meaning, c.source) for c in diagnosis.checks]
+        table = [(c.name, c.verdict, f"{c.figure:.2f}", " ".join(c.meaning.split()), c.source) for c in diagnosis.checks]
         parts += [f"## Is the gradient masked? {name}", f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
         parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
     parts += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in pictures]
