@@ -35,7 +35,7 @@ DIAGNOSED = 64
 RULES = (
     "Every figure is the judge's, from stored images and fresh forward passes; NaN is no success, images outside the "
     "ball are refused. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
-    "Wilson's 95% interval over images; auto is what `--attacks auto` leaves, which is not told which attack that is. "
+    "Wilson's 95% interval over images; auto is what --attacks auto leaves, which is not told which attack that is. "
     f"Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
     "accuracy is the share of right draws, and one lucky draw is no success. An empty field was not run."
 )
