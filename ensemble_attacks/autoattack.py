@@ -71,7 +71,7 @@ DIAGNOSED, FEWEST_DIAGNOSED = 64, 4  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
 JUDGING_SEED = 2**31 - 2  # of those draws
 SAVE_EVERY = 60.0  # seconds
-TENSORS = ("x_adv", "robust", "predicted", "pending")
+TENSORS = ("x_adv", "right", "predicted", "pending")
 Name: TypeAlias = str | Attack
 
 
@@ -359,9 +359,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not finite.all():
             count = int((~finite).sum())
             self._flag("non_finite", count, "so many clean images have NaN or infinite scores: they count as not robust")
-        robust = right & finite
-        self._say(f"initial accuracy: {robust.double().mean():.2%}")
-        state = State(x.detach().clone(), robust, predicted, torch.zeros_like(robust), identity=identity, path=path)
+        state = State(x.detach().clone(), right * finite, predicted, torch.zeros_like(finite), identity=identity, path=path)
+        self._say(f"initial accuracy: {state.robust.double().mean():.2%}")
         state.flags = [astuple(flag) for flag in self.flags]
         return state
 
@@ -372,21 +371,21 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def _run(self, called: str, name: Name, x: Tensor, y: Tensor, bs: int, state: State) -> None:
         if called != state.current:
-            state.current, state.pending = called, state.robust.clone()
+            state.current, state.pending = called, state.robust
         began, rejected = time.perf_counter(), 0
         for rows in torch.nonzero(state.pending).squeeze(-1).split(bs) if state.pending.any() else ():
             clean, labels = x[rows], y[rows]
             images = self._craft(name, clean.to(self.device), labels.to(self.device)).detach().to(clean)
             left = outside(clean, images, eps=self.epsilon, norm=self.norm)
             right, predicted, finite = self._verdict(images, labels)
-            fooled = ~right & finite & ~left
-            state.x_adv[rows[fooled]], state.predicted[rows[fooled]] = images[fooled], predicted[fooled]
-            state.robust[rows[fooled]] = False
+            worse = (right < state.right[rows]) & finite & ~left
+            state.x_adv[rows[worse]], state.predicted[rows[worse]] = images[worse], predicted[worse]
+            state.right[rows[worse]] = right[worse]
             state.pending[rows] = False
             state.save()
             rejected += int(left.sum())
-            self._say(f"{called}: {int(fooled.sum())} of {len(rows)} fooled")
-        state.stages[called] = state.robust.clone()
+            self._say(f"{called}: {int((~state.robust[rows]).sum())} of {len(rows)} fooled")
+        state.stages[called] = state.robust
         if rejected:
             self._flag("outside_ball", rejected, f"so many images of {called} left the ball or the box, and do not count")
         state.flags = [astuple(flag) for flag in self.flags]
@@ -424,17 +423,17 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     @torch.no_grad()
     def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every sample: is it right (in most draws), what is predicted (last), and are the scores finite; each (N,)."""
+        """Of every sample: the share of right draws, what is predicted (last), and are the scores finite; each (N,)."""
         if not self.random:
             scores_NK = self.model(images.to(self.device)).to(labels.device)
-            return scores_NK.argmax(1) == labels, scores_NK.argmax(1), torch.isfinite(scores_NK).all(1)
+            return (scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), torch.isfinite(scores_NK).all(1)
         with private_random_state(JUDGING_SEED, self.model):  # no draw that an attack saw
             scores_DNK = torch.stack([self.model(images.to(self.device)).to(labels.device) for _ in range(self.draws)])
         right_DN = scores_DNK.argmax(-1) == labels
-        return right_DN.double().mean(0) > 0.5, scores_DNK[-1].argmax(1), torch.isfinite(scores_DNK).all(-1).all(0)
+        return right_DN.double().mean(0), scores_DNK[-1].argmax(1), torch.isfinite(scores_DNK).all(-1).all(0)
 
     def _conclude(self, state: State, x: Tensor, y: Tensor, bs: int) -> None:
-        self.stages, self.robust = dict(state.stages), state.robust.clone()
+        self.stages, self.robust = dict(state.stages), state.robust
         order = list(self.stages)
         if "square" in order[1:]:
             before = self.stages[order[order.index("square") - 1]]
@@ -479,8 +478,8 @@ class State:
     """How far a run has come. Stored as safetensors, replaced in one piece.
 
     Attributes:
-        x_adv: images so far, (N, C, H, W).
-        robust, predicted: of every sample, (N,).
+        x_adv: images so far, (N, C, H, W): of every sample, those that are right in the fewest draws.
+        right, predicted: the share of right draws, float64, and the last prediction, (N,).
         pending: what the attack called ``current`` has yet to attack, (N,).
         stages: the robust samples after each attack that has finished.
         identity: what a run must have in common with the stored one.
@@ -488,7 +487,7 @@ class State:
     """
 
     x_adv: Tensor
-    robust: Tensor
+    right: Tensor
     predicted: Tensor
     pending: Tensor
     stages: dict[str, Tensor] = field(default_factory=dict)
@@ -497,6 +496,11 @@ class State:
     path: Path | None = None
     flags: list[Any] = field(default_factory=list)
     saved: float = -math.inf
+
+    @property
+    def robust(self) -> Tensor:
+        """(N,) bool: right in most draws."""
+        return self.right > 0.5
 
     def save(self, now: bool = False) -> None:
         """Store, but not more often than every `SAVE_EVERY` seconds, unless ``now``."""
@@ -521,6 +525,7 @@ class State:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["state"])
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            x_adv, right, predicted, pending = (tensors[name] for name in TENSORS)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
         for key, value in json.loads(json.dumps(identity)).items():
@@ -530,8 +535,7 @@ class State:
                     "choose another, or delete it"
                 )
         stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
-        robust, pending = tensors["robust"].bool(), tensors["pending"].bool()
-        state = cls(tensors["x_adv"], robust, tensors["predicted"], pending, stages, about["current"], identity, path)
+        state = cls(x_adv, right, predicted, pending.bool(), stages, about["current"], identity, path)
         state.flags = about["flags"]
         return state
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from defenses.frontend import DnCNN, FrontEnded
-from ensemble_attacks import MORA, AutoAttack, NotAnEnsembleError, judge, registry
+from defenses.randomized import RandomizedEnsemble
+from ensemble_attacks import EOTAPGD, MORA, AutoAttack, NotAnEnsembleError, judge, registry
 from ensemble_attacks.structure import adaptive_attacks, structure_of
 
 EPS = 0.12
@@ -200,6 +201,19 @@ def test_fewer_than_ten_classes(classes: int, digits: tuple[Tensor, Tensor]) -> 
     adversary.run_standard_evaluation(x, y)
     assert [flag.name for flag in adversary.flags] == (["few_classes"] if classes < 4 else [])
     assert adversary.robust_accuracy < 1
+
+
+def test_of_a_random_model_the_images_that_are_right_in_the_fewest_draws_are_kept(digits: tuple[Tensor, Tensor]) -> None:
+    """Also where most draws are still right: what an attack of the suite leaves, the suite leaves no more of."""
+    model = RandomizedEnsemble(load_model("dverge_convnet_3", dataset="digits").members, seed=0).eval()
+    x, y = digits[0][:30], digits[1][:30]
+    adversary = AutoAttack(model, eps=EPS, seed=0, verbose=False, attacks_to_run=["eot-apgd"])
+    images = adversary.run_standard_evaluation(x, y, bs=30)
+    alone = EOTAPGD(model, eps=EPS, seed=0, eot_iter=adversary.eot_iter)(x, y)
+    ours_, theirs = (judge(model, x, y, found, eps=EPS, draws=50).accuracy for found in (images, alone))
+    assert ours_ <= theirs + 0.03
+    shares = judge(model, x, y, images, eps=EPS, draws=50).correct.double().mean(0)
+    assert ((shares > 0.5) & (shares < 0.95)).any()
 
 
 def test_a_random_model_is_judged_on_fresh_draws() -> None:
