@@ -106,7 +106,7 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "passes / image": passes_per_image(rows[best]),
         "auto": 100 * rows[AUTO]["accuracy"] if AUTO in rows else None,
         "auto's passes": passes_per_image(rows[AUTO]) if AUTO in rows else None,
-        "flags": ", ".join(json.loads(entry.flags_file().read_text())) if entry.flags_file().exists() else None,
+        "flags": ", ".join(json.loads(entry.flags_file().read_text())) or "none" if entry.flags_file().exists() else None,
         "weights": first["weights"][:12],
         "images": hashlib.sha256(images.read_bytes()).hexdigest()[:12] if images.exists() else None,
     }
