@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
+from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.validation import (
     check_count,
@@ -28,12 +29,14 @@ class Judgement:
         fooled: (N,) bool: the others, but for the invalid ones.
         invalid: (N,) bool: a NaN or infinite score in any draw; neither robust nor fooled.
         correct: (draws, N) bool: predicted right in each draw; never for an invalid sample.
+        margin: (N,): by how much the label's score leads the best other one, in the first draw.
     """
 
     robust: Tensor
     fooled: Tensor
     invalid: Tensor
     correct: Tensor
+    margin: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -179,7 +182,7 @@ def judge(
     check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm)
 
     parameter = next(model.parameters(), x_adv)
-    correct, finite = [], []
+    correct, finite, margins = [], [], []
     with preserved(model), private_random_state(seed, model):
         model.eval()
         for _ in range(draws):
@@ -188,7 +191,9 @@ def judge(
                 check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(torch.isfinite(scores_NK).all(1))
+                margins.append(margin(scores_NK, labels.cpu()))
     correct_EN, finite_EN = torch.cat(correct).view(draws, -1), torch.cat(finite).view(draws, -1)
     invalid = ~finite_EN.all(0)
     robust = (2 * correct_EN.sum(0) > draws) & ~invalid
-    return Judgement(robust=robust, fooled=~robust & ~invalid, invalid=invalid, correct=correct_EN & ~invalid)
+    first = torch.cat(margins)[: len(y)]
+    return Judgement(robust, ~robust & ~invalid, invalid, correct_EN & ~invalid, first)

@@ -40,14 +40,12 @@ from ensemble_attacks.evaluation.runner import (
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.hashing import digest
 from ensemble_attacks.judge import Judgement
-from ensemble_attacks.objectives import margin
 from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.validation import check_count
 
 logger = logging.getLogger(__name__)
 PIECE = 500  # images that are read at once
-LIGHT = ("robust", "invalid", "correct", "right")  # tensors that a summary needs, not the images
+LIGHT = ("robust", "invalid", "correct", "right", "margin")  # tensors that a summary needs, not the images
 CLEAN = "clean"  # the unit that judges the clean images
 
 
@@ -273,7 +271,8 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         done = attack(context.model, context.twin, x[rows], y[rows], name, settings)
     else:
         nothing = torch.zeros(0, dtype=torch.bool)
-        done = Attacked(x[rows], Judgement(nothing, nothing, nothing, nothing[None]), {}, [], 0, 0, 0.0, settings.batch_size)
+        judgement = Judgement(nothing, nothing, nothing, nothing[None], x.new_zeros(0))
+        done = Attacked(x[rows], judgement, {}, [], 0, 0, 0.0, settings.batch_size)
     before = torch.zeros(len(x), dtype=torch.float64) if right is None else right
     shares, found = before.clone(), share_right(done.judgement, before[rows])
     shares[rows] = found.minimum(before[rows]) if unit.content["before"] else found
@@ -285,7 +284,7 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         "invalid": done.judgement.invalid.to(torch.uint8),
         "correct": done.judgement.correct.to(torch.uint8),
         "right": shares,
-        "margin": _margins(context.model, done.images, y[rows], settings),
+        "margin": done.judgement.margin,
         **{f"stage {part}": robust.to(torch.uint8) for part, (robust, _, _) in done.stages.items()},
     }
     info = {
@@ -299,17 +298,6 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         "torch": torch.__version__,
     }
     return ledger.write(unit, tensors, info)
-
-
-@torch.no_grad()
-def _margins(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Tensor:
-    """By how much the label's score leads the best other one, in one draw, (N,)."""
-    device = next(model.parameters(), x).device
-    parts = zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
-    with preserved(model), private_random_state(settings.seed, model):
-        model.eval()
-        margins = [margin(model(images.to(device)), labels.to(device)).cpu() for images, labels in parts if len(images)]
-    return torch.cat([x.new_zeros(0), *margins])
 
 
 # -- from units to a summary
@@ -370,7 +358,7 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
         n = len(right)
         row = worst_case(right) | {"attacked": len(robust), "invalid": int(invalid.sum())}
         return row | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
-    judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool())
+    judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool(), joined["margin"])
     stages: dict[str, tuple[Tensor, int, int]] = {}
     for part in dict.fromkeys(part for result in results for part in result.info["stages"]):
         last = [_until(result.info["stages"], part) for result in results]  # a range may have settled earlier
