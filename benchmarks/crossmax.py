@@ -14,6 +14,7 @@ from typing import Any
 import click
 import torch
 import torchattacks
+from options import image_options
 from tables import save_table
 from torch import nn
 
@@ -48,14 +49,8 @@ ATTACKS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @click.command()
 @click.option("--models", required=True, help="Comma-separated names; all their members together.")
-@click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
-@click.option("--data-dir", default="data", show_default=True)
-@click.option("--eps", default=6 / 255, show_default="6/255", help="Linf radius in pixel units of [0, 1].")
-@click.option("--n", default=100, show_default=True, help="Test images.")
-@click.option("--seed", default=0, show_default=True)
 @click.option("--attacks", default=",".join(ATTACKS), help="Comma-separated names.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/crossmax"), show_default=True)
+@image_options("runs/crossmax", numerator=6)
 def main(
     models: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, n: int, seed: int, attacks: str, out: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from options import image_options
 from tables import save_table
 
 from defenses import load_model
@@ -32,15 +33,9 @@ def tell(attack: str, row: dict[str, Any]) -> None:
 
 @click.command()
 @click.option("--model", "name", required=True, help="An ensemble of front-ended networks.")
-@click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
-@click.option("--data-dir", default="data", show_default=True)
-@click.option("--eps", default=8 / 255, show_default="8/255", help="Linf radius in pixel units of [0, 1].")
-@click.option("--n", default=100, show_default=True, help="Test images.")
 @click.option("--draws", default=10, show_default=True, help="By which the judge decides on the randomized ensemble.")
 @click.option("--eot-iter", default=5, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/frontends"), show_default=True)
+@image_options("runs/frontends")
 def main(
     name: str,
     model_dir: str | None,

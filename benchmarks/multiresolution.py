@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from options import image_options
 from tables import save_table
 from torch import Tensor, nn
 
@@ -36,17 +37,11 @@ class Mean(nn.Module):
 
 @click.command()
 @click.option("--model", "name", required=True)
-@click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
-@click.option("--data-dir", default="data", show_default=True)
-@click.option("--eps", default=8 / 255, show_default="8/255", help="Linf radius in pixel units of [0, 1].")
-@click.option("--n", default=100, show_default=True, help="Test images.")
 @click.option("--steps", default=50, show_default=True, help="Of the first table.")
 @click.option("--eot-iter", default=5, show_default=True, help="Of the first table.")
 @click.option("--gradients", default=200, show_default=True, help="Steps x draws of the second table.")
 @click.option("--draws", default=10, show_default=True, help="By which the judge decides.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/multiresolution"), show_default=True)
+@image_options("runs/multiresolution")
 def main(
     name: str,
     model_dir: str | None,

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import torch
+from options import image_options
 from tables import save_table
 
 from defenses import load_model
@@ -35,13 +36,7 @@ ATTACKS: dict[str, Any] = {
 @click.command()
 @click.option("--pairs", required=True, help="Comma-separated model:member+model:member.")
 @click.option("--probabilities", default="0.5,0.5", show_default=True)
-@click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
-@click.option("--data-dir", default="data", show_default=True)
-@click.option("--eps", default=8 / 255, show_default="8/255", help="Linf radius in pixel units of [0, 1].")
-@click.option("--n", default=100, show_default=True, help="Test images.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/randomized"), show_default=True)
+@image_options("runs/randomized")
 def main(
     pairs: str,
     probabilities: str,

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.diagnostics.transfer import draw_transfer, transfer_matrix
+from ensemble_attacks.diagnostics.transfer import draw_transfer, right_for_all, transfer_matrix
 
 
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
@@ -51,8 +51,7 @@ def main(
     torch.manual_seed(seed)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     ensemble = load_model(model, model_dir, dataset)
-    with torch.no_grad():
-        right = (ensemble.member_logits(x).argmax(-1) == y).all(0)
+    right = right_for_all(ensemble.members, x, y)
     x, y = x[right], y[right]
     matrix = transfer_matrix(ensemble.members, x, y, eps=eps, steps=steps)
     apart = matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean().item()

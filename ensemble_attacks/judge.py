@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.projections import per_sample
 from ensemble_attacks.validation import (
     check_count,
     check_images,
@@ -110,6 +111,11 @@ def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> Tens
     exact = x_adv.double().flatten(1)
     beyond = torch.maximum(-exact, exact - 1).amax(1) > rounding(x_adv)
     return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm))
+
+
+def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> Tensor:
+    """``x_adv``, with the clean image in place of every one `outside`: no success, and no error either."""
+    return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm), x), x, x_adv)
 
 
 def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.judge import judge, or_clean
 from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.registry import craft
 from ensemble_attacks.validation import check_count, check_images, check_positive
@@ -81,8 +81,7 @@ def binarization(
                 continue
             y = torch.zeros(1, dtype=torch.long, device=x.device)
             images = craft(attack(binary.model), image, y, seed=seed, batch_size=1)
-            images = image if outside(image, images, eps=eps).any() else images
-            found.append(bool(judge(binary.model, image, y, images, eps=eps).fooled))
+            found.append(bool(judge(binary.model, image, y, or_clean(image, images, eps=eps), eps=eps).fooled))
             by_chance.append(bool((binary.predict(_boundary(image, eps, RANDOM, generator)) == 1).any()))
     return Binarization(torch.tensor(found), torch.tensor(by_chance), len(x) - len(found))
 

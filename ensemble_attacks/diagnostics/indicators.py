@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.judge import judge, or_clean, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.registry import craft
@@ -152,8 +152,7 @@ def _of_sample(
         recorder = _Recorder(model, x, y, size)
         images = x
         if differentiable:
-            images = craft(attack(recorder, size), x, y, seed=seed, batch_size=1)
-            images = x if outside(x, images, eps=size).any() else images
+            images = or_clean(x, craft(attack(recorder, size), x, y, seed=seed, batch_size=1), eps=size)
         fooled = [bool(judge(net, x, y, images, eps=size).fooled) for net in (model, target)]
         return fooled[0], fooled[1], recorder.losses
 

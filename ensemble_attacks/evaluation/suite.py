@@ -14,11 +14,10 @@ from ensemble_attacks.autoattack import AutoAttack
 from ensemble_attacks.base import CarefulAttack
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.judge import outside
+from ensemble_attacks.judge import or_clean
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.passes import CountingModel
-from ensemble_attacks.projections import per_sample
 from ensemble_attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, craft, registered
 from ensemble_attacks.surrogates import Expected
 
@@ -122,8 +121,7 @@ def _named(attack: NamedAttack) -> Craft:
         made = _make(attack, model, settings)
         if not isinstance(made, CarefulAttack):
             images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
-            left = outside(x, images, eps=settings.eps, norm=settings.norm)  # which is no success, and no error either
-            return Crafted(torch.where(per_sample(left, x), x, images))
+            return Crafted(or_clean(x, images, eps=settings.eps, norm=settings.norm))
         made.trace = trace = Trace()
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
