@@ -43,7 +43,7 @@ def main(rounds: int, steps: int, batch: int, eps: float) -> None:
     ratios = []
     for round_ in range(rounds + 1):
         model.log = []
-        attack = MORA(model, eps=eps, steps=steps, betas=(0.5,), seed=round_)
+        attack = MORA(model, eps=eps, steps=steps, betas=(0.5,), aimed=False, seed=round_)
         began = time.perf_counter()
         attack(images, labels)
         attacked = time.perf_counter() - began

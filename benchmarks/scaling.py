@@ -57,7 +57,7 @@ def prepared(what: str, size: int, steps: int) -> Callable[[], object]:
         y = torch.cat([twin(part).argmax(1) for part in x.split(64)])
     if what == "draws":
         return lambda: EOTAPGD(Noisy(twin), eps=EPS, steps=steps, eot_iter=size, batch_size=64)(x, y)
-    return lambda: MORA(twin, eps=EPS, steps=steps, betas=(0.5,), batch_size=64)(x, y)
+    return lambda: MORA(twin, eps=EPS, steps=steps, betas=(0.5,), aimed=False, batch_size=64)(x, y)
 
 
 def seconds(run: Callable[[], object], repetitions: int) -> float:

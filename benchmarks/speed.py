@@ -77,9 +77,9 @@ def main(
         "pyautoattack APGD": (model, lambda net, *xy: APGDAttack(net, **quiet).perturb(*xy)),
         "our PGD": (twin, lambda net, *xy: PGD(net, n_restarts=1, **settings)(*xy)),
         "our APGD": (twin, lambda net, *xy: APGD(net, **settings)(*xy)),
-        "our MORA, one beta": (twin, lambda net, *xy: MORA(net, betas=(0.5,), **settings)(*xy)),
+        "our MORA, one beta": (twin, lambda net, *xy: MORA(net, betas=(0.5,), aimed=False, **settings)(*xy)),
         "our APGD, amp": (mixed, lambda net, *xy: APGD(net, **settings)(*xy)),
-        "our MORA, one beta, amp": (mixed, lambda net, *xy: MORA(net, betas=(0.5,), **settings)(*xy)),
+        "our MORA, one beta, amp": (mixed, lambda net, *xy: MORA(net, betas=(0.5,), aimed=False, **settings)(*xy)),
     }
     seconds: dict[str, list[float]] = {key: [] for key in contestants}
     for repetition in range(repetitions + 1):

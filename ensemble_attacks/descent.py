@@ -391,7 +391,7 @@ def attack(
             elif stage.target_rank is not None:
                 closest = stage.target_rank == CLOSEST
                 targets = closest_class(gaps_NK[rows], aims_NK[rows]) if closest else ranked_NK[rows, stage.target_rank - 1]
-                aims_NK[rows, targets] += 1
+                aims_NK[rows, targets] += int(stage_steps >= steps)
             closest_NK = gaps_NK[rows]
             best_x, best_margin, ended[rows] = descend(
                 forward,

@@ -26,21 +26,22 @@ class MORA(DescentAttack):
     r"""MORA, in the norms Linf and L2.
 
     A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
-    robust, those with the smallest margin first. The first is untargeted. Each later one aims, sample by sample, at the
-    wrong class that has come closest in all iterates so far, among those aimed at least often. The paper's sweep stays
-    untargeted (``aimed=False``), where different betas mostly end at the same class, and its targets are the likeliest
-    classes of the clean image; both leave more samples robust.
+    robust, those with the smallest margin first. The first beta's steps are spent in three descents of growing length, as
+    most samples need few. The first descent is untargeted. Each later one aims, sample by sample, at the wrong class that
+    has come closest in all iterates so far, among those aimed at least often. The paper's sweep is one untargeted descent a
+    beta (``aimed=False``), where different betas mostly end at the same class, and its targets are the likeliest classes of
+    the clean image; both leave more samples robust.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        steps (int): gradient steps of each descent. (Default: 100)
+        steps (int): gradient steps for each beta, and for each target. (Default: 100)
         betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
         tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
         seed (int): of the random starts. (Default: 0)
-        aimed (bool): whether the sweep's later descents aim at single classes. (Default: True)
+        aimed (bool): whether the first beta's descent is cut in three, and later ones aim at single classes. (Default: True)
         weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
         eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
@@ -95,14 +96,21 @@ class MORA(DescentAttack):
             check_positive("tau", self.tau)
         check_choice("weight_rule", self.weight_rule, WEIGHT_RULES)
 
+    def sweep(self) -> list[tuple[float, int]]:
+        """Beta and steps of each descent, but for those at ``targets``."""
+        quarter = self.steps // 4 if self.aimed and not self.targeted else 0
+        first, *others = self.betas
+        cut = [(first, length) for length in (quarter, quarter, self.steps - 2 * quarter) if length]
+        return [*cut, *((beta, self.steps) for beta in others)]
+
     def _stages(self, num_classes: int) -> list[Stage]:
-        if self.targeted:
-            return [Stage(partial(self._loss, beta), restart=r) for r, beta in enumerate(self.betas)]
-        betas = [*self.betas, *[TARGETED_BETA] * min(self.targets, num_classes - 1)]
-        untargeted = 1 if self.aimed else len(self.betas)
+        descents = self.sweep()
+        untargeted = 1 if self.aimed and not self.targeted else len(descents)
+        if not self.targeted:
+            descents += [(TARGETED_BETA, self.steps)] * min(self.targets, num_classes - 1)
         return [
-            Stage(partial(self._loss, beta), target_rank=None if r < untargeted else CLOSEST, restart=r)
-            for r, beta in enumerate(betas)
+            Stage(partial(self._loss, beta), target_rank=None if r < untargeted else CLOSEST, restart=r, steps=steps)
+            for r, (beta, steps) in enumerate(descents)
         ]
 
     def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ def _has_frontend(model: nn.Module) -> None:
 
 
 OURS: dict[str, NamedAttack] = {
-    "mora": NamedAttack(_ours(MORA), "MORA: five betas x 100 steps", needs_members=True),
+    "mora": NamedAttack(_ours(MORA), "MORA: five betas, 100 steps each", needs_members=True),
     "mora-mt": NamedAttack(
         _ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps", needs_members=True
     ),

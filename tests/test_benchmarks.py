@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import against_autoattack
 import click
 import pytest
+import reach
 import table1
 from cells import Cell, Run, choose
 
@@ -53,7 +53,7 @@ def test_passes_until_counts_over_stages() -> None:
     trace: Counter[tuple[int, int, str]] = Counter()
     for stage, step, fooled, passes in ((-1, 0, 1, 10), (0, 0, 4, 18), (0, 1, 2, 10), (1, 0, 3, 6)):
         trace.update({(stage, step, "fooled"): fooled, (stage, step, "forwards"): passes, (stage, step, "backwards"): 0})
-    assert against_autoattack.passes_until(trace, 10, 5) == 28
-    assert against_autoattack.passes_until(trace, 10, 3) == 38
-    assert against_autoattack.passes_until(trace, 10, 0) == 44
-    assert against_autoattack.passes_until(trace, 11, 0) == float("inf")
+    assert reach.passes_until(trace, 10, 5) == 28
+    assert reach.passes_until(trace, 10, 3) == 38
+    assert reach.passes_until(trace, 10, 0) == 44
+    assert reach.passes_until(trace, 11, 0) == float("inf")

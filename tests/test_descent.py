@@ -9,7 +9,7 @@ import torch
 from helpers import make_ensemble
 from torch import Tensor
 
-from ensemble_attacks import descent
+from ensemble_attacks import MORA, descent
 from ensemble_attacks.descent import CLOSEST, Outputs, Stage, attack, closest_class
 from ensemble_attacks.objectives import ce, margin
 from ensemble_attacks.steps import ConstantSteps, CosineSteps
@@ -23,35 +23,56 @@ def test_the_closest_of_the_classes_aimed_at_least() -> None:
     assert closest_class(gaps, torch.tensor([[label, 1, 2, 1]] * 2)).tolist() == [3, 1]
 
 
-def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor, Tensor]) -> None:
-    images, _ = batch
+def targets_of(stages: int, images: Tensor, *, stage_steps: int) -> tuple[list[Tensor], Tensor]:
+    """The classes that stages of so many of three steps aim at, sorted: samples are ordered by margin, which moves a little;
+    and the labels."""
     model = make_ensemble()
     labels = model(images).argmax(1)
     aimed: list[Tensor] = []
 
     def objective(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
         assert targets is not None
-        aimed.append(targets)
+        aimed.append(targets.sort().values)
         return -ce(outputs.scores_NK, targets)
 
-    stages = [Stage(objective, target_rank=CLOSEST, restart=0)] * 4
+    stage = Stage(objective, target_rank=CLOSEST, restart=0, steps=stage_steps)
     attack(
         lambda x: Outputs(model(x)),
         images,
         labels,
-        lambda num_classes: stages,
+        lambda num_classes: [stage] * stages,
         norm="Linf",
         eps=1e-6,
-        steps=1,
+        steps=3,
         step_rule=CosineSteps,
         seed=0,
     )
-    aimed = [targets.sort().values for targets in aimed]  # samples are ordered by margin, which moves a little
+    return aimed[::stage_steps], labels
+
+
+def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor, Tensor]) -> None:
+    images, _ = batch
+    aimed, labels = targets_of(4, images, stage_steps=3)
     assert len(aimed) == 4
     assert torch.equal(aimed[0], aimed[3])
     counts = sum(torch.bincount(targets, minlength=4) for targets in aimed[:3])
     assert torch.equal(counts, len(images) - torch.bincount(labels, minlength=4))
-    assert torch.equal(aimed[0], model(images).topk(2).indices[:, 1].sort().values)
+    assert torch.equal(aimed[0], make_ensemble()(images).topk(2).indices[:, 1].sort().values)
+
+
+def test_a_short_stage_does_not_count_as_an_aim(batch: tuple[Tensor, Tensor]) -> None:
+    aimed, _ = targets_of(3, batch[0], stage_steps=2)
+    assert torch.equal(aimed[0], aimed[1])
+    assert torch.equal(aimed[0], aimed[2])
+
+
+@pytest.mark.parametrize(("steps", "lengths"), [(100, [25, 25, 50]), (10, [2, 2, 6]), (3, [3]), (1, [1])])
+def test_mora_spends_the_first_betas_steps_in_growing_parts(steps: int, lengths: list[int]) -> None:
+    attack = MORA(make_ensemble(), steps=steps, betas=(0.5, 0.0))
+    assert attack.sweep() == [*((0.5, length) for length in lengths), (0.0, steps)]
+    attack.set_mode_targeted_by_label(quiet=True)
+    assert attack.sweep() == [(0.5, steps), (0.0, steps)]
+    assert MORA(make_ensemble(), steps=steps, betas=(0.5, 0.0), aimed=False).sweep() == [(0.5, steps), (0.0, steps)]
 
 
 def run(stages: list[Stage], images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:

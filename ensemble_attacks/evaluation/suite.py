@@ -126,8 +126,9 @@ def _named(attack: NamedAttack) -> Craft:
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
         if isinstance(made, MORA) and made.targets:
-            sweep = [row for row in rows if row["stage"] < len(made.betas)]
-            robust = torch.cat(trace.fooled_in).cpu() >= len(made.betas)
+            descents = len(made.sweep())
+            sweep = [row for row in rows if row["stage"] < descents]
+            robust = torch.cat(trace.fooled_in).cpu() >= descents
             stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
         return Crafted(images, stages, rows)
 
