@@ -19,6 +19,7 @@ from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.evaluation.sweep import code_version
 
 SHARD = 250
 
@@ -60,7 +61,7 @@ class Run:
 
     def attack(self, cells: Iterable[Cell], attacks: Iterable[str]) -> None:
         """Run what has not been run."""
-        missing = []
+        missing, others = [], 0
         for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
             where = self.folder(cell, shard, attack)
             weights = model_card(cell.model, self.model_dir, self.dataset)["sha256"]
@@ -68,6 +69,10 @@ class Run:
                 missing.append((shard, cell, attack, where, weights))
             elif other := self._differs(summary(where), weights, shard):
                 raise click.UsageError(f"{where} was run with another {other}: choose another --out")
+            else:
+                others += summary(where).get("code") != code_version()
+        if others:
+            click.echo(f"{others} of the stored shards were run with other code: remove them to run them again", err=True)
         if not missing:
             return
         images, labels = load_dataset(self.dataset, data_dir=self.data_dir, n=self.n)
@@ -88,6 +93,7 @@ class Run:
                     "dataset": self.dataset,
                     "first": shard * self.shard,
                     "weights": weights,
+                    "code": code_version(),
                 },
                 out=where,
                 report=lambda name, row, at=f"{cell.name} {shard}": click.echo(

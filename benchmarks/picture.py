@@ -13,7 +13,7 @@ import click
 from matplotlib import style
 from matplotlib.figure import Figure
 
-ATTACKS = {"PGD": "PGD-500", "CW": "CW-500", "AutoAttack": "AutoAttack", "MORA-mt": "MORA"}
+ATTACKS = {"PGD": "PGD-500", "CW": "CW-500", "AutoAttack": "AutoAttack", "MORA-mt": "MORA-mt"}
 WIDTH = 0.2
 TITLES = {"voting": "hard votes", "softmax": "mean probability", "logits": "mean logits"}
 

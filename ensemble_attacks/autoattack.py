@@ -229,6 +229,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             raise FileNotFoundError(f"state_path {str(path)!r}: there is no folder {str(path.parent)!r}, make it first")
         with self._untouched():
             chosen = self._prepare(x_orig, y_orig, bs)
+            y_orig = y_orig.long()
             state = self._begin(x_orig, y_orig, bs, chosen, path)
             try:
                 for called, name in chosen.items():
@@ -266,6 +267,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Look at the model; the attacks that will run, by what they are called."""
         check_images(x, "x_orig")
         check_labels(y, x, "y_orig")
+        y = y.long()
         check_count("bs", bs)
         if not len(x):
             raise ValueError("x_orig holds no images")

@@ -21,6 +21,7 @@ from ensemble_attacks.steps import StepRule
 from ensemble_attacks.surrogates import Surrogate
 from ensemble_attacks.validation import (
     check_count,
+    check_dtype,
     check_images,
     check_label_range,
     check_labels,
@@ -212,6 +213,7 @@ class DescentAttack(CarefulAttack):
         labels = labels.detach().clone().to(device).long()
         if not len(images):
             return images
+        check_dtype(self.model, images)
         if start is not None:
             check_images(start, "start")
             if start.shape != images.shape:

@@ -31,6 +31,10 @@ NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
 FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
 CLOSEST = 0  # target rank of the class that has come closest so far
 CONFIRMING = 20  # further draws of a sample that no draw has been right on, before it leaves
+NO_GRADIENT = (
+    "the model's scores have no gradient: stand in for the part that stops it (BPDAIdentity, Surrogate), estimate it "
+    "(ZeroOrder), or use an attack that needs none (square)"
+)
 TIE = 1e-3  # what the mean margin counts beside the probability of being right
 
 
@@ -196,7 +200,9 @@ def look(
             continue
         with torch.enable_grad():
             loss = objective(outputs, at, to)
-        (part,) = torch.autograd.grad(loss.sum(), x)
+        (part,) = torch.autograd.grad(loss.sum(), x, allow_unused=True) if loss.requires_grad else (None,)
+        if part is None:
+            raise ValueError(NO_GRADIENT)
         gradient = part if gradient is None else gradient + part
         loss_N = loss_N + total(loss.detach(), copies)
         backwards += copies * len(x)

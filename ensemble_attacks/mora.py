@@ -28,9 +28,9 @@ class MORA(DescentAttack):
     A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
     robust, those with the smallest margin first. The first beta's steps are spent in three descents of growing length, as
     most samples need few. The first descent is untargeted. Each later one aims, sample by sample, at the wrong class that
-    has come closest in all iterates so far, among those aimed at least often. The paper's sweep is one untargeted descent a
-    beta (``aimed=False``), where different betas mostly end at the same class, and its targets are the likeliest classes of
-    the clean image; both leave more samples robust.
+    has come closest in all iterates so far, among those that the fewest descents of ``steps`` have aimed at. The paper's
+    sweep is one untargeted descent a beta (``aimed=False``), where different betas mostly end at the same class, and its
+    targets are the likeliest classes of the clean image; under hard votes both leave more samples robust.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.

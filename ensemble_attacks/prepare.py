@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -43,21 +46,30 @@ def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
         return model  # a folded module would not call them
     try:
         with private_random_state(0, model):  # tracing runs the model's own code
-            twin = _folded(copy.deepcopy(model)).eval()
-        _check(twin, model, x, TOLERANCE)
-    except Exception as error:  # networks that cannot be copied or traced say so in many ways
+            folded = _folded(copy.deepcopy(model)).eval().requires_grad_(False)
+    except Exception as error:  # networks that cannot be copied, traced or frozen say so in many ways
         logger.debug("not prepared: %s (%s)", type(model).__name__, error)
-        if amp:
-            logger.warning("%s cannot be prepared, and is not run in mixed precision", type(model).__name__)
-        return model
-    if amp:
-        try:
-            mixed = _mixed(copy.deepcopy(twin)).eval()
-            _check(mixed, model, x, AMP_TOLERANCE)
-            twin = mixed
-        except Exception as error:
-            logger.warning("%s is not run in mixed precision: %s", type(model).__name__, error)
-    return twin.to(memory_format=torch.channels_last).requires_grad_(False)
+        twin = None
+    else:  # the layout does not suit networks that call view, or hold tensors of five dimensions
+        twin = _sound(lambda: copy.deepcopy(folded).to(memory_format=torch.channels_last), model, x, TOLERANCE)
+        twin = twin or _sound(lambda: folded, model, x, TOLERANCE)
+    if not amp:
+        return twin or model
+    mixed = _sound(lambda: _mixed(copy.deepcopy(twin)).eval(), model, x, AMP_TOLERANCE) if twin else None
+    if mixed is None:
+        logger.warning("%s is not run in mixed precision: it cannot be prepared so", type(model).__name__)
+    return mixed or twin or model
+
+
+def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance: float) -> nn.Module | None:
+    """The twin that ``make`` makes, unless it fails or computes something else."""
+    try:
+        with redirect_stderr(StringIO()):  # torch.fx prints the code that fails
+            _check(twin := make(), model, x, tolerance)
+    except Exception as error:
+        logger.debug("a twin of %s is not used: %s", type(model).__name__, error)
+        return None
+    return twin
 
 
 def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: float) -> None:
@@ -65,7 +77,7 @@ def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: float) -> No
     for seed in SEEDS:
         expected, scores = (_scores(net, x, seed) for net in (model, twin))
         if not (scores - expected).abs().max() <= tolerance * expected.abs().max():
-            raise ValueError("the folded model computes something else")
+            raise ValueError("it computes something else")
 
 
 def _folded(module: nn.Module) -> nn.Module:

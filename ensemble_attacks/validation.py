@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.projections import NORMS
@@ -32,6 +32,19 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0) ->
                 f"{name} spans [{low:.4g}, {high:.4g}]: expected values in [0, 1]. Divide 8-bit images by 255; for "
                 "normalised inputs call set_normalization_used(mean, std) first, or normalise inside the model"
             )
+
+
+@torch.no_grad()
+def check_dtype(model: Callable[[Tensor], object], images: Tensor, name: str = "images") -> None:
+    """Of the type that the model computes in, unless it converts them itself."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    own = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
+    if own == images.dtype or not len(images):
+        return
+    try:
+        model(images[:1])
+    except RuntimeError as error:
+        raise TypeError(f"{name} has dtype {images.dtype}, the model {own}: pass {name}.to({own})") from error
 
 
 def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from defenses import load_model
 from defenses.cards import make_ensemble as make_zoo_ensemble
 from defenses.frontend import FRONT_ENDED
 from defenses.randomized import RandomizedEnsemble
-from ensemble_attacks import NotAnEnsembleError, OutOfBallError, judge
+from ensemble_attacks import AutoAttack, NotAnEnsembleError, OutOfBallError, judge
 from ensemble_attacks.cli import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation import runner, suite
@@ -241,6 +242,52 @@ class DrawsConstants(nn.Sequential):
 def test_a_model_that_tracing_would_change_is_not_prepared(kind: type[nn.Module]) -> None:
     model = kind(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
     assert prepare(model, torch.rand(4, 3, 8, 8)) is model
+
+
+class Views(nn.Module):
+    """Calls view behind a convolution, which channels_last does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).view(len(x), -1))
+
+
+class FiveDimensions(Views):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 1, 2, 2, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("make", [Views, FiveDimensions, lambda: torch.jit.script(Views().eval())])
+def test_models_that_a_layout_or_freezing_does_not_suit_are_attacked_all_the_same(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    x = torch.rand(6, 3, 8, 8)
+    y = model(x).argmax(1)
+    twin = prepare(model, x)
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
+    assert evaluate(model, x, y, ["ea-apgd-ce"], Settings(eps=1e-6))["worst_case"]["robust"] == 6
+    adversary = AutoAttack(model, eps=1e-6, seed=0, verbose=False, attacks_to_run=["ea-apgd-ce"])
+    assert adversary.run_standard_evaluation(x, y).shape == x.shape
+
+
+def test_a_random_model_is_not_left_to_one_lucky_draw_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    model = load_model("multiresolution_convnet_1", dataset="digits")
+    x, y = load_dataset("digits", n=4)
+    evaluate(model, x, y, ["torchattacks:FGSM"], Settings(eps=0.1, draws=2, eot_iter=2))
+    assert "lucky draw" not in caplog.text
+    evaluate(model, x, y, ["torchattacks:FGSM"], Settings(eps=0.1, draws=2))
+    assert "draws is 2 and eot_iter None: one lucky draw decides" in caplog.text
+
+
+def test_only_the_trace_of_a_whole_attack_is_kept(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    x, y = digits[0][:6], digits[1][:6]
+    model = load_model("frontend_convnet_3", dataset="digits")
+    evaluate(model, x, y, ["bpda", "crossmax-transfer"], Settings(eps=0.12), out=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("*.trace.json")] == ["bpda.trace.json"]
 
 
 def test_passes_are_counted_for_anybodys_attack() -> None:

@@ -369,3 +369,23 @@ def test_fra31s_package_as_the_base(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("cpu 0")
+
+
+class Remembers(nn.Linear):
+    """Has more in its state than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "square", "ea-apgd-ce"])
+def test_any_state_and_any_whole_number(name: str) -> None:
+    model = nn.Sequential(nn.Flatten(), Remembers(48, 5)).eval()
+    x = torch.rand(6, 3, 4, 4)
+    y = model(x).argmax(1).int()
+    adversary = AutoAttack(model, eps=0.01, seed=0, verbose=False, attacks_to_run=[name])
+    adversary.apgd.n_iter, adversary.square.n_queries = 5, 20
+    assert adversary.run_standard_evaluation(x, y).shape == x.shape

@@ -10,7 +10,7 @@ import torch
 from helpers import make_ensemble
 from torch import Tensor, nn
 
-from ensemble_attacks import APGD, MORA
+from ensemble_attacks import APGD, MORA, PGD, Ensemble
 
 MAKE = pytest.mark.parametrize("make", [MORA, APGD])
 
@@ -128,3 +128,43 @@ def test_dlr_needs_enough_classes() -> None:
     with pytest.raises(ValueError, match="needs at least 4 classes"):
         APGD(model, loss="dlr-targeted")(X, labels)
     assert MORA(model, steps=3, targets=9)(X, labels).shape == X.shape
+
+
+class Detached(nn.Module):
+    """Has gradients, but none of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.detach())
+
+
+class OneHot(nn.Module):
+    """Shows only which class it predicts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(x.flatten(1)[:, :4].argmax(1), 4).float()
+
+
+@pytest.mark.parametrize("kind", [OneHot, Detached])
+@pytest.mark.parametrize("attack", [APGD, PGD, MORA])
+def test_a_model_without_a_gradient_is_told_what_to_do(attack: type, kind: type[nn.Module]) -> None:
+    model = Ensemble([kind(), kind()]) if attack is MORA else kind()
+    images = torch.rand(4, 3, 6, 6)
+    labels = model(images).argmax(1)
+    with pytest.raises(ValueError, match=r"scores have no gradient: .*ZeroOrder"):
+        attack(model, eps=1e-6, steps=2)(images, labels)
+
+
+def test_images_of_another_type_than_the_model() -> None:
+    model = make_ensemble(dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"images has dtype torch.float64, the model torch.float32: pass images.to"):
+        APGD(model, steps=2)(X.double(), Y)
+
+    class Converts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model(x.float())
+
+    assert APGD(Converts(), steps=2)(X.double(), Y).dtype == torch.float64

@@ -21,7 +21,16 @@ from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.passes import CountingModel, count_passes
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
-from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive, check_scores
+from ensemble_attacks.structure import structure_of
+from ensemble_attacks.validation import (
+    check_count,
+    check_dtype,
+    check_images,
+    check_labels,
+    check_norm,
+    check_positive,
+    check_scores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +73,13 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     device = next(model.parameters(), x).device
     with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
         model.eval()
+        check_dtype(model, x.to(device), "x")
         check_scores(model(x[:2].to(device)), y[:2].cpu(), type(model).__name__)
+    if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, x[:2].to(device), settings.seed).random:
+        logger.warning(
+            "%s is random, but draws is %d and eot_iter %s: one lucky draw decides; set both (--draws 10 --eot-iter 5)",
+            *(type(model).__name__, settings.draws, settings.eot_iter),
+        )
 
 
 def judged(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, settings: Settings) -> Judgement:

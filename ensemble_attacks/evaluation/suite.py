@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ensemble_attacks import registry
 from ensemble_attacks.autoattack import AutoAttack
-from ensemble_attacks.base import CarefulAttack
+from ensemble_attacks.base import CarefulAttack, DescentAttack
+from ensemble_attacks.bpda import BPDAIdentity
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.judge import or_clean
@@ -122,7 +123,9 @@ def _named(attack: NamedAttack) -> Craft:
         if not isinstance(made, CarefulAttack):
             images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
             return Crafted(or_clean(x, images, eps=settings.eps, norm=settings.norm))
-        made.trace = trace = Trace()
+        trace = Trace()
+        if isinstance(made, (DescentAttack, BPDAIdentity)):  # of others it is the trace of a part
+            made.trace = trace
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
         if isinstance(made, MORA) and made.targets:
