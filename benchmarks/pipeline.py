@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py --models gal_resnet20_3:voting:0.01,linear::0.01,example::0.0078 --data-dir DIR --n 100
 
-``linear`` is a least-squares classifier of the training images, ``example`` the CIFAR-10 network inside pyautoattack's wheel,
+``linear`` is a least-squares classifier of the training images, ``example`` the CIFAR-10 network in pyautoattack's wheel,
 which is not robust: at 2/255 a few images in a hundred hold out. Robust samples (%), passes (forward + backward) per image,
 and samples on which the original and ours disagree.
 """
