@@ -70,12 +70,12 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         if entry.needs_members:
             check_members(model, name)
         entry.check(model, settings)
-    device = next(model.parameters(), x).device
+    few = x[:2].to(next(model.parameters(), x).device)
     with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
         model.eval()
-        check_dtype(model, x.to(device), "x")
-        check_scores(model(x[:2].to(device)), y[:2].cpu(), type(model).__name__)
-    if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, x[:2].to(device), settings.seed).random:
+        check_dtype(model, few, "x")
+        check_scores(model(few), y[:2].cpu(), type(model).__name__)
+    if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
         logger.warning(
             "%s is random, but draws is %d and eot_iter %s: one lucky draw decides; set both (--draws 10 --eot-iter 5)",
             *(type(model).__name__, settings.draws, settings.eot_iter),
