@@ -90,6 +90,8 @@ def translate(state: State) -> tuple[State, Normalization | None]:
     unknown = set(found) - {"mean", "std"}
     if unknown:
         raise WeightsError(f"no CIFAR ResNet: {', '.join(sorted(rest))} do not belong to one")
+    if len(found) == 1:
+        raise WeightsError(f"there is a {', '.join(found)}, but not the other of mean and std: store both, or none")
     return network, (found["mean"], found["std"]) if found else None
 
 

@@ -77,13 +77,13 @@ class Stack(nn.Module):
         return torch.cat([self._copy(x, resolution, generator, draws or len(x)) for resolution in self.resolutions], dim=1)
 
     def _copy(self, x: Tensor, resolution: int, generator: torch.Generator, n: int) -> Tensor:
-        factor = lambda low, high: (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(x)  # noqa: E731
+        factor = lambda low, high: (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator, device="cpu")).to(x)  # noqa: E731
         contrast, colour = factor(*self.contrast), factor(*self.colour)
         if self.faithful_contrast_bug:
             contrast = colour
         grey = x.mean(1, keepdim=True) if x.shape[1] != 3 else torch.einsum("nchw,c->nhw", x, x.new_tensor(GREY))[:, None]
         copy = (contrast * x + (1 - contrast) * grey.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
-        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator).to(x.device)
+        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator, device="cpu").to(x.device)
         copy = roll(copy, *shifts.expand(2, len(x)))
         copy = colour * copy + (1 - colour) * copy.mean(1, keepdim=True)
         copy = self._noisy(resize(copy, resolution, resolution), self.down_noise, generator, n)
@@ -91,7 +91,7 @@ class Stack(nn.Module):
 
     def _noisy(self, x: Tensor, strength: float, generator: torch.Generator, n: int) -> Tensor:
         draw = torch.rand if self.noise == "uniform" else torch.randn
-        return x + strength * draw((n, *x.shape[1:]), generator=generator).to(x)
+        return x + strength * draw((n, *x.shape[1:]), generator=generator, device="cpu").to(x)
 
 
 def roll(x: Tensor, down: Tensor, right: Tensor) -> Tensor:

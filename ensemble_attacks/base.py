@@ -18,6 +18,7 @@ from ensemble_attacks.objectives import best_other, gather, margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.projections import make_ball
 from ensemble_attacks.steps import StepRule
+from ensemble_attacks.structure import differ
 from ensemble_attacks.surrogates import Surrogate
 from ensemble_attacks.validation import (
     check_count,
@@ -27,6 +28,7 @@ from ensemble_attacks.validation import (
     check_labels,
     check_norm,
     check_positive,
+    check_scores,
 )
 
 NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image out of [0, 1]
@@ -51,6 +53,13 @@ class CarefulAttack(Attack):
 
     def _check(self) -> None:
         """Raise on a setting that cannot be run. Called on construction and, as settings may be changed, at each call."""
+
+    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
+        """Raise on images in [0, 1] or labels that cannot be attacked."""
+        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
+        check_labels(labels, images)
+        if len(images):
+            check_dtype(self.model, images.to(self.device or images.device))
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""
@@ -99,8 +108,8 @@ class DescentAttack(CarefulAttack):
         trace: a `Trace` to fill, or ``None``.
         eot_iter: of a random model, forward passes of every iterate, over which loss, gradient, success, best iterate and
             step size are means (Athalye et al. 2018, "Synthesizing Robust Adversarial Examples"). Where the model names its
-            members and their probabilities, the mean is exact, and one pass of all of them. ``None``: a model without
-            randomness.
+            members and their probabilities, and the members are not random themselves, the mean is exact, and one pass of
+            all of them. ``None``: a model without randomness.
         draws_per_pass: how many of these go through the model as one batch; more than 1 only if it draws for each image by
             itself.
     """
@@ -142,7 +151,9 @@ class DescentAttack(CarefulAttack):
             return self.model.look(images)
         probabilities = self._probabilities()
         if not self.needs_members and probabilities is None:
-            return Outputs(self.model(images))
+            scores_NK = self.model(images)
+            check_scores(scores_NK, len(images), type(self.model).__name__)
+            return Outputs(scores_NK)
         logits_MNK = self.model.member_logits(images)
         if probabilities is None:
             return Outputs(self.model.aggregate(logits_MNK), logits_MNK)
@@ -152,12 +163,21 @@ class DescentAttack(CarefulAttack):
         """Of the members, if the expectation over them can be taken exactly and the attack is one that takes it."""
         return probabilities_of(self.model) if self.needs_members or self.eot_iter is not None else None
 
-    def _draws(self) -> Draws | None:
-        """How to look at the model; a surrogate that aggregates the members of a randomized one needs no draws, either."""
+    def _draws(self, image: Tensor) -> Draws | None:
+        """How to look at the model; where the expectation over members is exact, also in a surrogate that aggregates them,
+        no draws are needed, unless the members themselves are random on an image (1, C, H, W).
+        """
+        if self.eot_iter is None:
+            return None
         model = self.model
         known = probabilities_of(model.target) if isinstance(model, Surrogate) and model.other is None else None
-        if self.eot_iter is None or known is not None or self._probabilities() is not None:
-            return None
+        if known is not None or self._probabilities() is not None:
+            with torch.no_grad():
+                first, second = (self.outputs(image).logits_MNK for _ in range(2))
+            assert first is not None
+            assert second is not None
+            if not differ(first.flatten(1), second.flatten(1)):
+                return None
         return Draws(self.eot_iter, self.draws_per_pass)
 
     def _expected_stages(self, num_classes: int) -> list[Stage]:
@@ -187,7 +207,8 @@ class DescentAttack(CarefulAttack):
         labels = scores_NK.argmax(1) if labels is None else labels.to(scores_NK.device)
         num_classes = scores_NK.shape[1]
         shifts = [
-            torch.randint(1, num_classes, (), generator=generator_for(key, self.seed, -1)) for key in sample_keys(inputs)
+            torch.randint(1, num_classes, (), generator=generator_for(key, self.seed, -1), device="cpu")
+            for key in sample_keys(inputs)
         ]
         return (labels + torch.stack(shifts).to(labels)) % num_classes
 
@@ -206,14 +227,12 @@ class DescentAttack(CarefulAttack):
         Raises:
             TypeError, ValueError: an argument or setting that cannot be used; nothing has been changed.
         """
-        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
-        check_labels(labels, images)
+        self._check_inputs(images, labels)
         device = images.device if self.device is None else self.device
         images = images.detach().clone().to(device).clamp(0, 1)
         labels = labels.detach().clone().to(device).long()
         if not len(images):
             return images
-        check_dtype(self.model, images)
         if start is not None:
             check_images(start, "start")
             if start.shape != images.shape:
@@ -240,7 +259,7 @@ class DescentAttack(CarefulAttack):
             seed=self.seed,
             aim=aim,
             start=start,
-            draws=self._draws(),
+            draws=self._draws(images[:1]),
             batch_size=self.batch_size,
             trace=self.trace,
         )

@@ -69,6 +69,7 @@ class BPDAIdentity(ComposedAttack):
 
     def forward(self, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         """Attack; arguments as of the attack inside."""
+        self._check_inputs(images, labels)
         if len(images):
             with torch.no_grad():
                 few = images[:PREMISE_IMAGES].detach().to(self.device)

@@ -379,8 +379,8 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
 def train(recipe: str, **options: Any) -> None:
     """Train a defense, with one command, resumable.
 
-    standard, at, adp, gal, dverge, trs, one of the last four with _at (adversarial training), multiresolution,
-    multiresolution_at, or frontend.
+    standard, at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at: adversarial training, of
+    the backbone in frontend_at.
     """
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)

@@ -7,10 +7,12 @@ The clean image stays the centre of the ball in every stage; the first version o
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
+from ensemble_attacks.base import CarefulAttack
 from ensemble_attacks.composed import ComposedAttack
 from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.surrogates import Surrogate
@@ -34,7 +36,7 @@ class CrossMaxTransfer(ComposedAttack):
             (Default: `EOTAPGD`)
         refine_steps (int): gradient steps of the refinement. (Default: 100)
         arguments: of ``attack``, whose ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size``, where it has them, are
-            the refinement's, too.
+            the refinement's, too, unless ``refine`` is a ``functools.partial`` that says its own.
 
     Attributes:
         trace: of the attack on the surrogate.
@@ -60,20 +62,24 @@ class CrossMaxTransfer(ComposedAttack):
         super().__init__("CrossMaxTransfer", model)
         self.surrogate = surrogate
         self.inner = attack(Surrogate(model, surrogate), **arguments)
-        self.refine = None if refine is None else refine(model, steps=refine_steps, **self._shared(refine))
+        self.refine = None if refine is None else refine(model, **self._shared(refine, refine_steps))
         self.supported_mode = self.inner.supported_mode
 
-    def _shared(self, refine: Callable[..., Any]) -> dict[str, Any]:
-        """The settings of the attack on the surrogate that the refinement takes over."""
-        shared = {name: getattr(self.inner, name, None) for name in SHARED}
+    def _shared(self, refine: Callable[..., Any], steps: int) -> dict[str, Any]:
+        """The settings of the attack on the surrogate that the refinement takes over, but for those bound to it already."""
         given = getattr(refine, "keywords", {})
+        shared = {name: getattr(self.inner, name, None) for name in SHARED} | {"steps": steps}
+        shared = {name: value for name, value in shared.items() if name not in given}
         for name in ("norm", "eps"):
-            if shared[name] is None and name not in given:
+            if name not in given and shared[name] is None:
                 raise ValueError(
                     f"attack {type(self.inner).__name__} does not say its {name}, which the refinement needs: pass "
                     f"refine=functools.partial(EOTAPGD, {name}=...), or refine=None"
                 )
-        return {name: value for name, value in shared.items() if value is not None or name == "eot_iter"}
+        if not isinstance(self.inner, CarefulAttack):
+            shared.pop("eot_iter", None)  # torchattacks' averages the gradient alone
+        taken = signature(refine).parameters
+        return {name: value for name, value in shared.items() if name in taken and (value is not None or name == "eot_iter")}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "trace":

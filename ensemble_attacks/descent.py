@@ -350,6 +350,7 @@ def attack(
         return scores_NK, margins, sum(point.forwards for point in points)
 
     clean_NK, margins, forwards = survey(images)
+    margins = margins.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite score is less
     ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
     adversarial, ended = images.clone(), images.clone()
     if start is not None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
 from ensemble_attacks.preserve import preserved
+from ensemble_attacks.validation import check_scores
 
 VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
 
@@ -103,7 +104,10 @@ class Ensemble(nn.Module):
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Logits of every member, (M, N, K)."""
-        return torch.stack([member(x) for member in self.members])
+        logits = [member(x) for member in self.members]
+        for index, logits_NK in enumerate(logits):
+            check_scores(logits_NK, len(x), f"members[{index}]")
+        return torch.stack(logits)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """The ensemble's scores, (N, K), from its members' logits."""
@@ -149,17 +153,30 @@ class AdoptedEnsemble(Ensemble):
         return _predict_otherwise(self.original(x), self.aggregate(super().member_logits(x)))
 
     def verify(self, x: Tensor) -> None:
-        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...)."""
+        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
+
+        How hard votes that tie are broken is the model's own affair, and not looked at.
+        """
         mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
-        differ = torch.cat([self.disagrees(images) for images in mixtures])
+        differ = torch.cat([self.disagrees(images) & ~self._ties(images) for images in mixtures])
         if differ.any():
             raise AggregateMismatchError(
                 f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
                 f"{int(differ[: len(x)].sum())} of {len(x)} images and {int(differ[len(x) :].sum())} of "
                 f"{len(differ) - len(x)} mixtures of them: name the right vote ({', '.join(VOTES)}, or a callable "
-                "(M, N, K) -> (N, K)), and members that take the same input as the model (with any preprocessing it applies)"
+                "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
+                "random model differs from itself: freeze its draws"
             )
         self._verified = True
+
+    @torch.no_grad()
+    def _ties(self, x: Tensor) -> Tensor:
+        """(N,) bool: where hard votes tie."""
+        if self.vote != "voting":
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        logits_MNK = super().member_logits(x)
+        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
+        return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
 
     def warn_of_mismatch(self, x_adv: Tensor) -> None:
         """Warn where the claim, true of the clean images, fails on adversarial ones."""
@@ -226,7 +243,7 @@ def as_ensemble(
                     f"{differ} of {len(inputs)} images: mend it, or name members and vote"
                 )
         return model
-    known = dict(model.named_modules())
+    known, members = dict(model.named_modules()), list(members)
     for member in members:
         if isinstance(member, str) and member not in known:
             raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])

@@ -20,7 +20,7 @@ class EOTAPGD(APGD):
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K), random. If it names its members and their ``probabilities``,
-            the expectation is exact, whatever ``eot_iter``.
+            the expectation over them is exact; draws are then only taken if the members are random themselves.
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)

@@ -36,9 +36,9 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
     for key in keys:
         generator = generator_for(key, seed, restart)
         draws.append(
-            torch.rand(shape, generator=generator, dtype=torch.float32)
+            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
             if norm == "Linf"
-            else torch.randn(shape, generator=generator, dtype=torch.float32)
+            else torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         )
     noise = torch.stack(draws).to(like.device, like.dtype)
     return 2 * noise - 1 if norm == "Linf" else noise
@@ -46,5 +46,5 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
 
 def direction_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int) -> Tensor:
     """Noise shaped ``like`` (N, K), uniform in [-1, 1], apart from the start's."""
-    draws = [torch.rand(like.shape[1:], generator=generator_for(key, seed, restart, 1)) for key in keys]
+    draws = [torch.rand(like.shape[1:], generator=generator_for(key, seed, restart, 1), device="cpu") for key in keys]
     return 2 * torch.stack(draws).to(like.device, like.dtype) - 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ensemble_attacks.ensembles import log_mean_softmax, mean_logits
 
 WEIGHT_RULES = ("derivative", "published", "runner-up", "code")
-SMALLEST_MARGIN = 1e-3  # no score is divided by less: at the boundary itself the normalised score would be infinite
+SMALLEST_MARGIN = 1e-3  # of the scores' spread, or of 1: no score is divided by less, as at the boundary by 0
 
 
 def gather(scores: Tensor, classes_N: Tensor) -> Tensor:
@@ -118,6 +118,13 @@ def reweigh(
     return log_weights_MN.masked_fill(nobody_N, 0.0).softmax(0)
 
 
+def at_least(gaps: Tensor, scores: Tensor) -> Tensor:
+    """Gaps (...) between some of the ``scores`` (..., K), but none so small that dividing by it would end in infinity."""
+    spread = scores.amax(-1) - scores.amin(-1)
+    spread = torch.where(spread > 0, spread.clamp(torch.finfo(scores.dtype).tiny ** 0.5, 1), 1)
+    return gaps.maximum(SMALLEST_MARGIN * spread)
+
+
 def normalize_margin(scores_NK: Tensor, labels: Tensor, others: Tensor | None = None) -> Tensor:
     """Scores divided by their own, detached, margin (MORA, eq. 12), so that softmax of them neither saturates nor vanishes.
 
@@ -125,7 +132,7 @@ def normalize_margin(scores_NK: Tensor, labels: Tensor, others: Tensor | None = 
     """
     detached = scores_NK.detach()
     lead_N = margin(detached, labels) if others is None else gather(detached, labels) - gather(detached, others)
-    return scores_NK / lead_N.abs().clamp_min(SMALLEST_MARGIN).unsqueeze(-1)
+    return scores_NK / at_least(lead_N.abs(), detached).unsqueeze(-1)
 
 
 def mora(
@@ -161,7 +168,7 @@ def mora(
         temperature = tau
     elif vote == "voting":
         top_MN2 = detached_MNK.topk(2, -1).values
-        temperature = (top_MN2[..., :1] - top_MN2[..., 1:]).clamp_min(SMALLEST_MARGIN)
+        temperature = at_least(top_MN2[..., 0] - top_MN2[..., 1], detached_MNK).unsqueeze(-1)
     else:
         temperature = 1.0
 

@@ -72,8 +72,9 @@ class L2Ball:
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Direction of unit L2 norm along which a linear function with this gradient grows fastest."""
-        norm = l2_norm(gradient)
-        return gradient / per_sample(torch.where(norm > 0, norm, 1), gradient)
+        largest = gradient.flatten(1).abs().amax(1)  # taken out first: the squares of a tiny gradient are 0
+        scaled = gradient / per_sample(torch.where(largest > 0, largest, 1), gradient)
+        return scaled / per_sample(l2_norm(scaled).clamp_min(1), gradient)
 
     def start(self, noise: Tensor) -> Tensor:
         """A point on the sphere from normal noise: ``P(clean + eps * t / |t|_2)``."""

@@ -20,8 +20,8 @@ from ensemble_attacks.composed import ComposedAttack
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.noise import sample_keys, start_noise
 from ensemble_attacks.projections import make_ball
-from ensemble_attacks.surrogates import find_parts
-from ensemble_attacks.validation import check_count, check_images, check_labels, check_norm, check_positive
+from ensemble_attacks.surrogates import find_parts, not_called
+from ensemble_attacks.validation import check_count, check_norm, check_positive
 
 REACH = 128.0  # the front end's outputs are attacked as images in [0, 1], which stand for [-REACH, REACH]
 SHARES = 10  # of the perturbation that are tried: 1/10, 2/10, ..., 1
@@ -38,12 +38,12 @@ class Behind(nn.Module):
             raise PartError(
                 f"part: {part!r} is {', '.join(names)}: name one, or attack the members that hold them one by one"
             )
-        self.part = model.get_submodule(names[0])
+        self.name, self.part = names[0], model.get_submodule(names[0])
         self.image_shape: tuple[int, ...] = ()
         self.training = model.training
 
     def forward(self, v: Tensor) -> Tensor:
-        with _forward_of(self.part, lambda *_: REACH * (2 * v - 1)):
+        with _forward_of(self.part, lambda *_, **__: REACH * (2 * v - 1)):
             return self.model(v.new_zeros(len(v), *self.image_shape))
 
     @torch.no_grad()
@@ -55,6 +55,8 @@ class Behind(nn.Module):
             self.model(x)
         finally:
             handle.remove()
+        if not kept:
+            raise not_called([self.name])
         if not kept[0].abs().max() < REACH:
             raise PartError(
                 f"part: its outputs reach {kept[0].abs().max():g}, beyond {REACH:g}: name a part that is image-like"
@@ -117,7 +119,7 @@ class FrontEndReversal(ComposedAttack):
         **arguments: Any,
     ) -> None:
         super().__init__("FrontEndReversal", model)
-        self.norm, self.eps, self.rounds, self.amplification = norm, eps, rounds, amplification
+        self.part, self.norm, self.eps, self.rounds, self.amplification = part, norm, eps, rounds, amplification
         self._check()
         self.inner = attack(Behind(model, part), norm=norm, eps=eps, **arguments)
 
@@ -129,10 +131,15 @@ class FrontEndReversal(ComposedAttack):
             check_positive("amplification", self.amplification)
         super()._check()
 
+    def set_model(self, model: nn.Module) -> None:
+        behind = Behind(model, self.part) if "inner" in vars(self) else None
+        super().set_model(model)
+        if behind is not None:
+            self.inner.set_model(behind)
+
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
-        check_images(images)
-        check_labels(labels, images)
+        self._check_inputs(images, labels)
         clean = images.detach().clone().to(self.device).clamp(0, 1)
         labels = labels.to(self.device).long()
         if not len(clean):

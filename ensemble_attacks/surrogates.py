@@ -47,8 +47,9 @@ class Surrogate(nn.Module):
             check_members(target, f"the surrogate {surrogate!r}")
         self.target: Any = target
         self.other: Any = surrogate if isinstance(surrogate, nn.Module) else None
-        self.vote = AGGREGATIONS[surrogate] if isinstance(surrogate, str) else None
-        self._aggregate: Callable[[Tensor], Tensor] = VOTES[self.vote] if self.vote else surrogate  # type: ignore[assignment]
+        named = isinstance(surrogate, str)
+        self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
+        self._aggregate: Callable[[Tensor], Tensor] = VOTES[str(self.vote)] if named else surrogate  # type: ignore[assignment]
         self.training = target.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class _Estimated(torch.autograd.Function):
         gradient = torch.zeros_like(x)
         with torch.no_grad():
             for _ in range(model.queries):
-                u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator).to(x) - 1
+                u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator, device="cpu").to(x) - 1
                 ahead, behind = model.target(x + model.sigma * u), model.target(x - model.sigma * u)
                 slope_N = ((ahead - behind) * by_scores).sum(1) / (2 * model.sigma)
                 gradient += per_sample(slope_N, x) * u / model.queries
@@ -193,25 +194,45 @@ def straight_through(model: nn.Module, parts: str | nn.Module | Sequence[str | n
         PartError: no such part, or, in a forward pass, one that changes the shape of what goes through it.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def pass_through(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            _check_shape(name, inputs[0], output)
-            return _Identity.apply(inputs[0], output)  # type: ignore[no-untyped-call]
+    def pass_through(name: str, x: Tensor, y: Tensor) -> Tensor:
+        return _Identity.apply(x, y)  # type: ignore[no-untyped-call, no-any-return]
 
-        return pass_through
-
-    with ExitStack() as stack:
-        for name, module in find_parts(model, parts):
-            stack.callback(module.register_forward_hook(hook(name)).remove)
+    with _hooked(model, parts, pass_through):
         yield
 
 
-def _check_shape(name: str, x: Tensor, y: Tensor) -> None:
-    if y.shape != x.shape:
-        raise PartError(
-            f"parts: {name!r} turns {tuple(x.shape)} into {tuple(y.shape)}, so that the identity cannot stand in for it: "
-            "name parts that keep the shape"
-        )
+@contextmanager
+def _hooked(
+    model: nn.Module,
+    parts: str | nn.Module | Sequence[str | nn.Module],
+    see: Callable[[str, Tensor, Tensor], Tensor | None],
+) -> Iterator[None]:
+    """Within it, ``see`` is called with the name, input and output of each part; what it returns replaces the output."""
+
+    def hook(name: str) -> Callable[..., Tensor | None]:
+        def call(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
+            x = [*inputs, *named.values()][0]
+            if output.shape != x.shape:
+                raise PartError(
+                    f"parts: {name!r} turns {tuple(x.shape)} into {tuple(output.shape)}, so that the identity cannot stand "
+                    "in for it: name parts that keep the shape"
+                )
+            return see(name, x, output)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in find_parts(model, parts):
+            stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield
+
+
+def not_called(names: Sequence[str]) -> PartError:
+    """The error of parts that a forward pass goes around."""
+    return PartError(
+        f"parts: the forward pass does not call {', '.join(map(repr, names))} as a module (a call of its .forward does not "
+        "count): name what it calls"
+    )
 
 
 def premise(
@@ -222,28 +243,30 @@ def premise(
     Returns:
         For each part ``relative``, the mean of ``|f(x) - x|_2 / |x|_2``, and ``largest``, that of ``|f(x) - x|_inf``; and
         ``gradient_cosine``, the mean cosine between the input gradients of the cross-entropy with and without the parts'
-        own backward pass. A low cosine is not a failure: it is what a defense that masks its gradient looks like.
+        own backward pass. A low cosine is not a failure: it is what a defense that masks its gradient looks like. Where a
+        part stops the gradient, it is 0.
+
+    Raises:
+        PartError: no such part, none that the forward pass calls, or one that changes the shape.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            _check_shape(name, inputs[0], output)
-            seen[name] = (inputs[0].detach().flatten(1), output.detach().flatten(1))
-
-        return keep
+    def keep(name: str, before: Tensor, after: Tensor) -> None:
+        seen[name] = (before.detach().flatten(1), after.detach().flatten(1))
 
     def gradient() -> Tensor:
         images = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
-        return torch.autograd.grad(loss, images)[0].flatten(1)
+            (slope,) = torch.autograd.grad(loss, images, allow_unused=True) if loss.requires_grad else (None,)
+        return (torch.zeros_like(images) if slope is None else slope).flatten(1)
 
-    with preserved(model), ExitStack() as stack:
+    with preserved(model):
         model.eval()
-        for name, module in find_parts(model, parts):
-            stack.callback(module.register_forward_hook(hook(name)).remove)
-        own = gradient()
+        with _hooked(model, parts, keep):
+            own = gradient()
+        if not seen:
+            raise not_called([name for name, _ in find_parts(model, parts)])
         with straight_through(model, parts):
             surrogate = gradient()
     figures: dict[str, dict[str, float] | float] = {}

@@ -70,18 +70,18 @@ def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") ->
         )
 
 
-def check_scores(scores: object, labels: Tensor, model: str) -> None:
-    """What a model returned for images with these labels (N,): one floating-point tensor (N, K), K above every label."""
+def check_scores(scores: object, n: int, model: str) -> None:
+    """What a model returned for ``n`` images: one floating-point tensor (N, K) of at least two classes."""
     if not isinstance(scores, Tensor):
         kind = type(scores).__name__
         raise TypeError(f"model {model} returns a {kind}: wrap it so that it returns its scores alone, one tensor (N, K)")
-    if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] < 2:
+    if scores.dim() != 2 or len(scores) != n or scores.shape[1] < 2:
         raise ValueError(
-            f"model {model} returns scores of shape {tuple(scores.shape)} for {len(labels)} images, not ({len(labels)}, K)"
+            f"model {model} returns scores of shape {tuple(scores.shape)} for {n} images: expected ({n}, K), one column for "
+            "each of at least two classes"
         )
     if not scores.is_floating_point():
         raise TypeError(f"model {model} returns {scores.dtype}: expected floating-point scores")
-    check_label_range(labels, scores.shape[1], "y")
 
 
 def check_norm(norm: str) -> None:

@@ -96,6 +96,11 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(WeightsError, match="cannot be read as plain weights"):
         load_model("dverge_resnet20_3", checkpoint=tmp_path / "text.pth")
+    half = dverge_layout([member_state()])
+    del half["model_0"]["normalizer.std"]
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(WeightsError, match="there is a mean, but not the other"):
+        load_model("dverge_resnet20_1", checkpoint=tmp_path / "half.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(WeightsError, match="holds no CIFAR ResNet"):
         load_model("dverge_resnet20_3", checkpoint=tmp_path / "empty.pth")

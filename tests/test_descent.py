@@ -128,3 +128,25 @@ def test_directions_are_the_samples_own(batch: tuple[Tensor, Tensor]) -> None:
         run([Stage(along, direction=direction)], images[part], labels[part], eps=1e-6, steps=1)
     assert any(torch.equal(row, seen[0][0]) for row in seen[1])
     assert len({tuple(row.tolist()) for row in seen[1]}) == 5
+
+
+def test_a_clean_image_without_scores_can_be_attacked(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model = make_ensemble()
+    scores = lambda x: torch.where((x == images[: len(x)]).all(), torch.nan, model(x))  # noqa: E731
+    trace = descent.Trace()
+    adversarial = attack(
+        lambda x: Outputs(scores(x)),
+        images,
+        labels,
+        lambda num_classes: [Stage(lambda outputs, y, targets: ce(outputs.scores_NK, y))],
+        norm="Linf",
+        eps=0.3,
+        steps=10,
+        step_rule=CosineSteps,
+        seed=0,
+        trace=trace,
+    )
+    fooled = int((model(adversarial).argmax(1) != labels).sum())
+    assert fooled == len(images) - trace.rows()[-1]["robust"]
+    assert fooled > len(images) / 2

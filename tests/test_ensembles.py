@@ -131,6 +131,22 @@ def test_a_wrong_vote_is_found_out_on_mixtures() -> None:
             as_ensemble(theirs, members, "voting", inputs=x)
 
 
+class Majority(Theirs):
+    """The class with the most votes, the lowest of those that tie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(nn.functional.one_hot(net(x).argmax(-1), 4).double() for net in self.nets)
+
+
+def test_ties_are_broken_as_the_model_likes(batch: tuple[Tensor, Tensor]) -> None:
+    images, _ = batch
+    theirs = Majority().eval()
+    assert not torch.equal(theirs(images).argmax(1), make_ensemble("voting")(images).argmax(1))
+    adopted = as_ensemble(theirs, theirs.nets.children(), "voting", inputs=images)
+    assert adopted.vote == "voting"
+    assert len(adopted.members) == 3
+
+
 def test_adopting_changes_nothing(batch: tuple[Tensor, Tensor]) -> None:
     theirs = Theirs().train()
     theirs.nets[1].eval()

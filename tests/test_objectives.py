@@ -7,6 +7,7 @@ import torch
 from helpers import VOTES
 from torch import Tensor
 
+from ensemble_attacks.ensembles import VOTES as AGGREGATES
 from ensemble_attacks.objectives import (
     WEIGHT_RULES,
     best_other,
@@ -136,6 +137,19 @@ def test_with_mean_logits_every_member_weighs_the_same() -> None:
     torch.testing.assert_close(losses[2], losses[0])
     other = mora(logits, logits.mean(0), labels, beta=1.0, vote="logits", rule="published")
     assert not torch.allclose(other, losses[0])
+
+
+@pytest.mark.parametrize("vote", ["voting", "logits"])
+def test_the_scale_of_the_logits_does_not_turn_the_gradient(vote: str) -> None:
+    logits, labels, _ = problem()
+
+    def direction(scale: float) -> Tensor:
+        leaf = (scale * logits).requires_grad_()
+        loss = mora(leaf, AGGREGATES[vote](leaf), labels, beta=0.5, vote=vote)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return gradient / gradient.abs().max()
+
+    torch.testing.assert_close(direction(1e-6), direction(1e-2))
 
 
 def test_targeted_mora_climbs_towards_the_target_not_the_runner_up() -> None:

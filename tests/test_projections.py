@@ -51,6 +51,13 @@ def test_steepest_of_a_zero_gradient_is_zero(norm: str) -> None:
     assert torch.equal(make_ball(norm, clean, 0.1).steepest(torch.zeros_like(clean)), torch.zeros_like(clean))
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 1e30])
+def test_steepest_has_unit_norm_however_small_the_gradient(size: float) -> None:
+    clean = torch.rand(2, 3, 4, 4)
+    direction = make_ball("L2", clean, 0.1).steepest(torch.full_like(clean, size))
+    torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.ones(2))
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_noise_belongs_to_the_sample(norm: str) -> None:
     images = torch.rand(6, 3, 4, 4)

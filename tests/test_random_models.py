@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, Expected, NotAnEnsembleError, Surrogate, judge
-from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, expected_margin, look
+from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, Trace, expected_margin, look
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.objectives import ce, mora
@@ -209,6 +209,15 @@ def test_expectation_over_known_members_is_exact(attack: type[APGD], batch: tupl
     assert exact < 0.6
     drawn = judge(model, x, y, adversarial, eps=EPS, draws=200)
     assert drawn.accuracy == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("attack", [EOTAPGD, MORA], ids=["eotapgd", "mora"])
+def test_members_that_are_random_themselves_are_drawn(attack: type[APGD], images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    made = attack(RandomizedEnsemble([Flipping(0.3), Flipping(0.3)]).eval(), eps=EPS, steps=5, eot_iter=10)
+    made.trace = Trace()
+    made(x, y)
+    assert made.trace.rows()[-1]["robust"] == len(x)
 
 
 def expected_accuracy(model: RandomizedEnsemble, x: Tensor, y: Tensor) -> float:

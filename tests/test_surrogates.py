@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from defenses import load_model
 from defenses.crossmax import CrossMax, crossmax
 from ensemble_attacks import (
+    A3,
     APGD,
     EOTAPGD,
     LAFEAT,
@@ -108,6 +110,44 @@ def test_parts_that_do_not_exist_or_fit() -> None:
     with pytest.raises(PartError, match=r"'backbone\.0' turns \(4, 3, 6, 6\) into \(4, 8, 6, 6\)"):
         BPDAIdentity(model, parts="backbone.0")(x, torch.zeros(4, dtype=torch.long))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Cutting(Shattering):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+def called(how: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    """A guarded model that calls its front end so."""
+    model = Guarded(frontend=Cutting()).eval()
+    model.forward = lambda x: model.backbone(how(model.frontend, x))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("how", [lambda part, x: part(x), lambda part, x: part(x=x)], ids=["by place", "by name"])
+def test_bpda_passes_a_part_that_cuts_the_gradient(how: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> None:
+    model = called(how)
+    x, y = batch[0], model(batch[0]).argmax(1)
+    bpda = BPDAIdentity(model, eps=EPS, steps=10)
+    assert accuracy(model, bpda(x, y), y) < 0.6
+    assert bpda.premise["gradient_cosine"] == 0
+    assert accuracy(model, FrontEndReversal(model, eps=EPS, steps=10)(x, y), y) < 0.6
+
+
+def test_a_part_that_is_not_called(batch: tuple[Tensor, Tensor]) -> None:
+    model = called(lambda part, x: part.forward(x))
+    for attack in (BPDAIdentity, FrontEndReversal):
+        with pytest.raises(PartError, match="does not call 'frontend' as a module"):
+            attack(model, eps=EPS)(*batch)
+
+
+@pytest.mark.parametrize("attack", [BPDAIdentity, FrontEndReversal])
+def test_arguments_are_checked_before_the_parts_are_looked_at(attack: type, batch: tuple[Tensor, Tensor]) -> None:
+    made = attack(Guarded().eval(), eps=EPS)
+    with pytest.raises(TypeError, match=r"images has dtype torch\.float32, the model torch\.float64"):
+        made(batch[0].float(), batch[1])
+    with pytest.raises(ValueError, match="four dimensions"):
+        made(batch[0][0], batch[1])
 
 
 def test_a_part_far_from_the_identity_is_warned_of(batch: tuple[Tensor, Tensor]) -> None:
@@ -334,6 +374,17 @@ def test_reversal_sees_normalised_images_as_torchattacks_does(batch: tuple[Tenso
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
 
 
+def test_reversal_of_another_model_and_of_images_that_normalising_rounds(batch: tuple[Tensor, Tensor]) -> None:
+    model = Guarded(frontend=Scaled()).eval().float()
+    x, y = batch[0].float().round(), batch[1]  # at 0, where (0 - m) / s * s + m may be below it
+    attack = FrontEndReversal(Guarded().eval().float(), eps=EPS, steps=2, amplification=3.0)
+    attack.set_model(model)
+    expected = FrontEndReversal(model, eps=EPS, steps=2, amplification=3.0)(x, y)
+    assert torch.equal(attack(x, y), expected)
+    attack.set_normalization_used([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+    assert attack(attack.normalize(x), y).shape == x.shape
+
+
 def test_reversal_names_what_it_cannot_reverse(batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch[0], torch.zeros(len(batch[0]), dtype=torch.long)
     with pytest.raises(PartError, match="'front' is no part of Guarded"):
@@ -344,3 +395,18 @@ def test_reversal_names_what_it_cannot_reverse(batch: tuple[Tensor, Tensor]) -> 
         FrontEndReversal(Guarded().eval(), part="backbone.0", eps=EPS)(x, y)
     with pytest.raises(ValueError, match="rounds must be"):
         FrontEndReversal(Guarded().eval(), rounds=0)
+
+
+@pytest.mark.parametrize("attack", [partial(EOTAPGD, eot_iter=2), torchattacks.PGD, torchattacks.APGD])
+def test_what_is_bound_to_the_refinement_stays(attack: Callable[..., object]) -> None:
+    refine = partial(EOTAPGD, norm="Linf", eps=0.05, eot_iter=7, seed=3, steps=9)
+    refinement = CrossMaxTransfer(make_ensemble(), attack=attack, refine=refine, eps=EPS).refine
+    assert isinstance(refinement, EOTAPGD)
+    assert (refinement.eps, refinement.eot_iter, refinement.seed, refinement.steps) == (0.05, 7, 3, 9)
+    assert CrossMaxTransfer(make_ensemble(), refine=A3, eps=EPS).refine.eps == EPS
+
+
+def test_a_surrogate_ensemble_keeps_its_vote(batch: tuple[Tensor, Tensor]) -> None:
+    model = make_ensemble("voting")
+    direct = MORA(model, eps=EPS, steps=5)(*batch)
+    assert torch.equal(MORA(Surrogate(model, model), eps=EPS, steps=5)(*batch), direct)

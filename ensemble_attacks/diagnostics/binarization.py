@@ -88,7 +88,7 @@ def binarization(
 
 def _uniform(image: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(count, C, H, W) in [-1, 1]."""
-    return (2 * torch.rand((count, *image.shape[1:]), generator=generator) - 1).to(image)
+    return (2 * torch.rand((count, *image.shape[1:]), generator=generator, device="cpu") - 1).to(image)
 
 
 def _boundary(image: Tensor, eps: float, count: int, generator: torch.Generator) -> Tensor:

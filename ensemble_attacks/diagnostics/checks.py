@@ -29,7 +29,14 @@ from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, differ, structure_of
 from ensemble_attacks.surrogates import Surrogate, premise, straight_through
-from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
+from ensemble_attacks.validation import (
+    check_count,
+    check_images,
+    check_label_range,
+    check_labels,
+    check_positive,
+    check_scores,
+)
 
 OK, FLAG, NOTE = "ok", "flag", "note"
 STEPS = 20  # of the attacks below
@@ -123,7 +130,8 @@ def diagnose(
         model.eval()
         with torch.no_grad():
             scores_NK = model(x)
-        check_scores(scores_NK, y, type(model).__name__)
+        check_scores(scores_NK, len(y), type(model).__name__)
+        check_label_range(y, scores_NK.shape[1], "y")
         examination = _Examination(model, x, y, eps, seed, attack)
         checks = [*examination.of_structure(bool(was_training or trained)), *examination.of_gradients()]
         checks += [*examination.of_attacks(), *examination.of_one_attack()]
@@ -388,7 +396,7 @@ class _Examination:
 
     def _noise(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + seed)
-        return (2 * torch.rand(self.x.shape, generator=generator) - 1).to(self.x)
+        return (2 * torch.rand(self.x.shape, generator=generator, device="cpu") - 1).to(self.x)
 
     def _surrogate(self) -> str:
         """The attack on a stand-in that the structure allows, if any."""

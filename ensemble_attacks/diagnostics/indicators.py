@@ -18,7 +18,14 @@ from ensemble_attacks.judge import judge, or_clean, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.registry import craft
-from ensemble_attacks.validation import check_count, check_images, check_labels, check_positive, check_scores
+from ensemble_attacks.validation import (
+    check_count,
+    check_images,
+    check_label_range,
+    check_labels,
+    check_positive,
+    check_scores,
+)
 
 NEIGHBOURS = 100  # gamma
 RADIUS = 8 / 255  # r, the side of the cube they are drawn from
@@ -131,7 +138,9 @@ def indicators(
         model.eval()
         target.eval()
         with torch.no_grad():
-            check_scores(model(x), y, type(model).__name__)
+            scores_NK = model(x)
+            check_scores(scores_NK, len(y), type(model).__name__)
+            check_label_range(y, scores_NK.shape[1], "y")
         rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]
     return Indicators(*torch.tensor(rows).T)
 
@@ -183,7 +192,7 @@ def _gradient_is_missing(model: nn.Module, x: Tensor, y: Tensor) -> tuple[bool, 
 def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int, radius: float) -> float:
     """``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side ``radius``."""
     generator = torch.Generator().manual_seed(seed)
-    directions = radius * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator) - 0.5)
+    directions = radius * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator, device="cpu") - 0.5)
     at_x = margin(model(x), y)
     around = margin(model(x + directions.to(x)), y.expand(NEIGHBOURS))
     size = at_x.abs() if at_x.abs().item() > 0 else 1.0

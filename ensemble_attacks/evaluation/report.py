@@ -285,7 +285,7 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     first = int(right[0]) if len(right) else 0
     x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
     generator = torch.Generator().manual_seed(0)
-    across = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
+    across = (2 * torch.randint(0, 2, x.shape, generator=generator, device="cpu") - 1).to(x)
     scale = torch.linspace(-1, 1, GRID) * unit.content["eps"]
     axes = (figure := Figure(figsize=(4.2 * len(nets), 3.4))).subplots(1, len(nets), squeeze=False)
     rows: list[tuple[Any, ...]] = []
