@@ -167,8 +167,6 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_choice("version", version, VERSIONS)
         if attacks_to_run and version != "custom":
             raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
-        if version == "custom" and not attacks_to_run:
-            raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
         check_positive("eps", eps)
         check_choice("norm", norm, NORMS)
         self._ready = False
@@ -198,9 +196,12 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
+        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack")}
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def run_standard_evaluation(
         self,
@@ -271,6 +272,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_count("bs", bs)
         if not len(x):
             raise ValueError("x_orig holds no images")
+        if self.version == "custom" and not self.attacks_to_run:
+            raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
         self.flags, self.stages = [], {}
         if self.model.training:
             self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")

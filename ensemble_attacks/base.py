@@ -29,6 +29,7 @@ from ensemble_attacks.validation import (
     check_norm,
     check_positive,
     check_scores,
+    check_seed,
 )
 
 NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image out of [0, 1]
@@ -130,7 +131,7 @@ class DescentAttack(CarefulAttack):
         check_norm(self.norm)
         check_positive("eps", self.eps)
         check_count("steps", self.steps)
-        check_count("seed", self.seed, at_least=0)
+        check_seed(self.seed)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         if self.eot_iter is not None:

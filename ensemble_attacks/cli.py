@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial, reduce
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tqdm import tqdm
 from ensemble_attacks import __version__, diagnostics, providers
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.doctor import BROKEN, NOTE, OK, examine
-from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.errors import LedgerError, unknown_name
 from ensemble_attacks.evaluation.engines import ENGINES, run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
@@ -50,7 +52,7 @@ from ensemble_attacks.original import STANDARD
 from ensemble_attacks.passes import passes_per_image
 from ensemble_attacks.registry import HOSTS, OURS, find_attack
 from ensemble_attacks.structure import structure_of
-from ensemble_attacks.validation import check_count, check_device
+from ensemble_attacks.validation import check_choice, check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
 ATTACKS = (*SUITES, *STANDARD, *OURS)  # in the help, and whatever other packages register
@@ -142,7 +144,7 @@ def evaluate(
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
-    _devices(device)
+    _check_machine(engine, workers, device, options)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
     manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
     _run(manifest, out, engine=engine, workers=workers, device=device, options=options)
@@ -175,6 +177,8 @@ def diagnose(
 ) -> None:
     """Is a model masking its gradients? Checks with figure, threshold and verdict, and the attacks to run."""
     check_device(device)
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: there is no folder {path.parent}, make it first")
     x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
     net = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
     make = None
@@ -222,7 +226,7 @@ def sweep(
     **machine: Any,
 ) -> None:
     """Evaluate what a TOML file describes: models x votes x eps x seeds, as `evaluate` does one."""
-    _devices(machine["device"])
+    _check_machine(**machine)
     manifest = manifest_of(Sweep.read(config), model_dir=model_dir, data_dir=data_dir, download=download)
     _run(manifest, out, **machine)
 
@@ -260,8 +264,8 @@ def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
 
 
 def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
-    check_count("workers", workers)
-    given: dict[str, Any] = dict(_option(text) for text in options) | {"devices": _devices(device)}
+    _check_machine(engine, workers, device, options)
+    given: dict[str, Any] = dict(_option(text) for text in options) | {"devices": device.split(",")}
     given |= {"workers": workers} if engine == "local" else {}
     total = len(chains_of(ledger.manifest))
     with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
@@ -285,10 +289,18 @@ def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tupl
         sys.exit(1)
 
 
-def _devices(names: str) -> list[str]:
-    for name in names.split(","):
-        check_device(name)
-    return names.split(",")
+def _check_machine(engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+    """Raise on an engine or options that cannot be; the devices of other machines are not looked at."""
+    check_choice("engine", engine, tuple(ENGINES))
+    check_count("workers", workers)
+    known = [name for name, of in signature(ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
+    known = [name for name in known if name not in ("workers", "devices")]
+    for key, _ in map(_option, options):
+        if key not in known:
+            raise unknown_name(f"option of the engine {engine!r} (-O)", key, known)
+    if engine == "local":
+        for name in device.split(","):
+            check_device(name)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -314,7 +326,7 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
         for stage, so_far in row.get("stages", {}).items():
             table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *passes(so_far), style="dim")
         low, high = row["interval"]
-        invalid = f" ({row['invalid']} invalid)" if row.get("invalid") else ""
+        invalid = "".join(f" ({row[kind]} {kind})" for kind in ("invalid", "outside") if row.get(kind))
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(
@@ -442,7 +454,7 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
 @click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
 @click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
-@click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: 1]")
+@click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: the bundle's, or 1]")
 def verify(
     path: Path,
     model: str | None,
@@ -469,16 +481,26 @@ def verify(
             sys.exit(1)
         return
     images, about = read_bundle(path)
-    dataset, eps = dataset or about.get("dataset"), eps or about.get("eps")
+    dataset, eps = dataset or about.get("dataset"), about.get("eps") if eps is None else eps
     for option, value in (("--model", model), ("--dataset", dataset), ("--eps", eps)):
         if value is None:
             raise ValueError(f"{path} does not say its {option.strip('-')}: pass {option}")
     x, y = load_dataset(str(dataset), data_dir=data_dir or "data", n=len(images))
     net = providers.load_model(str(model), model_dir, str(dataset), vote=vote or about.get("vote") or "softmax")
-    verdict = judge(net, x, y, images, eps=float(str(eps)), norm=norm or about.get("threat_model", "Linf"), draws=draws or 1)
+    draws = about.get("draws", 1) if draws is None else draws
+    norm = norm or about.get("threat_model", "Linf")
+    verdict = judge(net, x, y, images, eps=_radius(eps), norm=norm, draws=draws)
     console.print(f"{model}: {verdict}", highlight=False)
     if "external" in about:
         console.print(f"The bundle says {about['external']}%.", highlight=False)
+
+
+def _radius(text: object) -> float:
+    """A number, or a fraction such as RobustBench's ``8/255``."""
+    try:
+        return float(Fraction(str(text).replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps {text!r} is no number: write it as 0.03 or 8/255") from error
 
 
 @main.command()

@@ -13,11 +13,13 @@ from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.projections import per_sample
 from ensemble_attacks.validation import (
     check_count,
+    check_dtype,
     check_images,
     check_label_range,
     check_labels,
     check_norm,
     check_positive,
+    check_scores,
 )
 
 
@@ -180,10 +182,13 @@ def judge(
     check_labels(y, x, "y")
     if not len(x):
         raise ValueError("x holds no images: there is nothing to judge")
+    if not isinstance(x_adv, Tensor):
+        raise TypeError(f"x_adv must be a torch.Tensor, got {type(x_adv).__name__}")
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in [0, 1]")
+    check_dtype(model, x_adv, "x_adv")
     x_adv, y = x_adv.detach(), y.long()
     check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm)
 
@@ -193,7 +198,9 @@ def judge(
         model.eval()
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
-                scores_NK = model(images.to(parameter.device)).cpu()
+                scores_NK = model(images.to(parameter.device))
+                check_scores(scores_NK, len(images), type(model).__name__)
+                scores_NK = scores_NK.cpu()
                 check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(torch.isfinite(scores_NK).all(1))

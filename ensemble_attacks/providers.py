@@ -37,10 +37,15 @@ def list_models(dataset: str | None = None, model_dir: str | None = None) -> lis
 def load_model(
     name: str, model_dir: str | None = None, dataset: str = "cifar10", threat_model: str = "Linf", *, vote: str = "softmax"
 ) -> nn.Module:
-    """Load from the first provider that lists ``name``, or takes any ``kind:name``; ValueError with the nearest name
-    otherwise.
+    """Load from the first provider that lists ``name``, or takes any ``kind:name``.
+
+    Raises:
+        ValueError: no provider knows it (names the nearest one), or it cannot be loaded here.
     """
     for provider in providers():
         if ":" in name or name in provider.list_models(dataset, model_dir):
-            return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
+            try:
+                return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
+            except RuntimeError as error:  # of a download, or of weights that do not fit
+                raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     raise unknown_name(f"model for {dataset}", name, list_models(dataset, model_dir))

@@ -11,6 +11,7 @@ from ensemble_attacks.ensembles import VOTES, probabilities_of
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.preserve import preserved, private_random_state
 from ensemble_attacks.surrogates import find_parts
+from ensemble_attacks.validation import check_dtype, check_scores
 
 REPEATS = 5  # forward passes of the same images
 PROBABILITY = 1e-5  # how far their sum may be from 1
@@ -49,7 +50,10 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         frontend = False
     with preserved(model), private_random_state(seed, model):
         model.eval()
+        check_dtype(model, x)
         scores = [model(x) for _ in range(REPEATS)]
+    for scores_NK in scores:
+        check_scores(scores_NK, len(x), type(model).__name__)
     random = any(differ(other, scores[0]) for other in scores[1:])
     own = members and not probabilities and getattr(model, "vote", None) not in VOTES
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])

@@ -41,8 +41,9 @@ def check_dtype(model: Callable[[Tensor], object], images: Tensor, name: str = "
     own = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
     if own == images.dtype or not len(images):
         return
+    parameter = next(model.parameters()) if isinstance(model, nn.Module) else images
     try:
-        model(images[:1])
+        model(images[:1].to(parameter.device))
     except RuntimeError as error:
         raise TypeError(f"{name} has dtype {images.dtype}, the model {own}: pass {name}.to({own})") from error
 
@@ -103,6 +104,13 @@ def check_count(name: str, value: int, at_least: int = 1) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """A whole number that PyTorch's generators take."""
+    check_count("seed", seed, at_least=0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}")
 
 
 def check_fractions(name: str, values: Sequence[float]) -> None:

@@ -145,6 +145,17 @@ def test_an_attack_that_leaves_the_ball_is_not_believed(
         evaluate(model, *digits, ["cheat"], Settings(eps=0.1))
 
 
+def test_images_of_others_that_leave_the_ball_are_told(
+    digits: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    x, y = digits[0][:4], digits[1][:4]
+    model = load_model("adp_convnet_3", dataset="digits")
+    name = "torchattacks:FGSM?eps=8/25"
+    row = evaluate(model, x, y, [name], Settings(eps=0.1), out=tmp_path)["attacks"][name]
+    assert row["outside"] == 4
+    assert "4 of the 4 images that FGSM returned are outside the Linf ball of eps = 0.1" in caplog.text
+
+
 def test_images_that_fool_only_the_twin_are_crafted_again_on_the_model(
     monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor]
 ) -> None:

@@ -24,7 +24,7 @@ from ensemble_attacks.cli import main
 from ensemble_attacks.evaluation import runner, sweep
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger, difference
-from ensemble_attacks.evaluation.sweep import Sweep, chains_of, manifest_of, progress, verify
+from ensemble_attacks.evaluation.sweep import Sweep, _until, chains_of, manifest_of, merged, progress, verify
 
 SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
 
@@ -185,6 +185,49 @@ def test_what_an_attack_fooled_is_not_attacked_again(tmp_path: Path) -> None:
     assert apart["worst_case"]["robust"] == cell["worst_case"]["robust"]
 
 
+HARMLESS = tuple(f"torchattacks:PGD?eps=0.000{i}&steps=1" for i in range(1, 7))
+
+
+def test_a_cascade_keeps_no_lucky_draws(tmp_path: Path) -> None:
+    """Of a random model, whose draws follow the place in the batch; also where one range has nothing left."""
+    small = Sweep(("multiresolution_convnet_1",), (0.1,), HARMLESS, n=24, shard_size=1, draws=4, eot_iter=2)
+    for shard_size in (1, 24):
+        cells = [
+            run(Ledger(tmp_path / f"{shard_size}{cascade}", manifest(small, shard_size=shard_size, cascade=cascade)))[
+                "cells"
+            ][0]
+            for cascade in (True, False)
+        ]
+        kept, apart = (cell["worst_case"]["accuracy"] for cell in cells)
+        assert kept >= apart >= cells[1]["clean"]["accuracy"] - 0.03
+    ledger = Ledger(tmp_path / "24True")
+    assert not any(finding["differ"] for finding in verify(ledger))
+
+
+def test_a_cascade_ends_where_an_attack_is_given_up(tmp_path: Path) -> None:
+    arguments = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "4", "--cascade", "--out", tmp_path / "run"]
+    result = invoke(*arguments, "--attacks", "torchattacks:PGD?steps=abc,torchattacks:FGSM")
+    assert result.exit_code == 1
+    assert "Given up: gal_convnet_3 softmax 0.12 torchattacks:FGSM 0-4" in result.output
+
+
+def test_stages_of_ranges_that_skipped_some() -> None:
+    lists = [["mora", "apgd-ce"], ["mora", "crossmax-transfer", "apgd-ce"], ["mora", "apgd-ce", "apgd-t"]]
+    order = merged(lists)
+    assert order == ["mora", "crossmax-transfer", "apgd-ce", "apgd-t"]
+    rows = [[_until(dict.fromkeys(names), order[: index + 1]) for index in range(4)] for names in lists]
+    assert rows[0] == ["mora", "mora", "apgd-ce", "apgd-ce"]
+    assert rows[2] == ["mora", "mora", "apgd-ce", "apgd-t"]
+
+
+def test_other_code_may_verify(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sweep, "code_version", lambda: "another")
+    assert all(finding["differ"] == 0 for finding in verify(Ledger(finished)))
+    assert "what is computed now may differ" in caplog.text
+
+
 def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
     """kill -9 at several instants of a run in a process of its own."""
     folder = tmp_path / "run"
@@ -331,6 +374,14 @@ def test_unknown_engines_and_options(tmp_path: Path) -> None:
     arguments += ["--out", tmp_path / "run"]
     assert "did you mean 'local'" in invoke(*arguments, "--engine", "locl").output
     assert "write KEY=VALUE" in invoke(*arguments, "-O", "minutes").output
+    assert "unknown option of the engine 'local' (-O) 'minutes'" in invoke(*arguments, "-O", "minutes=3").output
+    assert "workers must be at least 1" in invoke(*arguments, "--workers", "0").output
+    assert "seed must be below" in invoke(*arguments, "--seed", 10**22).output
+    twice = invoke(*arguments[:-4], "--attacks", "mora,torchattacks:FGSM,mora").output
+    assert "attacks holds 'mora' twice" in twice
+    assert not (tmp_path / "run").exists()
+    on_ray = invoke(*arguments, "--engine", "ray", "-O", "partition=gpu", "--device", "cuda").output
+    assert "did you mean" in on_ray or "unknown option of the engine 'ray'" in on_ray
 
 
 class Wrapped(nn.Module):

@@ -267,8 +267,10 @@ def test_what_the_original_takes_and_prints(digits: tuple[Tensor, Tensor], tmp_p
     printed = capsys.readouterr().out
     assert "robust accuracy after APGD-CE" in printed
     assert printed == log.read_text()
+    adversary.draws = 3
     adversary.set_version("rand")
     assert adversary.attacks_to_run == ["apgd-ce", "apgd-dlr"]
+    assert adversary.draws == 3
 
 
 def test_bad_arguments(digits: tuple[Tensor, Tensor]) -> None:
@@ -277,7 +279,6 @@ def test_bad_arguments(digits: tuple[Tensor, Tensor]) -> None:
         (dict(version="standart"), "did you mean 'standard'"),
         (dict(attacks_to_run=["moar"]), "unknown attack 'moar': did you mean 'mora'"),
         (dict(attacks_to_run=["mora"], version="standard"), "attacks_to_run goes with version='custom', not 'standard'"),
-        (dict(version="custom"), "version='custom' needs attacks_to_run"),
         (dict(is_tf_model=True), "TensorFlow models are not supported"),
         (dict(attacks_to_run=["torchattacks:PDG"]), "unknown attack of torchattacks 'PDG': did you mean 'PGD'"),
         (
@@ -287,6 +288,10 @@ def test_bad_arguments(digits: tuple[Tensor, Tensor]) -> None:
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             AutoAttack(model, **arguments)
+    with pytest.raises(ValueError, match="version='custom' needs attacks_to_run"):
+        ours(model, "custom").run_standard_evaluation(digits[0][:4], digits[1][:4])
+    with pytest.raises(TypeError, match=r"dtype torch\.float64, the model torch\.float32"):
+        ours(model, "standard").run_standard_evaluation(digits[0][:4].double(), digits[1][:4])
     with pytest.raises(NotAnEnsembleError):
         ours(model, "ensemble").run_standard_evaluation(digits[0][:4], digits[1][:4])
     with pytest.raises(ValueError, match="expected values in"):

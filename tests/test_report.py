@@ -18,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what
 
 
 def test_a_report_of_a_run(tmp_path: Path) -> None:
-    run(ledger_in(tmp_path / "run", eps=(0.05, 0.12), attacks=("mora", "torchattacks:FGSM")))
+    sizes = dict(n=8, shard_size=3)  # of a range of fewer than a diagnosis needs
+    run(ledger_in(tmp_path / "run", eps=(0.05, 0.12), attacks=("mora", "torchattacks:FGSM"), **sizes))
     result = CliRunner().invoke(main, ["report", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     folder = tmp_path / "run" / "report"
@@ -50,3 +51,12 @@ def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:
 def test_a_spreadsheet_gets_no_formula(tmp_path: Path) -> None:
     write_csv(tmp_path / "table.csv", ("name", "figure"), [("=cmd|' /C calc'!A0", -1.5)])
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "'=cmd|' /C calc'!A0,-1.5"
+
+
+def test_a_report_of_two_seeds_without_traces(tmp_path: Path) -> None:
+    run(ledger_in(tmp_path / "run", seeds=(0, 1), attacks=("torchattacks:FGSM",), cascade=True))
+    write_report(tmp_path / "run", tmp_path / "report")
+    names = {path.stem for path in (tmp_path / "report" / "figures").glob("*.png")}
+    assert not any(name.startswith(("eps", "convergence")) for name in names)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "gal_convnet_3, softmax, Linf 0.12, seed 1: members fooled by torchattacks:FGSM, on " in text

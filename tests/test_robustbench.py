@@ -122,6 +122,11 @@ def test_an_external_evaluation_is_exported_and_verified(tmp_path: Path) -> None
     assert about["external"] == f"{100 * summary['worst_case']['accuracy']:.2f}"
     verified = invoke("verify", str(bundle), "--model", "gal_convnet_3")
     assert f"{float(about['external']):.1f}% robust" in verified.output
+    (bundle / "model_info.json").write_text(json.dumps(about | {"eps": "1/10"}))
+    assert invoke("verify", str(bundle), "--model", "gal_convnet_3").output == verified.output
+    assert "draws must be at least 1" in invoke("verify", str(bundle), "--model", "gal_convnet_3", "--draws", "0").output
+    (bundle / "model_info.json").write_text("[]")
+    assert "holds a list" in invoke("verify", str(bundle), "--model", "gal_convnet_3").output
     images = bundle / "adversarial_images.pt"
     anybodys = ("verify", str(images), "--model", "gal_convnet_3", "--dataset", "digits")
     assert "pass --eps" in invoke(*anybodys).output

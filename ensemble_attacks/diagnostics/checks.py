@@ -31,6 +31,7 @@ from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabil
 from ensemble_attacks.surrogates import Surrogate, premise, straight_through
 from ensemble_attacks.validation import (
     check_count,
+    check_dtype,
     check_images,
     check_label_range,
     check_labels,
@@ -128,6 +129,7 @@ def diagnose(
             type(m).__name__ for m in model.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
         model.eval()
+        check_dtype(model, x, "x")
         with torch.no_grad():
             scores_NK = model(x)
         check_scores(scores_NK, len(y), type(model).__name__)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
 from ensemble_attacks.evaluation.sweep import chains_of, run_chain, summarise
+from ensemble_attacks.validation import check_choice
 
 logger = logging.getLogger(__name__)
 Report = Callable[[int], object]  # called with the number of every chain that has ended
@@ -40,19 +40,28 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
         ValueError: an unknown engine.
         KeyboardInterrupt, SystemExit(143): stopped by SIGINT or SIGTERM; what was finished is kept.
     """
-    if engine not in ENGINES:
-        raise unknown_name("engine", engine, ENGINES)
+    check_choice("engine", engine, tuple(ENGINES))
     chains = chains_of(ledger.manifest)
     ledger.forget_running()
     with _terminable():
         while True:
-            left = [index for index, units in enumerate(chains) if any(map(ledger.open, units))]
+            left = [index for index, units in enumerate(chains) if unfinished(ledger, units)]
             if left:
                 ENGINES[engine](ledger, left, report, **options)
             summary = summarise(ledger)
-            if not any(ledger.open(unit) for units in chains for unit in units):
+            if not any(unfinished(ledger, units) for units in chains):
                 return summary
             # else what was found damaged when it was read is run again
+
+
+def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
+    """Is there work left in a chain? With ``cascade``, none behind a unit that was given up."""
+    for unit in units:
+        if ledger.open(unit):
+            return True
+        if unit.content["cascade"] and not ledger.done(unit):
+            return False
+    return False
 
 
 @contextmanager
@@ -97,12 +106,14 @@ def local(
                 left.remove(tasks[task])
                 suspects.discard(tasks[task])
                 report(tasks[task])
-        except BrokenProcessPool:  # a worker was killed, by lack of memory or a crash of its own
+        except BrokenProcessPool as error:  # a worker was killed, by lack of memory or a crash of its own
             running = [unit for entry in ledger.in_work() if not ledger.done(unit := Unit(entry["unit"]))]
             if len(now) == 1:
                 for unit in running:
                     logger.warning("the process died while it ran %s", unit.name)
                     ledger.fail(unit, "the process died (killed, or out of memory)")
+                if not running:  # before it had begun: while the model was loaded, or prepared
+                    _lost(ledger, now[0], error)
             else:  # each by itself, to tell which it was
                 identities = {unit.identity for unit in running}
                 units = chains_of(ledger.manifest)

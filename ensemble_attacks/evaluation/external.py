@@ -91,6 +91,7 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
         "threat_model": summary["norm"],
         "eps": repr(summary["eps"]),
         "n_examples": summary["n"],
+        "draws": summary["draws"],
         "clean_acc": f"{100 * summary['clean']['accuracy']:.2f}",
         "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
         "external": f"{accuracy:.2f}",
@@ -129,4 +130,7 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
         raise ValueError(f"{file} cannot be read as one tensor: {error}") from None
     check_images(images, str(file), slack=1e-6)
     about = file.with_name(ABOUT)
-    return images, json.loads(about.read_text()) if path.is_dir() and about.exists() else {}
+    said = json.loads(about.read_text()) if path.is_dir() and about.exists() else {}
+    if not isinstance(said, dict):
+        raise ValueError(f"{about} holds a {type(said).__name__}: expected an object with eps, dataset and so on")
+    return images, said

@@ -49,10 +49,9 @@ class Unit:
     @property
     def name(self) -> str:
         """For people."""
-        start, stop = self.content["range"]
-        return (
-            f"{self.content['model']} {self.content['vote']} {self.content['eps']:g} {self.content['attack']} {start}-{stop}"
-        )
+        content = self.content
+        seed = f" seed {content['seed']}" if content["seed"] else ""
+        return "{model} {vote} {eps:g}{} {attack} {range[0]}-{range[1]}".format(seed, **content)
 
 
 @dataclass(frozen=True, eq=False)

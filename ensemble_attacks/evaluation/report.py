@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
+from ensemble_attacks.autoattack import FEWEST_DIAGNOSED
+from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import Diagnosis, diagnose
 from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
-from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise
+from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise, warn_of_code
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.surrogates import Surrogate
@@ -72,16 +74,18 @@ def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
         raise LedgerError(f"{run} is not finished: {missing[0]} is missing, run it again")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
+    warn_of_code(ledger)
     rows = table_rows(summary, seconds_of(ledger))
     with style.context(STYLE):
         pictures = [*_curves(ledger), *_by_eps(summary)]
         diagnoses: dict[str, Diagnosis] = {}
         for chain in _first_chains(ledger):
-            context = Context(ledger.manifest, chain[0], device)
+            context = Context(ledger.manifest, chain[0], device, same_code=False)
             with private_random_state(context.settings.seed, context.model):
                 pictures += _of_model(ledger, chain, context)
-            if context.settings.norm == "Linf":  # what the checks are made for
-                diagnoses[_title(chain[0])] = _diagnosis(context)
+            linf = context.settings.norm == "Linf"  # what the checks are made for
+            if linf and (diagnosis := _diagnosis(ledger, context)) is not None:
+                diagnoses[_title(chain[0])] = diagnosis
         out.mkdir(parents=True)
         (out / "figures").mkdir()
         for picture in pictures:
@@ -117,7 +121,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -
 
 def _title(unit: Unit) -> str:
     content = unit.content
-    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}"
+    seed = f", seed {content['seed']}" if content["seed"] else ""
+    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}{seed}"
 
 
 def _first_chains(ledger: Ledger) -> list[list[Unit]]:
@@ -145,6 +150,8 @@ def _curves(ledger: Ledger) -> list[Picture]:
                 passes, robust = zip(*points, strict=True)
                 axes.step(passes, robust, where="post", label=name)
                 rows += [(name, *point) for point in points]
+        if not rows:
+            continue
         axes.set(xscale="log", xlabel="passes (forward + backward) per image", ylabel="robust images (%)", ylim=(0, 101))
         axes.legend()
         caption = f"{_title(own[0][0])}: what is left robust, against the passes spent"
@@ -174,7 +181,8 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in summary["cells"]:
         at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
-        lines.setdefault(f"{cell['model']}, {cell['vote']}", [(0.0, 100 * cell["clean"]["accuracy"])]).append(at)
+        seed = f", seed {cell['seed']}" if cell["seed"] else ""
+        lines.setdefault(f"{cell['model']}, {cell['vote']}{seed}", [(0.0, 100 * cell["clean"]["accuracy"])]).append(at)
     if all(len(points) < 3 for points in lines.values()):
         return []
     axes = (figure := Figure(figsize=(7, 4))).subplots()
@@ -242,7 +250,9 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     axes.bar([m + 0.2 for m in members], [row[2] for row in rows], 0.4, label="ensemble robust")
     axes.set(xlabel="members that are wrong", ylabel="images", xticks=list(members))
     axes.legend()
-    caption = f"{_title(unit)}: members fooled by {unit.content['attack']}, first {len(robust)} images"
+    caption = (
+        f"{_title(unit)}: members fooled by {unit.content['attack']}, on {len(robust)} of the first {len(context.x)} images"
+    )
     return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
 
 
@@ -292,7 +302,8 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
         image = x.clone().requires_grad_()
         value = margin(net(image), y)
-        (gradient,) = torch.autograd.grad(value.sum(), image) if value.requires_grad else (torch.zeros_like(x),)
+        (slope,) = torch.autograd.grad(value.sum(), image, allow_unused=True) if value.requires_grad else (None,)
+        gradient = torch.zeros_like(x) if slope is None else slope
         points = torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]).clamp(0, 1)
         with torch.no_grad():
             heights = torch.cat([margin(net(part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
@@ -305,8 +316,13 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     return Picture(f"surface_{index}", caption, figure, ("model", "gradient", "random", "margin"), rows)
 
 
-def _diagnosis(context: Context) -> Diagnosis:
-    x, y = context.x[:DIAGNOSED], context.y[:DIAGNOSED]
+def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
+    """Of the first images; ``None`` of too few."""
+    manifest = ledger.manifest
+    n = min(manifest["sweep"]["n"], DIAGNOSED)
+    if n < FEWEST_DIAGNOSED:
+        return None
+    x, y = load_dataset(manifest["sweep"]["dataset"], data_dir=manifest["places"]["data_dir"], n=n)
     return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
 
 

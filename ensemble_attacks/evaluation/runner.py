@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from ensemble_attacks.validation import (
     check_norm,
     check_positive,
     check_scores,
+    check_seed,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Attacked:
     Attributes:
         stages: of a suite, after each of its parts, which samples (N,) are robust, and forward and backward passes so far.
         batch_size: with which it fitted into memory.
+        outside: images that left the ball, and count as the clean ones.
     """
 
     images: Tensor
@@ -53,6 +56,7 @@ class Attacked:
     backwards: int
     seconds: float
     batch_size: int
+    outside: int = 0
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
@@ -62,7 +66,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
     check_count("batch_size", settings.batch_size)
-    check_count("seed", settings.seed, at_least=0)
+    check_seed(settings.seed)
     check_count("draws", settings.draws)
     if settings.eot_iter is not None:
         check_count("eot_iter", settings.eot_iter)
@@ -127,7 +131,7 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
     stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
     passes = counted.forwards, counted.backwards
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, settings.batch_size)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, settings.batch_size, crafted.outside)
 
 
 def evaluate(
@@ -174,12 +178,13 @@ def evaluate(
     for name in attacks:
         attacked = attack(model, twin, x, y, name, settings)
         right, seconds[name] = right.minimum(share_right(attacked.judgement, right)), attacked.seconds
-        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards)
+        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.outside)
         report(name, rows[name] | {"seconds": seconds[name]})
         if out is not None:
-            _save_images(out / f"{name}.safetensors", attacked.images, y, attacked.judgement, settings, name)
+            stem = quote(name, safe=":?=&,")
+            _save_images(out / f"{stem}.safetensors", attacked.images, y, attacked.judgement, settings, name)
             if attacked.trace:
-                (out / f"{name}.trace.json").write_text(json.dumps(attacked.trace) + "\n")
+                (out / f"{stem}.trace.json").write_text(json.dumps(attacked.trace) + "\n")
     worst = worst_case(right)
     report("worst case", worst)
     summary = {
@@ -199,11 +204,12 @@ def evaluate(
 
 
 def row_of(
-    judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int
+    judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int, outside: int = 0
 ) -> dict[str, Any]:
     """An attack's row of a summary."""
     n = len(judgement.robust)
     row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
+    row |= {"outside": outside} if outside else {}
     parts = {
         name: {"robust": int(robust.sum()), "forwards_per_image": ahead / n, "backwards_per_image": back / n}
         for name, (robust, ahead, back) in stages.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,14 @@ from ensemble_attacks.base import CarefulAttack, DescentAttack
 from ensemble_attacks.bpda import BPDAIdentity
 from ensemble_attacks.descent import Trace
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.judge import or_clean
+from ensemble_attacks.judge import or_clean, outside
 from ensemble_attacks.mora import MORA
 from ensemble_attacks.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.passes import CountingModel
 from ensemble_attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, craft, registered
 from ensemble_attacks.surrogates import Expected
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class Crafted:
         images: (N, C, H, W).
         stages: of a suite, after each of its parts: its own robust flags (N,), and forward and backward passes so far.
         trace: of an attack of this package, its convergence (`Trace.rows`).
+        outside: how many images left the ball, and were replaced by the clean ones.
     """
 
     images: Tensor
     stages: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
     trace: list[dict[str, float]] = field(default_factory=list)
+    outside: int = 0
 
 
 Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
@@ -122,7 +127,13 @@ def _named(attack: NamedAttack) -> Craft:
         made = _make(attack, model, settings)
         if not isinstance(made, CarefulAttack):
             images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
-            return Crafted(or_clean(x, images, eps=settings.eps, norm=settings.norm))
+            left = int(outside(x, images.to(x), eps=settings.eps, norm=settings.norm).sum())
+            if left:
+                logger.warning(
+                    "%d of the %d images that %s returned are outside the %s ball of eps = %g, and count as the clean ones",
+                    *(left, len(x), type(made).__name__, settings.norm, settings.eps),
+                )
+            return Crafted(or_clean(x, images, eps=settings.eps, norm=settings.norm), outside=left)
         trace = Trace()
         if isinstance(made, (DescentAttack, BPDAIdentity)):  # of others it is the trace of a part
             made.trace = trace

@@ -10,8 +10,8 @@ import json
 import logging
 import time
 import tomllib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from hashlib import sha256
 from itertools import product
@@ -46,6 +46,7 @@ from ensemble_attacks.validation import check_count
 logger = logging.getLogger(__name__)
 PIECE = 500  # images that are read at once
 LIGHT = ("robust", "invalid", "correct", "right", "margin")  # tensors that a summary needs, not the images
+DEFAULT_VOTES = ("softmax",)
 CLEAN = "clean"  # the unit that judges the clean images
 
 
@@ -64,8 +65,8 @@ class Sweep:
 
     models: tuple[str, ...]
     eps: tuple[float, ...]
-    attacks: tuple[str, ...] = ("autoattack", "mora")
-    votes: tuple[str, ...] = ("softmax",)
+    attacks: tuple[str, ...]
+    votes: tuple[str, ...] = DEFAULT_VOTES
     dataset: str = "digits"
     norm: str = "Linf"
     seeds: tuple[int, ...] = (0,)
@@ -112,6 +113,8 @@ class Sweep:
                 fits = isinstance(one, wanted[inner]) and (inner == "bool" or not isinstance(one, bool))
                 if not fits and not (one is None and "None" in kind):
                     raise ValueError(f"{where}: {key} holds {one!r}, which is no {inner}")
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise ValueError(f"{where}: {key} holds {next(v for v in value if value.count(v) > 1)!r} twice")
             values[key] = value
         return cls(**values)
 
@@ -130,6 +133,8 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         check_vote(vote)
     for name in sweep.models:
         model = providers.load_model(name, model_dir, sweep.dataset, vote=sweep.votes[0])
+        if sweep.votes != DEFAULT_VOTES and getattr(model, "vote", None) != sweep.votes[0]:
+            logger.warning("%s has no votes to choose from: --vote %s changes nothing", name, ", ".join(sweep.votes))
         for eps, seed in product(sweep.eps, sweep.seeds):
             check_arguments(model, x, y, sweep.attacks, _settings(asdict(sweep) | {"eps": eps, "seed": seed}))
         weights[name] = digest(*model.state_dict().values())
@@ -237,12 +242,12 @@ class Context:
     """What the units of a chain share: the model, its twin and the images of the range.
 
     Raises:
-        LedgerError: code, weights or images are not those that the run began with.
+        LedgerError: code (unless another will do), weights or images are not those that the run began with.
     """
 
-    def __init__(self, manifest: dict[str, Any], unit: Unit, device: str) -> None:
+    def __init__(self, manifest: dict[str, Any], unit: Unit, device: str, *, same_code: bool = True) -> None:
         content, places = unit.content, manifest["places"]
-        if content["code"] != code_version():
+        if same_code and content["code"] != code_version():
             raise LedgerError(
                 f"the run began with code {content['code']}, this is {code_version()}: install that, or begin anew"
             )
@@ -271,20 +276,23 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         done = attack(context.model, context.twin, x[rows], y[rows], name, settings)
     else:
         nothing = torch.zeros(0, dtype=torch.bool)
-        judgement = Judgement(nothing, nothing, nothing, nothing[None], x.new_zeros(0))
+        judgement = Judgement(nothing, nothing, nothing, nothing.expand(settings.draws, 0), x.new_zeros(0))
         done = Attacked(x[rows], judgement, {}, [], 0, 0, 0.0, settings.batch_size)
+    judgement = done.judgement
+    if 0 < len(rows) < len(x):
+        judgement = _judged_in_place(context, rows, done.images, done.batch_size)
     before = torch.zeros(len(x), dtype=torch.float64) if right is None else right
-    shares, found = before.clone(), share_right(done.judgement, before[rows])
+    shares, found = before.clone(), share_right(judgement, before[rows])
     shares[rows] = found.minimum(before[rows]) if unit.content["before"] else found
     tensors = {
         "rows": rows,
         "x_adv": done.images,
         "labels": y[rows],
-        "robust": done.judgement.robust.to(torch.uint8),
-        "invalid": done.judgement.invalid.to(torch.uint8),
-        "correct": done.judgement.correct.to(torch.uint8),
+        "robust": judgement.robust.to(torch.uint8),
+        "invalid": judgement.invalid.to(torch.uint8),
+        "correct": judgement.correct.to(torch.uint8),
         "right": shares,
-        "margin": done.judgement.margin,
+        "margin": judgement.margin,
         **{f"stage {part}": robust.to(torch.uint8) for part, (robust, _, _) in done.stages.items()},
     }
     info = {
@@ -293,11 +301,23 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         "stages": {part: list(passes) for part, (_, *passes) in done.stages.items()},
         "trace": done.trace,
         "seconds": done.seconds,
+        "outside": done.outside,
         "batch_size": done.batch_size,
         "finished": time.time(),
         "torch": torch.__version__,
     }
     return ledger.write(unit, tensors, info)
+
+
+def _judged_in_place(context: Context, rows: Tensor, images: Tensor, batch_size: int) -> Judgement:
+    """The verdict on the images of some ``rows``, judged among the whole range: the draws of a random model follow the place
+    in the batch, and only where they are the same is the worst case over attacks no luckiest draw.
+    """
+    whole = context.x.clone().to(images)
+    whole[rows] = images
+    verdict = judged(context.model, context.x, context.y, whole, replace(context.settings, batch_size=batch_size))
+    parts = (verdict.robust, verdict.fooled, verdict.invalid, verdict.correct, verdict.margin)
+    return Judgement(*(part[..., rows] for part in parts))
 
 
 # -- from units to a summary
@@ -353,24 +373,47 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
     joined = {key: torch.cat([r.tensors[key] for r in results], -1) for key in LIGHT}
     robust, invalid = joined["robust"].bool(), joined["invalid"].bool()
     forwards, backwards = (sum(result.info[kind] for result in results) for kind in ("forwards", "backwards"))
+    outside = sum(result.info.get("outside", 0) for result in results)
     if cascade:  # robust under this attack and all before it
         right = joined["right"]
         n = len(right)
         row = worst_case(right) | {"attacked": len(robust), "invalid": int(invalid.sum())}
+        row |= {"outside": outside} if outside else {}
         return row | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool(), joined["margin"])
     stages: dict[str, tuple[Tensor, int, int]] = {}
-    for part in dict.fromkeys(part for result in results for part in result.info["stages"]):
-        last = [_until(result.info["stages"], part) for result in results]  # a range may have settled earlier
+    order = merged(list(result.info["stages"]) for result in results)
+    for index, part in enumerate(order):
+        last = [_until(result.info["stages"], order[: index + 1]) for result in results]
         flags = torch.cat([result.tensors[f"stage {at}"] for result, at in zip(results, last, strict=True)])
         ahead, back = (sum(r.info["stages"][at][k] for r, at in zip(results, last, strict=True)) for k in (0, 1))
         stages[part] = (flags.bool(), ahead, back)
-    return row_of(judgement, stages, forwards, backwards)
+    return row_of(judgement, stages, forwards, backwards, outside)
 
 
-def _until(stages: dict[str, Any], part: str) -> str:
-    """The stage ``part``, or where it was not reached the last one."""
-    return part if part in stages else list(stages)[-1]
+def merged(lists: Iterable[list[str]]) -> list[str]:
+    """Every name once, each behind those that it is behind in its own list."""
+    order: list[str] = []
+    for names in lists:
+        at = 0
+        for name in names:
+            if name not in order:
+                order.insert(at, name)
+            at = order.index(name) + 1
+    return order
+
+
+def _until(stages: dict[str, Any], parts: list[str]) -> str:
+    """The last of these parts that was run, as a range may have skipped some; its first one if none of them was."""
+    return next((part for part in reversed(parts) if part in stages), next(iter(stages)))
+
+
+def warn_of_code(ledger: Ledger) -> None:
+    """Say so where a run began with other code than this, which may judge it all the same."""
+    if (code := ledger.manifest["code"]) != code_version():
+        logger.warning(
+            "the run began with code %s, this is %s: what is computed now may differ from it", code, code_version()
+        )
 
 
 def verify(
@@ -386,6 +429,7 @@ def verify(
         OutOfBallError: a stored image outside the ball.
     """
     findings: list[dict[str, Any]] = []
+    warn_of_code(ledger)
     manifest = ledger.manifest | {"places": dict(ledger.manifest["places"])}
     manifest["places"] |= {k: v for k, v in (("data_dir", data_dir), ("model_dir", model_dir)) if v is not None}
     for chain in chains_of(manifest):
@@ -397,9 +441,9 @@ def verify(
                 continue
             if not len(result.tensors["rows"]):
                 continue
-            context = context or Context(manifest, unit, device)
+            context = context or Context(manifest, unit, device, same_code=False)
             rows = result.tensors["rows"]
-            verdict = judged(context.model, context.x[rows], context.y[rows], result.tensors["x_adv"], context.settings)
+            verdict = _judged_in_place(context, rows, result.tensors["x_adv"], result.info["batch_size"])
             differ = int((verdict.robust != result.tensors["robust"].bool()).sum())
             findings.append({"unit": unit.name, "n": len(rows), "robust": int(verdict.robust.sum()), "differ": differ})
     return findings
