@@ -60,7 +60,7 @@ class CarefulAttack(Attack):
         check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
         check_labels(labels, images)
         if len(images):
-            check_dtype(self.model, images.to(self.device or images.device))
+            check_dtype(self.model, images)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""

@@ -7,7 +7,7 @@ The clean image stays the centre of the ball in every stage; the first version o
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,8 +78,10 @@ class CrossMaxTransfer(ComposedAttack):
                 )
         if not isinstance(self.inner, CarefulAttack):
             shared.pop("eot_iter", None)  # torchattacks' averages the gradient alone
-        taken = signature(refine).parameters
-        return {name: value for name, value in shared.items() if name in taken and (value is not None or name == "eot_iter")}
+        known = signature(refine).parameters
+        any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values())
+        taken = {name: value for name, value in shared.items() if any_name or name in known}
+        return {name: value for name, value in taken.items() if value is not None or name == "eot_iter"}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "trace":

@@ -188,7 +188,6 @@ def judge(
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in [0, 1]")
-    check_dtype(model, x_adv, "x_adv")
     x_adv, y = x_adv.detach(), y.long()
     check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm)
 
@@ -196,6 +195,7 @@ def judge(
     correct, finite, margins = [], [], []
     with preserved(model), private_random_state(seed, model):
         model.eval()
+        check_dtype(model, x_adv, "x_adv")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
                 scores_NK = model(images.to(parameter.device))

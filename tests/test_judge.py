@@ -142,3 +142,21 @@ def test_bad_arguments() -> None:
         judge(Pixel(), x, y + 1, x, eps=EPS)
     with pytest.raises(TypeError, match="x_adv has dtype"):
         judge(Pixel(), x, y, x.to(torch.uint8), eps=EPS)
+
+
+@torch.no_grad()
+def test_images_of_another_type_are_refused_and_the_model_left_as_it_was() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
+    x, y = torch.rand(6, 1, 2, 2), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"x_adv has dtype torch\.float64, the model torch\.float32: pass x_adv\.to"):
+        judge(model, x, y, x.double(), eps=0.1)
+    assert torch.equal(model[0].running_mean, torch.zeros(1))
+    with pytest.raises(TypeError, match="got ndarray"):
+        judge(model, x, y, x.numpy(), eps=0.1)
+    with pytest.raises(TypeError, match="returns a tuple: wrap it"):
+        judge(Twice(), x, y, x, eps=0.1)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), x.flatten(1)
