@@ -62,7 +62,7 @@ DEMO_EPS, DEMO_N = 0.12, 50
 
 
 class Commands(click.Group):
-    """Shows an error as one line and exits with 2; ``--debug`` shows the traceback."""
+    """Shows an error as one line and exits with 2, or with 130 after SIGINT; ``--debug`` shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -71,6 +71,8 @@ class Commands(click.Group):
             if ctx.params.get("debug"):
                 raise
             raise click.UsageError(str(error), ctx=None) from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
