@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks import __version__
-from ensemble_attacks.diagnostics import diagnose
+from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, diagnose
 from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.evaluation.ledger import write_whole
 from ensemble_attacks.hashing import digest
@@ -67,7 +67,7 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, an
 }
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
-DIAGNOSED, FEWEST_DIAGNOSED = 64, 4  # images that a diagnosis looks at
+DIAGNOSED = 64  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
 JUDGING_SEED = 2**31 - 2  # of those draws
 SAVE_EVERY = 60.0  # seconds

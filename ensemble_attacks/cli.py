@@ -45,6 +45,7 @@ from ensemble_attacks.evaluation.sweep import (
     progress,
     run_identity,
     seconds_of,
+    seed_said,
 )
 from ensemble_attacks.evaluation.sweep import verify as verify_run
 from ensemble_attacks.judge import judge
@@ -238,6 +239,7 @@ def sweep(
 @machines
 def resume(run: Path, **machine: Any) -> None:
     """Go on with a run; units that were given up are tried again."""
+    _check_machine(**machine)
     ledger = Ledger(run)
     ledger.retry_failed()
     _drive(ledger, **machine)
@@ -266,7 +268,6 @@ def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
 
 
 def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
-    _check_machine(engine, workers, device, options)
     given: dict[str, Any] = dict(_option(text) for text in options) | {"devices": device.split(",")}
     given |= {"workers": workers} if engine == "local" else {}
     total = len(chains_of(ledger.manifest))
@@ -317,7 +318,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
     title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
-    table = Table(title=title + (f", seed {cell['seed']}" if cell["seed"] else ""))
+    table = Table(title=title + seed_said(cell))
     for column in ("attack", "robust %", "95% interval", "forwards / image", "backwards / image", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right")
 

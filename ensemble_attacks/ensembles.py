@@ -148,9 +148,16 @@ class AdoptedEnsemble(Ensemble):
         return self._aggregate(logits_MNK)
 
     @torch.no_grad()
-    def disagrees(self, x: Tensor) -> Tensor:
-        """(N,) bool: where the claimed members and vote predict another class than the model itself."""
-        return _predict_otherwise(self.original(x), self.aggregate(super().member_logits(x)))
+    def disagrees(self, x: Tensor, *, ties: bool = True) -> Tensor:
+        """(N,) bool: where the claimed members and vote predict another class than the model itself; also, with ``ties``,
+        where hard votes tie.
+        """
+        logits_MNK = super().member_logits(x)
+        differ = _predict_otherwise(self.original(x), self.aggregate(logits_MNK))
+        if ties or self.vote != "voting":
+            return differ
+        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
+        return differ & ((counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) == 1)
 
     def verify(self, x: Tensor) -> None:
         """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
@@ -158,7 +165,7 @@ class AdoptedEnsemble(Ensemble):
         How hard votes that tie are broken is the model's own affair, and not looked at.
         """
         mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
-        differ = torch.cat([self.disagrees(images) & ~self._ties(images) for images in mixtures])
+        differ = torch.cat([self.disagrees(images, ties=False) for images in mixtures])
         if differ.any():
             raise AggregateMismatchError(
                 f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
@@ -168,15 +175,6 @@ class AdoptedEnsemble(Ensemble):
                 "random model differs from itself: freeze its draws"
             )
         self._verified = True
-
-    @torch.no_grad()
-    def _ties(self, x: Tensor) -> Tensor:
-        """(N,) bool: where hard votes tie."""
-        if self.vote != "voting":
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        logits_MNK = super().member_logits(x)
-        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
-        return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
 
     def warn_of_mismatch(self, x_adv: Tensor) -> None:
         """Warn where the claim, true of the clean images, fails on adversarial ones."""

@@ -15,7 +15,6 @@ from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
-    check_label_range,
     check_labels,
     check_norm,
     check_positive,
@@ -199,9 +198,8 @@ def judge(
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
                 scores_NK = model(images.to(parameter.device))
-                check_scores(scores_NK, len(images), type(model).__name__)
+                check_scores(scores_NK, len(images), type(model).__name__, labels)
                 scores_NK = scores_NK.cpu()
-                check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(torch.isfinite(scores_NK).all(1))
                 margins.append(margin(scores_NK, labels.cpu()))

@@ -52,8 +52,7 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         model.eval()
         check_dtype(model, x)
         scores = [model(x) for _ in range(REPEATS)]
-    for scores_NK in scores:
-        check_scores(scores_NK, len(x), type(model).__name__)
+    check_scores(scores[0], len(x), type(model).__name__)
     random = any(differ(other, scores[0]) for other in scores[1:])
     own = members and not probabilities and getattr(model, "vote", None) not in VOTES
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])

@@ -71,8 +71,10 @@ def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") ->
         )
 
 
-def check_scores(scores: object, n: int, model: str) -> None:
-    """What a model returned for ``n`` images: one floating-point tensor (N, K) of at least two classes."""
+def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) -> None:
+    """What a model returned for ``n`` images: one floating-point tensor (N, K) of at least two classes, and of all that the
+    labels ``y`` hold.
+    """
     if not isinstance(scores, Tensor):
         kind = type(scores).__name__
         raise TypeError(f"model {model} returns a {kind}: wrap it so that it returns its scores alone, one tensor (N, K)")
@@ -83,6 +85,8 @@ def check_scores(scores: object, n: int, model: str) -> None:
         )
     if not scores.is_floating_point():
         raise TypeError(f"model {model} returns {scores.dtype}: expected floating-point scores")
+    if y is not None:
+        check_label_range(y, scores.shape[1], "y")
 
 
 def check_norm(norm: str) -> None:

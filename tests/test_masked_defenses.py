@@ -46,7 +46,9 @@ def test_draws_are_fresh_seedable_and_freezable(noise: str) -> None:
     with model.frozen_noise(3):
         first = model(x)
         assert torch.equal(model(x), first)
-        torch.testing.assert_close(model(x[1:2]), first[1:2], rtol=1e-4, atol=1e-4)  # whatever else is in the batch
+        exact, wide = model.double(), x.double()  # in float32 the scores, which reach 20, round by as much
+        torch.testing.assert_close(exact(wide[1:2]), exact(wide)[1:2], rtol=0, atol=1e-4)  # whatever else is in the batch
+        model.float()
     model.own_draws(3)
     second = model(x)
     model.own_draws(3)

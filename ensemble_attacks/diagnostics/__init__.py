@@ -1,7 +1,17 @@
 """Is a defense masking its gradients? Named checks, each with figure, threshold, verdict, source and what to run next."""
 
 from ensemble_attacks.diagnostics.binarization import Binarization, binarization
-from ensemble_attacks.diagnostics.checks import EOT_ITER, Check, Diagnosis, diagnose
+from ensemble_attacks.diagnostics.checks import EOT_ITER, FEWEST_DIAGNOSED, Check, Diagnosis, diagnose
 from ensemble_attacks.diagnostics.indicators import Indicators, indicators
 
-__all__ = ["EOT_ITER", "Binarization", "Check", "Diagnosis", "Indicators", "binarization", "diagnose", "indicators"]
+__all__ = [
+    "EOT_ITER",
+    "FEWEST_DIAGNOSED",
+    "Binarization",
+    "Check",
+    "Diagnosis",
+    "Indicators",
+    "binarization",
+    "diagnose",
+    "indicators",
+]

@@ -33,7 +33,6 @@ from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
-    check_label_range,
     check_labels,
     check_positive,
     check_scores,
@@ -41,6 +40,7 @@ from ensemble_attacks.validation import (
 
 OK, FLAG, NOTE = "ok", "flag", "note"
 STEPS = 20  # of the attacks below
+FEWEST_DIAGNOSED = 4  # images
 DRAWS = 10  # by which a random model is judged
 EOT_ITER = 5
 ALONE = 8  # images on which an attack is looked at one by one
@@ -120,7 +120,7 @@ def diagnose(
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)
-    check_count("the number of images", len(x), at_least=4)
+    check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
     device = next(model.parameters(), x).device
     x, y = x.to(device), y.to(device).long()
     with preserved(model), private_random_state(seed, model):
@@ -132,8 +132,7 @@ def diagnose(
         check_dtype(model, x, "x")
         with torch.no_grad():
             scores_NK = model(x)
-        check_scores(scores_NK, len(y), type(model).__name__)
-        check_label_range(y, scores_NK.shape[1], "y")
+        check_scores(scores_NK, len(y), type(model).__name__, y)
         examination = _Examination(model, x, y, eps, seed, attack)
         checks = [*examination.of_structure(bool(was_training or trained)), *examination.of_gradients()]
         checks += [*examination.of_attacks(), *examination.of_one_attack()]

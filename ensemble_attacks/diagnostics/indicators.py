@@ -21,7 +21,6 @@ from ensemble_attacks.registry import craft
 from ensemble_attacks.validation import (
     check_count,
     check_images,
-    check_label_range,
     check_labels,
     check_positive,
     check_scores,
@@ -138,9 +137,7 @@ def indicators(
         model.eval()
         target.eval()
         with torch.no_grad():
-            scores_NK = model(x)
-            check_scores(scores_NK, len(y), type(model).__name__)
-            check_label_range(y, scores_NK.shape[1], "y")
+            check_scores(model(x), len(y), type(model).__name__, y)
         rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]
     return Indicators(*torch.tensor(rows).T)
 

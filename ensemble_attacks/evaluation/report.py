@@ -18,13 +18,21 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from ensemble_attacks.autoattack import FEWEST_DIAGNOSED
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.diagnostics import Diagnosis, diagnose
+from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, Diagnosis, diagnose
 from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import Ledger, Unit
-from ensemble_attacks.evaluation.sweep import CLEAN, Context, cells_of, chains_of, seconds_of, summarise, warn_of_code
+from ensemble_attacks.evaluation.sweep import (
+    CLEAN,
+    Context,
+    cells_of,
+    chains_of,
+    seconds_of,
+    seed_said,
+    summarise,
+    warn_of_code,
+)
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.preserve import private_random_state
 from ensemble_attacks.surrogates import Surrogate
@@ -121,8 +129,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -
 
 def _title(unit: Unit) -> str:
     content = unit.content
-    seed = f", seed {content['seed']}" if content["seed"] else ""
-    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}{seed}"
+    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}{seed_said(content)}"
 
 
 def _first_chains(ledger: Ledger) -> list[list[Unit]]:
@@ -181,8 +188,9 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in summary["cells"]:
         at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
-        seed = f", seed {cell['seed']}" if cell["seed"] else ""
-        lines.setdefault(f"{cell['model']}, {cell['vote']}{seed}", [(0.0, 100 * cell["clean"]["accuracy"])]).append(at)
+        lines.setdefault(
+            f"{cell['model']}, {cell['vote']}{seed_said(cell)}", [(0.0, 100 * cell["clean"]["accuracy"])]
+        ).append(at)
     if all(len(points) < 3 for points in lines.values()):
         return []
     axes = (figure := Figure(figsize=(7, 4))).subplots()

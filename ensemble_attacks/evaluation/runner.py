@@ -27,7 +27,6 @@ from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
-    check_label_range,
     check_labels,
     check_norm,
     check_positive,
@@ -79,9 +78,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
         model.eval()
         check_dtype(model, few, "x")
-        scores_NK = model(few)
-        check_scores(scores_NK, len(few), type(model).__name__)
-        check_label_range(y.cpu(), scores_NK.shape[1], "y")
+        check_scores(model(few), len(few), type(model).__name__, y)
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
         logger.warning(
             "%s is random, but draws is %d and eot_iter %s: one lucky draw decides; set both (--draws 10 --eot-iter 5)",

@@ -195,6 +195,11 @@ def cells_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def seed_said(content: dict[str, Any]) -> str:
+    """What titles of cells and units end in: ``, seed 1``; nothing of the seed 0."""
+    return f", seed {content['seed']}" if content["seed"] else ""
+
+
 def chains_of(manifest: dict[str, Any]) -> list[list[Unit]]:
     """The units, by the task that runs them: the clean images first, then the attacks in order."""
     sweep = manifest["sweep"]
