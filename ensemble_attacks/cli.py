@@ -256,6 +256,10 @@ def status(run: Path) -> None:
         console.print(f"{found['per_hour']:,.0f} an hour, {found['hours_left']:.1f} hours left", highlight=False)
     for name in found["running"]:
         console.print(f"running: {name}", highlight=False, markup=False)
+    for name in found["killed"]:
+        console.print(
+            f"killed: {name}; `ensemble-attacks resume {run}` goes on", highlight=False, markup=False, soft_wrap=True
+        )
     for failure in found["failed"]:
         text = f"failed {failure['failures']} times: {failure['unit']}: {failure['error']}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -251,7 +251,7 @@ def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
     assert not Ledger(folder).quarantined()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_stopped_at_once_by_a_signal(number: int, code: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ensemble_attacks", "evaluate", "--model", "dverge_at_convnet_3", "--eps", "0.1"]
@@ -260,13 +260,17 @@ def test_stopped_at_once_by_a_signal(number: int, code: int, tmp_path: Path) -> 
         stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    while not list(folder.glob("units/*.json")):
+    while not all(list(folder.glob(f"{kind}/*.json")) for kind in ("units", "running")):
         time.sleep(0.05)
+    assert len(progress(Ledger(folder))["running"]) == 1
     began = time.monotonic()
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     assert time.monotonic() - began < 5
-    assert progress(Ledger(folder))["done"] == 1
+    found = progress(Ledger(folder))
+    assert found["done"] == 1
+    assert not found["running"]
+    assert len(found["killed"]) == (number == signal.SIGKILL)
 
 
 def test_what_fails_three_times_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,17 @@ def unsealed(data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or content.pop("sha256", None) != hashlib.sha256(canonical(content)).hexdigest():
         raise ValueError("checksum mismatch")
     return content
+
+
+def alive(pid: int) -> bool:
+    """Is there such a process on this machine?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -194,15 +206,17 @@ class Ledger:
     def running(self, unit: Unit) -> Iterator[None]:
         """Within it, the unit is marked as in work, by this process."""
         mark = self.folder / "running" / f"{unit.identity}.json"
-        write_whole(mark, sealed({"unit": unit.content, "pid": os.getpid(), "since": time.time()}))
+        here = {"host": platform.node(), "pid": os.getpid(), "since": time.time()}
+        write_whole(mark, sealed({"unit": unit.content, **here}))
         try:
             yield
         finally:
             mark.unlink(missing_ok=True)
 
     def in_work(self) -> list[dict[str, Any]]:
-        """What is marked as in work, by whichever process, dead or alive."""
-        return list(self._all("running"))
+        """What is marked as in work; ``alive``: by a process that still is, as far as this machine can tell."""
+        here = platform.node()
+        return [mark | {"alive": mark.get("host") != here or alive(mark["pid"])} for mark in self._all("running")]
 
     def forget_running(self) -> None:
         """Remove marks, and files that were being written, of processes that are no more."""
@@ -210,7 +224,7 @@ class Ledger:
             mark.unlink(missing_ok=True)
         for left in self.folder.glob("**/.*.tmp"):
             pid = left.name.split(".")[-2]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            if pid.isdigit() and not alive(int(pid)):
                 left.unlink(missing_ok=True)
 
     # -- failures

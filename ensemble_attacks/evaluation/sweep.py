@@ -456,7 +456,7 @@ def verify(
 
 def progress(ledger: Ledger) -> dict[str, Any]:
     """How far a run is: units ``done`` of ``all``, ``per_hour`` and ``hours_left`` by the last hundred, ``failed``,
-    ``quarantined``, ``running``.
+    ``quarantined``, ``running``, and ``killed``, units whose process is no more.
     """
     units = [unit for chain in chains_of(ledger.manifest) for unit in chain]
     done = [unit for unit in units if ledger.done(unit)]
@@ -473,7 +473,10 @@ def progress(ledger: Ledger) -> dict[str, Any]:
             for entry in ledger.failed()
         ],
         "quarantined": ledger.quarantined(),
-        "running": [Unit(entry["unit"]).name for entry in ledger.in_work()],
+        **{
+            kind: [Unit(mark["unit"]).name for mark in ledger.in_work() if mark["alive"] == there]
+            for kind, there in (("running", True), ("killed", False))
+        },
     }
 
 
