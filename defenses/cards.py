@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from defenses.architectures import ARCHITECTURES
 from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
+from ensemble_attacks.checkpoints import whole_file
 from ensemble_attacks.ensembles import VOTES, Ensemble
 from ensemble_attacks.errors import WeightsError, unknown_name
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type
 OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architecture, where a card has them
 
 
@@ -37,13 +40,35 @@ def make_ensemble(architecture: str, members: int, vote: str = "softmax", **opti
     return Ensemble([networks[architecture](**options) for _ in range(members)], vote)
 
 
+def check_name(name: str) -> None:
+    """Raise a ValueError unless a model may be called so: it names files."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"model name {name!r}: use letters, digits, '_' and '-', begin with a letter or digit, and stay within 200 "
+            "characters"
+        )
+
+
+def read_card(stem: Path) -> dict[str, Any]:
+    """The card ``<stem>.json``; WeightsError if it does not say what it takes to build the model."""
+    path = stem.with_suffix(".json")
+    try:
+        card = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"the card {path} is no JSON ({error}): restore it, or train the model again") from None
+    lacking = [key for key, kind in NEEDED.items() if not isinstance(card, dict) or not isinstance(card.get(key), kind)]
+    if lacking:
+        raise WeightsError(f"the card {path} does not say its {', '.join(lacking)}: restore it, or train the model again")
+    return card
+
+
 def read_model(stem: Path, vote: str = "softmax") -> Any:
     """The ensemble of ``<stem>.json`` and ``<stem>.safetensors``, in eval mode.
 
     Raises:
-        WeightsError: the weights are not those that the card describes.
+        WeightsError: a card that says too little, or weights that are not those that it describes.
     """
-    card = json.loads(stem.with_suffix(".json").read_text())
+    card = read_card(stem)
     options = {key: card[key] for key in OPTIONS if key in card}
     ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
     try:
@@ -59,12 +84,11 @@ def write_model(stem: Path, ensemble: nn.Module, card: dict[str, Any], *, half: 
     state = {key: value.detach().cpu().contiguous() for key, value in ensemble.state_dict().items()}
     content = save_safetensors(halved(state) if half else state)
     card = {"name": stem.name, **card, "sha256": hashlib.sha256(content).hexdigest()}
-    paths = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-    for path, data in zip(paths, (content, (json.dumps(card, indent=2) + "\n").encode()), strict=True):
-        path.with_suffix(path.suffix + ".tmp").write_bytes(data)
-    for path in paths:
-        os.replace(path.with_suffix(path.suffix + ".tmp"), path)
-    return paths[1]
+    path = stem.with_suffix(".json")
+    with whole_file(path) as about, whole_file(stem.with_suffix(".safetensors")) as weights:  # the card takes its place last
+        weights.write(content)
+        about.write((json.dumps(card, indent=2) + "\n").encode())
+    return path
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:

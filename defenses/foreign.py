@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ensemble_attacks.robustbench import ensure
 
 def ensemble_of(
     names: list[str],
-    load_own: Callable[[str], nn.Module | None],
+    own: Mapping[str, Callable[[], nn.Module]],
     *,
     model_dir: str | Path | None,
     dataset: str,
@@ -27,11 +27,12 @@ def ensemble_of(
     """The models of these names, voting together, in eval mode.
 
     Args:
-        names: of this package's models (found by ``load_own``), of RobustBench's zoo, or ``timm/<name>``.
+        names: of this package's models (``own``, by name), of RobustBench's zoo, or ``timm/<name>``.
         model_dir: where RobustBench keeps its checkpoints; ``None`` is its default, ``models``.
 
     Raises:
-        ValueError: fewer than two names, one that nobody knows, or members with different classes.
+        ValueError: fewer than two names, one that nobody knows, a member that does not take the dataset's images, or members
+            with different classes.
     """
     if len(names) < 2 or not all(names):
         raise ValueError(
@@ -41,30 +42,37 @@ def ensemble_of(
     for name in names:
         if name.startswith("timm/"):
             members.append(_timm(name.removeprefix("timm/")))
-        elif (own := load_own(name)) is not None:
-            members.append(own)
+        elif name in own:
+            members.append(own[name]())
         else:
-            members.append(_robustbench(name, model_dir, dataset, threat_model))
-    ensemble = Ensemble(members, vote).eval()
-    with torch.no_grad():
-        classes = {
-            name: member(torch.zeros(1, *IMAGE_SHAPES[dataset])).shape[-1]
-            for name, member in zip(names, members, strict=True)
-        }
+            members.append(_robustbench(name, model_dir, dataset, threat_model, own))
+    classes = {name: _classes(name, member.eval(), dataset) for name, member in zip(names, members, strict=True)}
     if len(set(classes.values())) > 1:
         raise ValueError(f"the members of an ensemble must have the same classes, but these have {classes}")
-    return ensemble
+    return Ensemble(members, vote).eval()
 
 
 def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
     """A single model, in eval mode: ``robustbench:<name>`` of RobustBench's zoo, or ``timm:<name>``.
 
     Raises:
-        ValueError: the zoo knows no such model; names the nearest one.
+        ValueError: the zoo knows no such model (names the nearest one), or it does not take the dataset's images.
     """
-    zoo, _, own = name.partition(":")
-    net = _timm(own) if zoo == "timm" else _robustbench(own, model_dir, dataset, threat_model)
-    return net.eval()
+    zoo, _, theirs = name.partition(":")
+    net = _timm(theirs) if zoo == "timm" else _robustbench(theirs, model_dir, dataset, threat_model)
+    _classes(name, net.eval(), dataset)
+    return net
+
+
+@torch.no_grad()
+def _classes(name: str, net: nn.Module, dataset: str) -> int:
+    """How many classes a network has; ValueError if it does not take a dataset's images."""
+    shape = IMAGE_SHAPES[dataset]
+    try:
+        return net(torch.zeros(1, *shape)).shape[-1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {reason}") from None
 
 
 def _timm(name: str) -> nn.Module:
@@ -77,7 +85,9 @@ def _timm(name: str) -> nn.Module:
     return nn.Sequential(Normalize(net.default_cfg["mean"], net.default_cfg["std"]), net)
 
 
-def _robustbench(name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
+def _robustbench(
+    name: str, model_dir: str | Path | None, dataset: str, threat_model: str, own: Iterable[str] = ()
+) -> nn.Module:
     ensure()
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.model_zoo.models import model_dicts
@@ -86,5 +96,5 @@ def _robustbench(name: str, model_dir: str | Path | None, dataset: str, threat_m
     datasets = {member.value for member in BenchmarkDataset}
     zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)] if dataset in datasets else {}
     if name not in zoo:
-        raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, zoo)
+        raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, {*own, *zoo})
     return load_model(name, model_dir=str(model_dir or "models"), dataset=dataset, threat_model=threat_model)

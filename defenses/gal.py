@@ -15,6 +15,12 @@ from defenses.training import Batch, Recipe, adam, input_gradients, pair_cosines
 COEFFICIENT = 0.5
 NOISE, NOISE_SHARE = 0.045, 0.5
 NEGATIVE_SLOPE = 0.1
+NAME = "gal"
+
+
+def slope_of(name: str) -> float:
+    """The members' leaky-ReLU slope in a model of that name, which checkpoints do not tell: GAL's have one."""
+    return NEGATIVE_SLOPE if name.lower().startswith(NAME) else 0.0
 
 
 def coherence(gradients_MN: Tensor) -> Tensor:
@@ -34,7 +40,7 @@ def loss(batch: Batch) -> Tensor:
 
 
 RECIPE = Recipe(
-    name="gal",
+    name=NAME,
     loss=loss,
     optimizer=adam,
     max_lr=4e-3,

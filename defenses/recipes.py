@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,20 @@ from torch import Tensor
 
 from defenses import adp, adversarial, dverge, frontend, gal, multiresolution, standard, trs
 from defenses.adversarial import with_adversarial_training
-from defenses.cards import clean_accuracies, halved, make_ensemble, write_model
-from defenses.frontend import FrontEnded
+from defenses.architectures import ARCHITECTURES
+from defenses.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
+from defenses.draws import seed_draws
+from defenses.frontend import FRONT_ENDED, FrontEnded
+from defenses.multiresolution import SELF_ENSEMBLES
 from defenses.training import Recipe, Settings, train
+from defenses.training.trainer import finite
 from defenses.zoo import list_models, load_model, model_card
 from ensemble_attacks.data import NUM_CLASSES, load_dataset
 from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.validation import check_count, check_positive
+from ensemble_attacks.validation import check_choice, check_count, check_positive, check_seed
 
+logger = logging.getLogger(__name__)
 _JOINT = (standard.RECIPE, adp.RECIPE, gal.RECIPE, trs.RECIPE)
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -36,6 +41,7 @@ RECIPES: dict[str, Recipe] = {
         with_adversarial_training(dverge.RECIPE, each_member=True),
     )
 }
+SEEDS = 2**40  # below which every epoch has seeds of its own that PyTorch takes
 BACKBONES = 3  # members of the ensemble that the backbones behind front ends are taken from
 DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
 SETTINGS = {
@@ -85,13 +91,19 @@ def train_model(
     chosen = RECIPES[recipe]
     check_count("members", members, at_least=chosen.fewest_members)
     check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size, at_least=2)  # batch norm needs two
+    check_seed(seed)
+    if seed >= SEEDS:
+        raise ValueError(f"seed must be below {SEEDS}, got {seed}")
     if max_lr is not None:
         check_positive("max_lr", max_lr)
         chosen = replace(chosen, max_lr=max_lr)
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
     network = architecture or DEFAULT_ARCHITECTURE[dataset]
+    built = {**FRONT_ENDED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
+    fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)]
+    check_choice(f"architecture for the recipe {recipe!r}", network, fitting)
     architecture = chosen.prefix + network
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
     with torch.random.fork_rng():
@@ -101,7 +113,7 @@ def train_model(
     if start_from is None and chosen.start_from is not None:
         start_from = f"{chosen.start_from}_{network}_{members if chosen.prefix == '' else BACKBONES}"
     if start_from is not None:
-        _start(ensemble, start_from, model_dir or out, dataset)
+        _start(ensemble, start_from, model_dir or out, dataset, chosen)
     stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{network}_{members}"
     settings = {
         "recipe": recipe,
@@ -129,7 +141,14 @@ def train_model(
         device=device,
         amp=amp,
     )
-    ensemble.load_state_dict(halved(ensemble.state_dict()))  # the accuracies are those of the weights as stored
+    stored = halved(ensemble.state_dict())
+    if not finite(stored):
+        raise FloatingPointError(
+            f"{recipe!r} ended with weights beyond half precision: train again in another folder with a lower max_lr "
+            f"(now {chosen.max_lr:g})"
+        )
+    ensemble.load_state_dict(stored)  # the accuracies are those of the weights as stored
+    seed_draws(ensemble, seed)
     card = {
         "defense": chosen.summary,
         "dataset": dataset,
@@ -163,7 +182,7 @@ def _check_fits(ensemble: Ensemble, images: Tensor, architecture: str, dataset: 
 def _check_free(stem: Path, settings: dict[str, Any]) -> None:
     """Raise a ValueError if there is a model of this name that was trained otherwise."""
     if stem.with_suffix(".json").exists():
-        found = json.loads(stem.with_suffix(".json").read_text()).get("training", {})
+        found = read_card(stem).get("training", {})
         differ = [key for key in settings if found.get(key) != settings[key]]
         if differ:
             raise ValueError(
@@ -171,12 +190,13 @@ def _check_free(stem: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str) -> None:
+def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str, recipe: Recipe) -> None:
     """Give ``ensemble``, or the backbones behind its front ends, the weights of the model ``name``, if they fit."""
     if name not in list_models(dataset, model_dir):
         raise ValueError(f"{unknown_name(f'model for {dataset}', name, list_models(dataset, model_dir))}; train it first")
     start = load_model(name, model_dir, dataset)
-    fits = "normalization" not in model_card(name, model_dir, dataset)
+    card = model_card(name, model_dir, dataset)
+    fits = "normalization" not in card
     backbones = [member.backbone for member in getattr(ensemble, "members", ()) if isinstance(member, FrontEnded)]
     pairs = list(zip(backbones, getattr(start, "members", ()), strict=False)) if backbones else [(ensemble, start)]
     fits &= len(pairs) >= len(backbones) and all(
@@ -189,6 +209,13 @@ def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str) -> Non
             f"start_from {name!r} has other members than the ensemble to train: choose one of the same architecture, number "
             "of members and normalisation"
         )
+    if (slope := card.get("negative_slope", 0.0)) != recipe.negative_slope:
+        differ = (
+            f"start_from {name!r} has activations of negative_slope {slope:g}, {recipe.name!r} {recipe.negative_slope:g}"
+        )
+        if backbones:  # which stay as they are
+            raise ValueError(f"{differ}: choose a start with the same")
+        logger.warning("%s: its weights are taken, its activations are not", differ)
     for to, source in pairs:
         to.load_state_dict(source.state_dict())
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from defenses.cards import read_model
-from defenses.convert import ensemble_from_checkpoint
+from defenses.architectures import ARCHITECTURES
+from defenses.cards import check_name, read_card, read_model
+from defenses.convert import check_build, ensemble_from_checkpoint
 from defenses.foreign import ensemble_of, model_of
-from defenses.gal import NEGATIVE_SLOPE as GAL_SLOPE
+from defenses.gal import slope_of
+from defenses.multiresolution import SELF_ENSEMBLES
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.ensembles import VOTES, Ensemble, check_vote
-from ensemble_attacks.errors import WeightsError, unknown_name
+from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.robustbench import ensure
 
+logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "weights"
 THREAT_MODELS = ("Linf",)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 FOREIGN = ("robustbench:", "timm:")
 
 
@@ -29,9 +30,23 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
     >>> "adp_convnet_3" in list_models("digits")
     True
     """
-    if dataset is not None and dataset not in DATASETS:
-        raise unknown_name("dataset", dataset, DATASETS)
+    dataset = dataset and _dataset(dataset)
     return sorted({card.stem for folder in _folders(model_dir) for card in folder.glob(f"{dataset or '*'}/*/*.json")})
+
+
+def _dataset(dataset: object) -> str:
+    """The name of a dataset given as such, or as RobustBench's enum."""
+    name = str(getattr(dataset, "value", dataset))
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+    return name
+
+
+def _threat_model(threat_model: object) -> str:
+    name = str(getattr(threat_model, "value", threat_model))
+    if name not in THREAT_MODELS:
+        raise unknown_name("threat model", name, THREAT_MODELS)
+    return name
 
 
 def _folders(model_dir: str | Path | None) -> list[Path]:
@@ -47,8 +62,9 @@ def load_model(
     *,
     vote: str = "softmax",
     checkpoint: str | Path | None = None,
+    norm: str | None = None,
 ) -> Any:
-    """Load an ensemble defense; RobustBench's signature, the vote, and a published checkpoint.
+    """Load an ensemble defense: RobustBench's arguments, the vote, and a published checkpoint.
 
     Args:
         model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
@@ -59,6 +75,7 @@ def load_model(
         vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
         checkpoint: a published file to take the weights from (see `defenses.convert`; with CIFAR-10's normalisation, and
             leaky ReLU for GAL; `convert` has the options).
+        norm: RobustBench's older name of ``threat_model``.
 
     Returns:
         The ensemble, in eval mode; a self-ensemble (``multiresolution``) has an aggregation of its own and no vote.
@@ -68,17 +85,12 @@ def load_model(
         FileNotFoundError: no such checkpoint.
         WeightsError: the weights are not those that the card, or the name, describes.
     """
-    dataset, threat_model = (str(getattr(value, "value", value)) for value in (dataset, threat_model))
-    if dataset not in DATASETS:
-        raise unknown_name("dataset", dataset, DATASETS)
-    if threat_model not in THREAT_MODELS:
-        raise unknown_name("threat model", threat_model, THREAT_MODELS)
+    dataset, threat_model = _dataset(dataset), _threat_model(norm or threat_model)
     check_vote(vote)
     if checkpoint is not None:
         return _load_checkpoint(model_name, checkpoint, dataset, vote)
     if model_name.startswith("ensemble:"):
-        known = list_models(dataset, model_dir)
-        own = lambda name: load_model(name, model_dir, dataset, threat_model) if name in known else None  # noqa: E731
+        own = {name: partial(load_model, name, model_dir, dataset, threat_model) for name in list_models(dataset, model_dir)}
         names = model_name.removeprefix("ensemble:").split("+")
         return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
     if model_name.startswith(FOREIGN):
@@ -90,7 +102,7 @@ def model_card(
     model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
 ) -> dict[str, Any]:
     """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
-    return json.loads(_stem(model_name, model_dir, dataset, threat_model).with_suffix(".json").read_text())
+    return read_card(_stem(model_name, model_dir, _dataset(dataset), _threat_model(threat_model)))
 
 
 def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:
@@ -99,30 +111,20 @@ def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_mo
     for folder in _folders(model_dir):
         stem = folder / dataset / threat_model / model_name
         if stem.with_suffix(".json").exists():
+            if model_dir and folder == SHIPPED:
+                logger.info("%s is not in model_dir %s: it is the one that ships", model_name, model_dir)
             return stem
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 
 
-def check_name(name: str) -> None:
-    """Raise a ValueError unless a model may be called so: it names files."""
-    if not NAME.fullmatch(name):
-        raise ValueError(
-            f"model name {name!r}: use letters, digits, '.', '_', '+' and '-', and begin with a letter or digit"
-        )
-
-
 def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote: str) -> Ensemble:
-    defense, *build = model_name.rsplit("_", 2)
-    if len(build) != 2 or not build[1].isdigit():
+    _, *build = model_name.rsplit("_", 2)
+    if len(build) != 2 or build[0] not in ARCHITECTURES or not build[1].isdigit():
         raise ValueError(
             f"model_name {model_name!r}: with a checkpoint it is <defense>_<architecture>_<members>, as gal_resnet20_3"
         )
-    slope = GAL_SLOPE if defense.startswith("gal") else 0.0
-    ensemble, found = ensemble_from_checkpoint([checkpoint], dataset=dataset, negative_slope=slope, vote=vote)
-    wanted = {"architecture": build[0], "members": int(build[1])}
-    if any(found[key] != wanted[key] and f"{wanted[key]}b" != found[key] for key in wanted):
-        holds = f"{found['architecture']}_{found['members']}"
-        raise WeightsError(f"checkpoint {str(checkpoint)!r} is not {model_name!r}: what it holds is {defense}_{holds}")
+    ensemble, found = ensemble_from_checkpoint(checkpoint, dataset=dataset, negative_slope=slope_of(model_name), vote=vote)
+    check_build(model_name, found)
     return ensemble
 
 
@@ -143,7 +145,8 @@ def register_with_robustbench() -> list[str]:
     zoo = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]
     entries = {}
     for name in list_models("cifar10"):
-        for vote in VOTES:
+        self_ensemble = model_card(name)["architecture"] in SELF_ENSEMBLES
+        for vote in ("softmax",) if self_ensemble else VOTES:
             ours = name.capitalize() + ("" if vote == "softmax" else f"_{vote}")
             entries[ours] = {"model": partial(load_model, name, vote=vote), "gdrive_id": []}  # [] is: nothing to download
     taken = [name for name in entries if name in zoo and not isinstance(zoo[name]["model"], partial)]

@@ -412,7 +412,7 @@ def train(recipe: str, **options: Any) -> None:
 @click.option("--model-dir", type=click.Path(path_type=Path), required=True, help="Where the model goes.")
 @click.option("--dataset", default="cifar10", help=" or ".join(DATASETS) + ".")
 @click.option("--normalization", default="cifar10", help="cifar10, imagenet or none, where the checkpoint has none.")
-@click.option("--negative-slope", type=float, default=0.0, help="Of the members' leaky ReLU: 0.1 for published GAL.")
+@click.option("--negative-slope", type=float, help="Of the members' leaky ReLU.  [default: 0.1 for gal..., else 0]")
 def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
     """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts."""
     card = providers.able_to("convert").convert(checkpoints, name, **options)

@@ -33,6 +33,7 @@ class LedgerError(RuntimeError):
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """A ValueError for a name that is not registered, with the nearest one that is."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    by_case = {one.lower(): one for one in known}
+    nearest = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.4)
+    hint = f"did you mean {by_case[nearest[0]]!r}? " if nearest else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")

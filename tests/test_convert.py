@@ -134,13 +134,73 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
         convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models", negative_slope=float("nan"))
     with pytest.raises(ValueError, match="did you mean 'imagenet'"):
         convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models", normalization="imagnet")
-    for name in ("../ten", "ten_1.0"):
-        with pytest.raises(ValueError, match="is to become a file's"):
+    for name in ("../ten", "ten_1.0", "modèle", "-x", "x" * 300):
+        with pytest.raises(ValueError, match="use letters, digits"):
             convert([tmp_path / "ten.pth"], name, model_dir=tmp_path / "models")
     assert not (tmp_path / "models").exists()
     convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models")
     with pytest.raises(FileExistsError, match="already holds"):
         convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models")
+
+
+def test_the_slope_goes_by_the_name(tmp_path: Path) -> None:
+    torch.save([member_state("resnet20")], tmp_path / "gal.pth")
+    convert(tmp_path / "gal.pth", "GAL_resnet20_1", model_dir=tmp_path)
+    sloping = expected([member_state("resnet20")], "resnet20", negative_slope=0.1)
+    torch.testing.assert_close(load_model("GAL_resnet20_1", tmp_path).member_logits(X), sloping)
+    torch.testing.assert_close(load_model("gal_resnet20_1", checkpoint=tmp_path / "gal.pth").member_logits(X), sloping)
+    convert(tmp_path / "gal.pth", "gal_relu", model_dir=tmp_path, negative_slope=0.0)
+    straight = expected([member_state("resnet20")], "resnet20")
+    torch.testing.assert_close(load_model("gal_relu", tmp_path).member_logits(X), straight)
+
+
+@pytest.mark.parametrize("prefix", ["members.{}.", "module.models.{}.", "model_{}.", "net{}.backbone."])
+def test_the_state_dict_of_a_whole_ensemble(prefix: str, tmp_path: Path) -> None:
+    states = [member_state("resnet20", seed) for seed in range(11)]
+    flat = {prefix.format(index) + key: value for index, state in enumerate(states) for key, value in state.items()}
+    torch.save({"state_dict": flat, "epoch": 3}, tmp_path / "flat.pth")
+    loaded = load_model("dverge_resnet20_11", checkpoint=tmp_path / "flat.pth")
+    torch.testing.assert_close(loaded.member_logits(X), expected(states, "resnet20"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": "net", "best_state_dict": "net"}, "networks called best_state_dict, state_dict"),
+        ({"model": "net", "ema": "net"}, "networks called ema, model"),
+        ({"conv1.weight": "nan"}, "not finite"),
+        ({"net": "net", "mean": torch.zeros(3), "std": torch.zeros(3)}, "expected numbers above 0"),
+        ({"net": "net", "mean": torch.zeros(4), "std": torch.ones(4)}, "one for each of 3 channels"),
+        ({"net": "net", 0: torch.zeros(2)}, "Unexpected key"),
+    ],
+)
+def test_checkpoints_that_would_make_another_model(content: dict, message: str, tmp_path: Path) -> None:
+    state = member_state("resnet20")
+    given: dict = {}
+    for key, value in content.items():
+        if key == "net":
+            given |= state
+        elif isinstance(value, str):
+            given |= {**state, key: state[key] * float("nan")} if value == "nan" else {key: state}
+        else:
+            given[key] = value
+    torch.save(given, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=message):
+        convert(tmp_path / "net.pth", "net", model_dir=tmp_path)
+    assert not (tmp_path / "cifar10").exists()
+
+
+def test_checkpoints_without_end(tmp_path: Path) -> None:
+    content: list = []
+    content.append(content)
+    torch.save(content, tmp_path / "endless.pth")
+    with pytest.raises(WeightsError, match="holds no CIFAR ResNet"):
+        convert(tmp_path / "endless.pth", "net", model_dir=tmp_path)
+    with pytest.raises(ValueError, match="paths is empty"):
+        convert([], "net", model_dir=tmp_path)
+    torch.save([member_state("resnet20")] * 2, tmp_path / "two.pth")
+    with pytest.raises(WeightsError, match="what it holds is x_resnet20_2"):
+        convert(tmp_path / "two.pth", "x_resnet20_3", model_dir=tmp_path)
 
 
 def test_an_ensemble_of_our_models() -> None:
@@ -181,6 +241,10 @@ def test_an_ensemble_of_timm_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_model("timm:resnet10t")(torch.rand(2, 3, 64, 64)).shape == (2, 1000)
     with pytest.raises(ValueError, match="the same classes"):
         load_model("ensemble:timm/resnet10t+standard_resnet20_3")
+    with pytest.raises(ValueError, match=r"'timm/vit_tiny_patch16_224' does not take the \(3, 32, 32\) images"):
+        load_model("ensemble:timm/vit_tiny_patch16_224+timm/resnet10t")
+    with pytest.raises(ValueError, match="did you mean 'adp_convnet_3'"):
+        load_model("ensemble:apd_convnet_3+gal_convnet_3", dataset="digits")
     with pytest.raises(ValueError, match="unknown timm model 'resnet10x'"):
         load_model("ensemble:timm/resnet10x+standard_resnet20_3")
 

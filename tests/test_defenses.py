@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from defenses import list_models, load_model
+from defenses import list_models, load_model, model_card
 from defenses.adp import adp_loss, ensemble_entropy, log_ensemble_diversity
 from defenses.zoo import SHIPPED
 from ensemble_attacks import WeightsError, judge
@@ -66,12 +66,16 @@ def test_robustbenchs_enums_are_understood() -> None:
     class Enum:
         value = "digits"
 
-    assert load_model("adp_convnet_3", dataset=Enum()).vote == "softmax"
+    assert load_model("adp_convnet_3", dataset=Enum(), norm="Linf").vote == "softmax"
+    assert model_card("adp_convnet_3", dataset=Enum())["members"] == 3
+    assert "adp_convnet_3" in list_models(Enum())
 
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'adp_convnet_3'"):
         load_model("apd_convnet_3", dataset="digits")
+    with pytest.raises(ValueError, match="did you mean 'gal_convnet_3'"):
+        load_model("GAL_convnet_3", dataset="digits")
     with pytest.raises(ValueError, match="did you mean 'cifar10'"):
         load_model("adp_convnet_3", dataset="cifar-10")
     with pytest.raises(ValueError, match="unknown threat model 'L2'"):
@@ -92,6 +96,14 @@ def test_corrupted_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(WeightsError, match="sha256"):
         load_model("adp_convnet_3", tmp_path, "digits")
+    for content, message in (
+        ("", "no JSON"),
+        ("[]", "does not say its architecture"),
+        ('{"members": "3"}', "members, sha256"),
+    ):
+        (folder / "trs_convnet_3.json").write_text(content)
+        with pytest.raises(WeightsError, match=message):
+            load_model("trs_convnet_3", tmp_path, "digits")
     weights.unlink()
     with pytest.raises(WeightsError, match="missing"):
         load_model("adp_convnet_3", tmp_path, "digits")

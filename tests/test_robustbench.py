@@ -55,6 +55,8 @@ def test_a_broken_installation_is_named_with_its_remedy(monkeypatch: pytest.Monk
 def test_robustbench_loads_our_models() -> None:
     names = register_with_robustbench()
     assert register_with_robustbench() == names
+    assert "Multiresolution_resnet20_1" in names  # which has no vote to choose
+    assert "Multiresolution_resnet20_1_voting" not in names
     from robustbench.utils import load_model as their_load_model
 
     model = their_load_model("Gal_resnet20_3", dataset="cifar10", threat_model="Linf")

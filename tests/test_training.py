@@ -161,6 +161,40 @@ def test_bad_arguments(tmp_path: Path) -> None:
         _check_fits(make_ensemble("convnet", 2), torch.rand(2, 3, 32, 32), "convnet", "cifar10")
     with pytest.raises(ValueError, match="batch_size is 2000, but there are 1200 images"):
         train_model("adp", batch_size=2000, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="batch_size must be at least 2"):
+        train_model("adp", batch_size=1, out=tmp_path / "x")
+    with pytest.raises(TypeError, match="seed must be a whole number"):
+        train_model("adp", seed=1.5, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="seed must be below"):
+        train_model("adp", seed=2**62, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="unknown architecture for the recipe 'gal' 'multiresolution-convnet'"):
+        train_model("gal", architecture="multiresolution-convnet", out=tmp_path / "x")
+    with pytest.raises(ValueError, match=r"recipe 'multiresolution' 'resnet20b': did you mean 'resnet20'"):
+        train_model("multiresolution", members=1, architecture="resnet20b", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"xyz", {"state_dict": {}}])
+def test_a_checkpoint_that_is_none(content: object, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' (cannot be read|is no checkpoint).*remove it"):
+        train_model("standard", members=2, epochs=1, out=tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_weights_beyond_half_precision_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"beyond half precision.*lower max_lr"):
+        train_model("adp", members=2, epochs=1, max_lr=1e5, out=tmp_path)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_a_frozen_backbone_keeps_its_slope(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"negative_slope 0\.1, 'frontend' 0: choose a start with the same"):
+        train_model("frontend", start_from="gal_convnet_3", epochs=1, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -188,9 +222,9 @@ def test_random_models_train_reproducibly(tmp_path: Path) -> None:
     """Their draws are part of the run."""
     cards = [
         train_model("multiresolution", members=1, epochs=1, out=tmp_path / name, model_dir=tmp_path / name)
-        for name in ("first", "second")
+        for name in ("first", "second", "first")  # the last only judges again
     ]
-    first, second = (json.loads(card.read_text()) for card in cards)
+    first, second = (json.loads(card.read_text()) for card in cards[1:])
     assert first["sha256"] == second["sha256"]
     assert first["clean_accuracy"] == second["clean_accuracy"]
     assert load_model(cards[0].stem, tmp_path / "first", "digits").member_logits(torch.rand(2, 1, 8, 8)).shape == (4, 2, 10)

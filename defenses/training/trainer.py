@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from defenses.draws import seed_draws
+from ensemble_attacks.checkpoints import load_tensors, whole_file
 
 logger = logging.getLogger(__name__)
+KEPT = {"run", "ensemble", "optimizer", "schedule", "epoch", "seconds", "loss"}  # in a checkpoint
+FEWEST_STEPS = 10  # below which the one-cycle schedule leaves a network untrained
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def train(
         raise ValueError(f"batch_size is {batch_size}, but there are {len(images)} images: choose a smaller one")
 
     checkpoint = out / "checkpoint.pt"
-    state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
+    state = _read(checkpoint) if checkpoint.exists() else None
     if state is not None and state["run"] != run:
         differ = ", ".join(key for key in run if state["run"].get(key) != run[key])
         raise ValueError(f"out {str(out)!r} holds a run with other {differ}: choose another folder, or remove this one")
@@ -200,6 +202,8 @@ def train(
     ensemble = ensemble.to(torch.device(device)).to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer(ensemble.parameters())
     steps = len(images) // batch_size  # the last, short batch is left out: it would upset the batch statistics
+    if epochs * steps < FEWEST_STEPS:
+        logger.warning("%d steps in all are too few to train with: more epochs, or a smaller batch_size", epochs * steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.max_lr, epochs=epochs, steps_per_epoch=steps, pct_start=0.3, cycle_momentum=False
     )
@@ -241,7 +245,7 @@ def train(
             schedule.step()
             total += loss.item()
             bar.update()
-        if not all(torch.isfinite(p).all() for p in ensemble.parameters()):
+        if not finite(ensemble.state_dict()):
             raise diverged("weights are no longer finite", epoch)
         seconds += time.monotonic() - began
         mean_loss = total / steps
@@ -254,8 +258,8 @@ def train(
             "seconds": seconds,
             "loss": mean_loss,
         }
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        with whole_file(checkpoint) as file:
+            torch.save(state, file)
         row = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
         with (out / "train.log").open("a") as log:
             log.write(json.dumps(row) + "\n")
@@ -263,3 +267,19 @@ def train(
         logger.info("epoch %d of %d: loss %.4f, %s left", epoch + 1, epochs, mean_loss, left)
     bar.close()
     return {"seconds": seconds, "loss": mean_loss}
+
+
+def finite(state: dict[str, Tensor]) -> bool:
+    """Is there no NaN and no infinity in it?"""
+    return all(bool(torch.isfinite(value).all()) for value in state.values())
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """What `train` keeps after every epoch; ValueError for a file that it did not write."""
+    try:
+        state = load_tensors(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{str(checkpoint)!r} cannot be read ({error}): remove it to train anew") from None
+    if not isinstance(state, dict) or not state.keys() >= KEPT:
+        raise ValueError(f"{str(checkpoint)!r} is no checkpoint of a training: choose another folder (out), or remove it")
+    return state

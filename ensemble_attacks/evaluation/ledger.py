@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ensemble_attacks.checkpoints import whole_file
 from ensemble_attacks.errors import LedgerError
 
 logger = logging.getLogger(__name__)
@@ -93,19 +94,13 @@ def alive(pid: int) -> bool:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there entirely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise LedgerError(
             f"{path} cannot be written ({error.strerror}): mend that and run the same command again: nothing is lost"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Ledger:

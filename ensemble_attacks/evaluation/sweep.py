@@ -134,7 +134,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     for name in sweep.models:
         model = providers.load_model(name, model_dir, sweep.dataset, vote=sweep.votes[0])
         if sweep.votes != DEFAULT_VOTES and getattr(model, "vote", None) != sweep.votes[0]:
-            logger.warning("%s has no votes to choose from: --vote %s changes nothing", name, ", ".join(sweep.votes))
+            raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
         for eps, seed in product(sweep.eps, sweep.seeds):
             check_arguments(model, x, y, sweep.attacks, _settings(asdict(sweep) | {"eps": eps, "seed": seed}))
         weights[name] = digest(*model.state_dict().values())
