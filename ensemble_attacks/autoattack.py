@@ -31,11 +31,11 @@ from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, diagnose
 from ensemble_attacks.ensembles import check_members
 from ensemble_attacks.evaluation.ledger import write_whole
 from ensemble_attacks.hashing import digest
-from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.judge import decided, judge, outside
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.original import STANDARD, installed_autoattack
 from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import differentiable, evaluating, in_training, preserved, private_random_state
 from ensemble_attacks.projections import NORMS as BALLS
 from ensemble_attacks.registry import EOT_ITER, craft, find_attack
 from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, structure_of
@@ -275,9 +275,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if self.version == "custom" and not self.attacks_to_run:
             raise ValueError("version='custom' needs attacks_to_run, such as ['apgd-ce', 'mora']")
         self.flags, self.stages = [], {}
-        if self.model.training:
+        if in_training(self.model):
             self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")
-            self.model.eval()
+        evaluating(self.model)
         images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
         structure = structure_of(self.model, images, seed=self.seed or 0)
         check_label_range(y, structure.classes, "y_orig")
@@ -327,7 +327,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Flag probabilities, and gradients of the margin that are exactly zero."""
         images = x.detach().clone().requires_grad_()
         with private_random_state(self.seed or 0, self.model):
-            scores_NK = self.model(images)
+            try:
+                scores_NK = self.model(images)
+            except RuntimeError:  # of an operation that has no gradient, such as numpy's
+                scores_NK = self.model(images.detach())
         if are_probabilities(scores_NK):
             self._flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
         gradient = None
@@ -431,11 +434,15 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Of every sample: the share of right draws, what is predicted (last), and are the scores finite; each (N,)."""
         if not self.random:
             scores_NK = self.model(images.to(self.device)).to(labels.device)
-            return (scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), torch.isfinite(scores_NK).all(1)
+            return (scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), decided(scores_NK)
         with private_random_state(JUDGING_SEED, self.model):  # no draw that an attack saw
             scores_DNK = torch.stack([self.model(images.to(self.device)).to(labels.device) for _ in range(self.draws)])
         right_DN = scores_DNK.argmax(-1) == labels
-        return right_DN.double().mean(0), scores_DNK[-1].argmax(1), torch.isfinite(scores_DNK).all(-1).all(0)
+        return (
+            right_DN.double().mean(0),
+            scores_DNK[-1].argmax(1),
+            decided(scores_DNK.flatten(0, 1)).view_as(right_DN).all(0),
+        )
 
     def _conclude(self, state: State, x: Tensor, y: Tensor, bs: int) -> None:
         self.stages, self.robust = dict(state.stages), state.robust
@@ -470,8 +477,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             with (
                 preserved(self.model),
                 private_random_state(self.seed or 0, self.model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
+                differentiable(),
             ):
                 yield
         finally:

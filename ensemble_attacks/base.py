@@ -12,10 +12,16 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks import descent
 from ensemble_attacks.descent import Draws, Objective, Outputs, Stage, Trace
-from ensemble_attacks.ensembles import AdoptedEnsemble, check_members, log_expected_softmax, probabilities_of
+from ensemble_attacks.ensembles import (
+    AdoptedEnsemble,
+    check_members,
+    check_protocol,
+    log_expected_softmax,
+    probabilities_of,
+)
 from ensemble_attacks.noise import generator_for, sample_keys
 from ensemble_attacks.objectives import best_other, gather, margin
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import differentiable, evaluating, preserved, private_random_state
 from ensemble_attacks.projections import make_ball
 from ensemble_attacks.steps import StepRule
 from ensemble_attacks.structure import differ
@@ -26,6 +32,7 @@ from ensemble_attacks.validation import (
     check_images,
     check_label_range,
     check_labels,
+    check_module,
     check_norm,
     check_positive,
     check_scores,
@@ -67,12 +74,18 @@ class CarefulAttack(Attack):
         super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
 
     def set_model(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
+        check_module(model)
         if self.needs_members:
             shown = model.other if isinstance(model, Surrogate) and model.other is not None else model
             check_members(shown, type(self).__name__)
         super().set_model(model)
+
+    def _change_model_mode(self, given_training: Any) -> None:
+        """Eval mode, unless ``set_model_training_mode`` says otherwise; the draws that ``eot_iter`` asks for stay."""
+        if not self._model_training and getattr(getattr(self, "inner", self), "eot_iter", None) is not None:
+            evaluating(self.model)
+        else:
+            super()._change_model_mode(given_training)
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         self._check()
@@ -81,8 +94,7 @@ class CarefulAttack(Attack):
             with (
                 preserved(self.model),
                 private_random_state(getattr(self, "seed", 0) or 0, self.model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
+                differentiable(),
             ):
                 return super().__call__(inputs, labels, *args, **kwargs)
         finally:
@@ -157,7 +169,11 @@ class DescentAttack(CarefulAttack):
             return Outputs(scores_NK)
         logits_MNK = self.model.member_logits(images)
         if probabilities is None:
-            return Outputs(self.model.aggregate(logits_MNK), logits_MNK)
+            verdict_ENK = None
+            if getattr(self.model, "own_ties", False):
+                with torch.no_grad():
+                    verdict_ENK = self.model(images).unsqueeze(0)
+            return Outputs(self.model.aggregate(logits_MNK), logits_MNK, verdict_ENK)
         return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
 
     def _probabilities(self) -> Tensor | None:
@@ -239,6 +255,9 @@ class DescentAttack(CarefulAttack):
             if start.shape != images.shape:
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
             start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
+        if self.needs_members and not isinstance(self.model, Surrogate):
+            few = self.normalize(images[:8]) if self._normalization_applied is False else images[:8]
+            check_protocol(getattr(self.model, "counted", self.model), few)
         exact = self._probabilities() is not None
         aim = None
         if self.targeted:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
 from ensemble_attacks.preserve import preserved
-from ensemble_attacks.validation import check_scores
+from ensemble_attacks.validation import check_member_logits, check_module, check_scores
 
 VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
 
@@ -134,6 +134,7 @@ class AdoptedEnsemble(Ensemble):
         if callable(vote):
             self.vote = None
         self._verified = False
+        self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
         self.training = self.members.training = original.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,16 +149,14 @@ class AdoptedEnsemble(Ensemble):
         return self._aggregate(logits_MNK)
 
     @torch.no_grad()
-    def disagrees(self, x: Tensor, *, ties: bool = True) -> Tensor:
-        """(N,) bool: where the claimed members and vote predict another class than the model itself; also, with ``ties``,
-        where hard votes tie.
+    def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the claimed members and vote predict another class than the model itself, apart from votes that tie, and
+        where they do as these tie; each (N,) bool.
         """
         logits_MNK = super().member_logits(x)
         differ = _predict_otherwise(self.original(x), self.aggregate(logits_MNK))
-        if ties or self.vote != "voting":
-            return differ
-        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
-        return differ & ((counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) == 1)
+        tied = _tied(logits_MNK, self.vote)
+        return differ & ~tied, differ & tied
 
     def verify(self, x: Tensor) -> None:
         """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
@@ -165,7 +164,7 @@ class AdoptedEnsemble(Ensemble):
         How hard votes that tie are broken is the model's own affair, and not looked at.
         """
         mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
-        differ = torch.cat([self.disagrees(images, ties=False) for images in mixtures])
+        differ, ties = (torch.cat(parts) for parts in zip(*map(self._compare, mixtures), strict=True))
         if differ.any():
             raise AggregateMismatchError(
                 f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
@@ -174,11 +173,12 @@ class AdoptedEnsemble(Ensemble):
                 "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
                 "random model differs from itself: freeze its draws"
             )
-        self._verified = True
+        self._verified, self.own_ties = True, bool(ties.any())
 
     def warn_of_mismatch(self, x_adv: Tensor) -> None:
         """Warn where the claim, true of the clean images, fails on adversarial ones."""
-        differ = torch.nonzero(self.disagrees(x_adv)).squeeze(-1).tolist()
+        apart, ties = self._compare(x_adv)
+        differ = torch.nonzero(apart if self.own_ties else apart | ties).squeeze(-1).tolist()
         if differ:
             warnings.warn(
                 f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
@@ -186,6 +186,33 @@ class AdoptedEnsemble(Ensemble):
                 "not quite its own, and the attack was misled",
                 stacklevel=2,
             )
+
+
+def _tied(logits_MNK: Tensor, vote: str | None) -> Tensor:
+    """(N,) bool: where hard votes tie."""
+    if vote != "voting":
+        return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
+    counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
+    return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
+
+
+@torch.no_grad()
+def check_protocol(model: Any, x: Tensor) -> None:
+    """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself, votes
+    that tie apart; not of an adopted ensemble, which looks itself, or of a random model, which differs from itself.
+    """
+    if isinstance(model, AdoptedEnsemble) or probabilities_of(model) is not None:
+        return
+    own_NK, logits_MNK = model(x), model.member_logits(x)
+    check_member_logits(logits_MNK, len(x), type(model).__name__)
+    differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
+    differ &= ~_tied(logits_MNK, getattr(model, "vote", None))
+    if differ.any() and torch.equal(model(x), own_NK):
+        raise AggregateMismatchError(
+            f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
+            f"{int(differ.sum())} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
+            "or name members and vote: as_ensemble(model, members=[...], vote=...)"
+        )
 
 
 def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
@@ -228,18 +255,13 @@ def as_ensemble(
     >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
     'logits'
     """
+    check_module(model)
     if members is None:
         check_members(model, "as_ensemble")
         if inputs is not None:
-            theirs: Any = model
-            with preserved(model), torch.no_grad():
+            with preserved(model):
                 model.eval()
-                differ = int(_predict_otherwise(model(inputs), theirs.aggregate(theirs.member_logits(inputs))).sum())
-            if differ:
-                raise AggregateMismatchError(
-                    f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
-                    f"{differ} of {len(inputs)} images: mend it, or name members and vote"
-                )
+                check_protocol(model, inputs)
         return model
     known, members = dict(model.named_modules()), list(members)
     for member in members:
@@ -256,6 +278,8 @@ def as_ensemble(
 def check_members(model: nn.Module, who: str) -> None:
     """Raise `NotAnEnsembleError` unless ``model`` shows its members."""
     missing = [name for name in ("member_logits", "aggregate") if not callable(getattr(model, name, None))]
+    if missing and hasattr(getattr(model, "module", None), "member_logits"):
+        raise NotAnEnsembleError(f"{who} looks inside an ensemble, which {type(model).__name__} hides: pass its .module")
     if missing:
         raise NotAnEnsembleError(
             f"{who} looks inside an ensemble, but {type(model).__name__} has no {' and no '.join(missing)}: "

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.objectives import margin
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.projections import per_sample
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
     check_labels,
+    check_module,
     check_norm,
     check_positive,
     check_scores,
@@ -29,7 +30,7 @@ class Judgement:
     Attributes:
         robust: (N,) bool: predicted right in more than half of the draws.
         fooled: (N,) bool: the others, but for the invalid ones.
-        invalid: (N,) bool: a NaN or infinite score in any draw; neither robust nor fooled.
+        invalid: (N,) bool: scores in any draw that decide nothing (`decided`); neither robust nor fooled.
         correct: (draws, N) bool: predicted right in each draw; never for an invalid sample.
         margin: (N,): by how much the label's score leads the best other one, in the first draw.
     """
@@ -75,7 +76,7 @@ class Judgement:
         low, high = self.interval
         text = f"{100 * self.accuracy:.1f}% robust [{100 * low:.1f}, {100 * high:.1f}] of {len(self.robust)}"
         invalid = int(self.invalid.sum())
-        return text + (f"; {invalid} invalid (NaN or infinite scores)" if invalid else "")
+        return text + (f"; {invalid} invalid (NaN scores, or an infinite best one)" if invalid else "")
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -86,6 +87,13 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def decided(scores_NK: Tensor) -> Tensor:
+    """Which samples (N,) have a prediction: the best score is finite, and none is NaN. The logarithm of a mean probability
+    may be -inf for a class that does not win.
+    """
+    return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
 
 
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
@@ -158,7 +166,7 @@ def judge(
     """Decide, for every sample, whether ``x_adv`` fools ``model``.
 
     Args:
-        model: images in [0, 1] -> scores (N, K); judged in eval mode, on the device of its parameters.
+        model: images in [0, 1] -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
         x, y, x_adv: clean images, their classes, and the images to judge; (N, C, H, W), (N,), (N, C, H, W).
         eps, norm: the ball; eps in pixel units of [0, 1].
         draws: fresh forward passes of each image, for a model that is random.
@@ -173,6 +181,7 @@ def judge(
     >>> judge(model, x, y, x, eps=0.1).summary()["n"]
     8
     """
+    check_module(model)
     check_norm(norm)
     check_positive("eps", eps)
     check_count("draws", draws)
@@ -193,15 +202,15 @@ def judge(
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
     with preserved(model), private_random_state(seed, model):
-        model.eval()
+        evaluating(model)
         check_dtype(model, x_adv, "x_adv")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
-                scores_NK = model(images.to(parameter.device))
+                scores_NK = model(images.to(parameter.device, copy=True))  # it may work in place
                 check_scores(scores_NK, len(images), type(model).__name__, labels)
                 scores_NK = scores_NK.cpu()
                 correct.append(scores_NK.argmax(1) == labels.cpu())
-                finite.append(torch.isfinite(scores_NK).all(1))
+                finite.append(decided(scores_NK))
                 margins.append(margin(scores_NK, labels.cpu()))
     correct_EN, finite_EN = torch.cat(correct).view(draws, -1), torch.cat(finite).view(draws, -1)
     invalid = ~finite_EN.all(0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.validation import check_choice
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -99,7 +99,7 @@ def run_autoattack(
     x_adv, flags = x.clone(), {}
     try:
         with preserved(model), private_random_state(seed, model), torch.enable_grad():
-            model.eval()
+            evaluating(model)
             with torch.no_grad():
                 scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
             if "apgd-t" in attacks and scores_NK.shape[1] < 4:

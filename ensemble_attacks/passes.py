@@ -54,6 +54,11 @@ class CountingEnsemble(CountingModel):
         """Of a randomized ensemble (`probabilities_of`)."""
         return probabilities_of(self.counted)
 
+    @property
+    def own_ties(self) -> bool:
+        """Of an adopted ensemble."""
+        return getattr(self.counted, "own_ties", False)
+
     def member_logits(self, x: Tensor) -> Tensor:
         return self._count(len(x), self.counted.member_logits(x))
 

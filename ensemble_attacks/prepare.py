@@ -19,13 +19,15 @@ from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
 from ensemble_attacks.passes import CountingModel
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import differentiable, preserved, private_random_state
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 1e-3  # of the folded model's scores, relative to the largest; float32 folding stays below 1e-5
-AMP_TOLERANCE = 0.1  # in mixed precision, which keeps eight bits
+TOLERANCE = 1e-3, 0.05  # of the folded model's scores, relative to the largest, and of its gradient, relative to its length
+AMP_TOLERANCE = 0.1, 0.5  # in mixed precision, which keeps eight bits
 PARTS = ("frontend",)  # that attacks ask for by name: what holds one is not folded as a whole
-SEEDS = (0, 1)  # of the two comparisons; a random model would give itself away
+SEEDS = range(
+    1, 9
+)  # of the comparisons, not the one that tracing ran with, lest a draw that it froze passes for the model's
 
 
 @torch.no_grad()
@@ -34,7 +36,7 @@ def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
 
     Args:
         model: in eval mode, an ensemble (whose members are folded) or any other.
-        x: some real images (N, C, H, W), on which the twin must agree with the original, draw for draw.
+        x: some real images (N, C, H, W), on which the twin's scores and gradients must be the original's, draw for draw.
         amp: run what was folded in mixed precision (bfloat16 convolutions); scores come out, and votes are counted, in the
             images' type.
     """
@@ -61,7 +63,7 @@ def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
     return mixed or twin or model
 
 
-def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance: float) -> nn.Module | None:
+def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance: tuple[float, float]) -> nn.Module | None:
     """The twin that ``make`` makes, unless it fails or computes something else."""
     try:
         with redirect_stderr(StringIO()):  # torch.fx prints the code that fails
@@ -72,12 +74,17 @@ def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance
     return twin
 
 
-def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: float) -> None:
-    """Raise a ValueError unless both compute the same, draw for draw, give or take a share of the largest score."""
+def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: tuple[float, float]) -> None:
+    """Raise a ValueError unless both compute the same, draw for draw, give or take a share of the largest score, and of the
+    gradient's length: tracing forgets a backward pass that the model defines itself, and where it wants no gradient.
+    """
     for seed in SEEDS:
         expected, scores = (_scores(net, x, seed) for net in (model, twin))
-        if not (scores - expected).abs().max() <= tolerance * expected.abs().max():
+        if not (scores - expected).abs().max() <= tolerance[0] * expected.abs().max():
             raise ValueError("it computes something else")
+    expected, gradient = (_gradient(net, x) for net in (model, twin))
+    if not (gradient - expected).norm() <= tolerance[1] * expected.norm():
+        raise ValueError("its gradient is another")
 
 
 def _folded(module: nn.Module) -> nn.Module:
@@ -113,6 +120,18 @@ class Autocast(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             scores = self.net(x)
         return scores.to(x.dtype)
+
+
+def _gradient(net: nn.Module, x: Tensor) -> Tensor:
+    """Of a random combination of the scores; zero where there is none."""
+    images = x.detach().clone().requires_grad_()
+    with differentiable():
+        scores = _scores(net, images, SEEDS[0])
+        weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(scores)
+        (gradient,) = (
+            torch.autograd.grad((weights * scores).sum(), images, allow_unused=True) if scores.requires_grad else (None,)
+        )
+    return torch.zeros_like(images) if gradient is None else gradient.nan_to_num()
 
 
 def _scores(net: Any, x: Tensor, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -37,6 +38,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 parameter.grad = _restored(gradient, content)
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients can be had, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def in_training(model: nn.Module) -> bool:
+    """Is any of its parts in training mode that holds parameters or buffers, or, if none does, the model itself?"""
+    holding = [module for module in model.modules() if module._parameters or module._buffers] or [model]
+    return any(module.training for module in holding)
+
+
+def evaluating(model: nn.Module) -> None:
+    """Put a model into eval mode. Dropout that is active in a model that is not in training is meant to be (Monte Carlo
+    dropout), and stays.
+    """
+    dropout = () if in_training(model) else [m for m in model.modules() if m.training and isinstance(m, _DropoutNd)]
+    model.eval()
+    for module in dropout:
+        module.training = True
+
+
 def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
     if tensor is not None and content is not None and not torch.equal(tensor, content):
         tensor.copy_(content)
@@ -45,14 +69,13 @@ def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def private_random_state(seed: int, model: nn.Module) -> Iterator[None]:
-    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of the model own, as attributes
-    called ``generator``, and put them back afterwards.
+    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of the model hold as attributes,
+    and put them back afterwards.
 
     Only models with randomness of their own see the difference: attacks draw from generators of their own.
     """
-    owned: list[Any] = [getattr(module, "generator", None) for module in model.modules()]
-    owned = [generator for generator in owned if isinstance(generator, torch.Generator)]
-    states = [generator.get_state() for generator in owned]
+    owned = [held for module in model.modules() for held in vars(module).values() if isinstance(held, OWN)]
+    states = [_state(generator) for generator in owned]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
@@ -61,10 +84,37 @@ def private_random_state(seed: int, model: nn.Module) -> Iterator[None]:
             np.random.seed(int(seed) % 2**32)  # noqa: NPY002
             random.seed(int(seed))
             for index, generator in enumerate(owned):
-                generator.manual_seed(int(seed) + index)
+                _set_state(generator, _seeded(generator, int(seed) + index))
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in zip(owned, states, strict=True):
-                generator.set_state(state)
+                _set_state(generator, state)
+
+
+OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _seeded(generator: Any, seed: int) -> Any:
+    """The state of a generator of the same kind that starts at ``seed``."""
+    if isinstance(generator, torch.Generator):
+        return torch.Generator(generator.device).manual_seed(seed).get_state()
+    if isinstance(generator, np.random.Generator):
+        return type(generator.bit_generator)(seed).state
+    return _state(type(generator)(seed % 2**32))  # numpy's RandomState, Python's Random

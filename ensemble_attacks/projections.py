@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NORMS = ("Linf", "L2")
+ROUNDINGS = 4  # tries to come as close to the boundary as half precision can
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -66,9 +67,24 @@ class L2Ball:
             )
 
     def project(self, x: Tensor) -> Tensor:
-        delta = x - self.clean
-        scale = self.radius / l2_norm(delta).clamp_min(self.radius)
-        return (self.clean + delta * per_sample(scale, delta)).clamp(0, 1)
+        if self.radius > 0.99 * self.eps:
+            return self._shrunk(x, self.clean, x.new_full((len(x),), self.radius))
+        # In half precision that room is a good part of the ball: round what was computed in more, and shrink what left it.
+        clean, within = self.clean.double(), torch.full((len(x),), self.eps, dtype=torch.double, device=x.device)
+        for _ in range(ROUNDINGS):
+            rounded = self._shrunk(x.double(), clean, within).to(x.dtype)
+            size = l2_norm(rounded.double() - clean)
+            if not (size > self.eps).any():
+                return rounded
+            within = torch.where(size > self.eps, within * (self.eps / size) * (1 - torch.finfo(x.dtype).eps), within)
+        safe = self._shrunk(x, self.clean, x.new_full((len(x),), self.radius))
+        return torch.where(per_sample(size > self.eps, x), safe, rounded)
+
+    @staticmethod
+    def _shrunk(x: Tensor, clean: Tensor, radius_N: Tensor) -> Tensor:
+        delta = x - clean
+        scale = radius_N / l2_norm(delta).maximum(radius_N)
+        return (clean + delta * per_sample(scale, delta)).clamp(0, 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Direction of unit L2 norm along which a linear function with this gradient grows fastest."""

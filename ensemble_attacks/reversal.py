@@ -18,6 +18,7 @@ from torchattacks.attack import Attack
 from ensemble_attacks.apgd import APGD
 from ensemble_attacks.composed import ComposedAttack
 from ensemble_attacks.errors import PartError
+from ensemble_attacks.judge import decided
 from ensemble_attacks.noise import sample_keys, start_noise
 from ensemble_attacks.projections import make_ball
 from ensemble_attacks.surrogates import find_parts, not_called
@@ -172,7 +173,7 @@ class FrontEndReversal(ComposedAttack):
     def _right(self, x: Tensor, labels: Tensor) -> Tensor:
         parts = zip(self._split(x), self._split(labels), strict=True)
         scores = [(self.get_logits(images), truth) for images, truth in parts]
-        return torch.cat([(s.argmax(1) == truth) | ~torch.isfinite(s).all(1) for s, truth in scores])
+        return torch.cat([(s.argmax(1) == truth) | ~decided(s) for s, truth in scores])
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split(getattr(self, "batch_size", None) or len(values))
@@ -184,7 +185,7 @@ class FrontEndReversal(ComposedAttack):
     def _amplification(self, x: Tensor) -> float:
         """``E |F(x + d) - F(x)| / |d|`` over random ``d`` on the sphere."""
         order = float("inf") if self.norm == "Linf" else 2
-        noise = start_noise(sample_keys(x), x, seed=self.seed, restart=0, norm=self.norm)
+        noise = start_noise(sample_keys(x), x, seed=getattr(self, "seed", 0), restart=0, norm=self.norm)
         delta = make_ball(self.norm, x, self.eps).start(noise) - x
         change = (self._seen(x + delta) - self._seen(x)) * 2 * REACH
         ratio = change.flatten(1).norm(order, dim=1) / delta.flatten(1).norm(order, dim=1).clamp_min(1e-12)

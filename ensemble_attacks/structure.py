@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ensemble_attacks.ensembles import VOTES, probabilities_of
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.surrogates import find_parts
 from ensemble_attacks.validation import check_dtype, check_scores
 
 REPEATS = 5  # forward passes of the same images
+FEW, MORE = 2, 25  # images, and forward passes of these: a model may draw once for a whole batch, and seldom otherwise
 PROBABILITY = 1e-5  # how far their sum may be from 1
 DIFFERENT = 1e-4  # of normalised scores in L2, beyond which two of them differ (AutoAttack's check_randomized)
 
@@ -49,11 +50,12 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     except PartError:
         frontend = False
     with preserved(model), private_random_state(seed, model):
-        model.eval()
+        evaluating(model)
         check_dtype(model, x)
-        scores = [model(x) for _ in range(REPEATS)]
+        scores = [model(x.clone()) for _ in range(REPEATS)]  # it may work in place
+        few = [model(x[:FEW].clone()) for _ in range(MORE)]
     check_scores(scores[0], len(x), type(model).__name__)
-    random = any(differ(other, scores[0]) for other in scores[1:])
+    random = any(differ(other, scores[0]) for other in scores[1:]) or any(differ(other, few[0]) for other in few[1:])
     own = members and not probabilities and getattr(model, "vote", None) not in VOTES
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])
 

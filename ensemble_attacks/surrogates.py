@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ensemble_attacks.descent import Outputs
 from ensemble_attacks.ensembles import VOTES, check_members, log_expected_softmax, log_mean_softmax, probabilities_of
 from ensemble_attacks.errors import PartError, unknown_name
-from ensemble_attacks.preserve import preserved
+from ensemble_attacks.preserve import evaluating, preserved
 from ensemble_attacks.projections import per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
@@ -262,7 +262,7 @@ def premise(
         return (torch.zeros_like(images) if slope is None else slope).flatten(1)
 
     with preserved(model):
-        model.eval()
+        evaluating(model)
         with _hooked(model, parts, keep):
             own = gradient()
         if not seen:

@@ -89,6 +89,21 @@ def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) ->
         check_label_range(y, scores.shape[1], "y")
 
 
+def check_member_logits(logits: object, n: int, model: str) -> None:
+    """What ``member_logits`` returned for ``n`` images: one tensor (M, N, K)."""
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != n:
+        raise ValueError(
+            f"member_logits of {model} returns {shape} for {n} images: expected one tensor (M, {n}, K), members first, as "
+            "torch.stack makes of a list"
+        )
+
+
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
+
+
 def check_norm(norm: str) -> None:
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)

@@ -109,6 +109,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "probabilities": (lambda: Broken(after=lambda s: s.softmax(1)), "probabilities"),
     "quantised": (lambda: Broken(lambda x: (x * 16).round() / 16), "zero_gradients"),
     "shattered": (Shattered, "shattered"),
+    "logits / 1e4": (lambda: Broken(after=lambda s: s / 1e4), "scale"),
     "logits x 1e6": (lambda: Broken(after=lambda s: s * 1e6), "saturation"),
     "random crop": (RandomCrop, "random"),
     "reseeding": (Reseeding, "reseeds"),

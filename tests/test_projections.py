@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ensemble_attacks.noise import sample_keys, start_noise
-from ensemble_attacks.projections import make_ball
+from ensemble_attacks.projections import l2_norm, make_ball
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -68,3 +68,12 @@ def test_noise_belongs_to_the_sample(norm: str) -> None:
     assert torch.equal(draw(images.double()).float(), draw(images))
     assert not torch.equal(draw(images), draw(images, seed=1))
     assert not torch.equal(draw(images), draw(images, restart=1))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 32), (torch.float16, 128), (torch.bfloat16, 32)])
+def test_half_precision_has_nearly_the_whole_ball(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, far = (torch.rand(4, 3, size, size, generator=generator).to(dtype) for _ in range(2))
+    reached = l2_norm(make_ball("L2", clean, 0.5).project(far).double() - clean.double())
+    assert (reached <= 0.5).all()
+    assert (reached > 0.49).all()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks.judge import judge, or_clean
-from ensemble_attacks.preserve import private_random_state
+from ensemble_attacks.preserve import differentiable, private_random_state
 from ensemble_attacks.registry import craft
 from ensemble_attacks.validation import check_count, check_images, check_positive
 
@@ -71,8 +71,8 @@ def binarization(
     check_images(x, "x")
     check_positive("eps", eps)
     check_count("the number of images", len(x))
-    x = x.to(next(model.parameters(), x).device)
-    with private_random_state(seed, model):
+    with differentiable(), private_random_state(seed, model):
+        x = x.detach().clone().to(next(model.parameters(), x).device)
         binary = _Binary(model, x[:1])
         generator = torch.Generator().manual_seed(seed)
         found, by_chance = [], []

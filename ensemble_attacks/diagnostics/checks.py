@@ -21,12 +21,12 @@ from torchattacks.attack import Attack
 from ensemble_attacks.diagnostics.binarization import binarization
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
 from ensemble_attacks.eot import EOTAPGD
-from ensemble_attacks.judge import judge
+from ensemble_attacks.judge import decided, judge
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.passes import count_passes
 from ensemble_attacks.pgd import PGD
 from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import differentiable, evaluating, in_training, preserved, private_random_state
 from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, differ, structure_of
 from ensemble_attacks.surrogates import Surrogate, premise, straight_through
 from ensemble_attacks.validation import (
@@ -34,6 +34,7 @@ from ensemble_attacks.validation import (
     check_dtype,
     check_images,
     check_labels,
+    check_module,
     check_positive,
     check_scores,
 )
@@ -117,24 +118,22 @@ def diagnose(
     Raises:
         TypeError, ValueError: unusable arguments.
     """
+    check_module(model)
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)
     check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
     device = next(model.parameters(), x).device
-    x, y = x.to(device), y.to(device).long()
-    with preserved(model), private_random_state(seed, model):
-        was_training = model.training
-        trained = [
-            type(m).__name__ for m in model.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
-        model.eval()
+    with differentiable(), preserved(model), private_random_state(seed, model):
+        x, y = x.detach().clone().to(device), y.clone().to(device).long()
+        was_training = in_training(model)
+        evaluating(model)
         check_dtype(model, x, "x")
         with torch.no_grad():
             scores_NK = model(x)
         check_scores(scores_NK, len(y), type(model).__name__, y)
         examination = _Examination(model, x, y, eps, seed, attack)
-        checks = [*examination.of_structure(bool(was_training or trained)), *examination.of_gradients()]
+        checks = [*examination.of_structure(was_training), *examination.of_gradients()]
         checks += [*examination.of_attacks(), *examination.of_one_attack()]
     attacks = attacks_for(examination.structure, [check for check in checks if check.verdict == FLAG])
     return Diagnosis(examination.structure, checks, attacks, examination.passes())
@@ -230,7 +229,7 @@ class _Examination:
             return
         noisy = (self.x + self.eps * self._noise(1)).clamp(0, 1)
         with torch.no_grad():
-            finite = torch.stack([torch.isfinite(self.model(images)).all(1) for images in (self.x, noisy)])
+            finite = torch.stack([decided(self.model(images)) for images in (self.x, noisy)])
         broken = _share(~finite.all(0) | ~torch.isfinite(gradient).flatten(1).all(1))
         yield _measure("non_finite", broken, 0.0, "of so many images scores or gradients are NaN or infinite", "", "[P22]")
         saturated = self._gradient(self.model, self.x, F.cross_entropy)
@@ -300,6 +299,10 @@ class _Examination:
         yield _measure("unbounded", at_all, 0.1, said, next_, "[C19], [P22] I6")
         said = "twice the steps lower the robust accuracy by so much"
         yield _measure("not_converged", white - longer, max(0.15, 3 / n), said, next_, "[C19]")
+        if not self.structure.random:
+            other = self._accuracy(self._pgd(self.model, STEPS, self.eps, loss="margin"))
+            said = "the margin of the scores, whatever their scale, fools so much more than their cross-entropy"
+            yield _measure("scale", white - other, max(0.15, 3 / n), said, next_, "[CH20] DLR")
         yield Check("clean", NOTE, clean, None, "accuracy on the clean images")
         yield Check("white_box", NOTE, longer, None, f"robust accuracy under {2 * STEPS} steps of PGD on the model itself")
         yield from self._transfer(min(white, longer), max(0.1, 3 / n))
@@ -368,14 +371,14 @@ class _Examination:
             return EOTAPGD(model, eps=eps, steps=STEPS, seed=self.seed, eot_iter=self.eot_iter)
         return PGD(model, eps=eps, steps=50, n_restarts=1, seed=self.seed)
 
-    def _pgd(self, model: nn.Module, steps: int, eps: float, step_size: float | None = None) -> Tensor:
+    def _pgd(self, model: nn.Module, steps: int, eps: float, step_size: float | None = None, loss: str = "ce") -> Tensor:
         if self._gradient(model, self.x) is None:
             return self.x
         if step_size is None:
             arguments: dict[str, Any] = dict(eps=eps, steps=steps, seed=self.seed)
             if self.eot_iter:
                 return EOTAPGD(model, eot_iter=self.eot_iter, **arguments)(self.x, self.y)
-            return PGD(model, n_restarts=1, **arguments)(self.x, self.y)
+            return PGD(model, n_restarts=1, loss=loss, **arguments)(self.x, self.y)
         gradient = self._gradient(model, self.x, F.cross_entropy)
         assert gradient is not None
         return (self.x + step_size * gradient.nan_to_num().sign()).clamp(0, 1)
@@ -388,7 +391,10 @@ class _Examination:
         """Of the margin, or of another loss, at images; ``None`` where there is none."""
         images = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            scores_NK = model(images)
+            try:
+                scores_NK = model(images)
+            except RuntimeError:  # of an operation that has no gradient, such as numpy's
+                return None
             if not scores_NK.requires_grad:
                 return None
             value = -margin(scores_NK, self.y).sum() if loss is None else loss(scores_NK, self.y, reduction="sum")

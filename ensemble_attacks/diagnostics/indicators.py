@@ -16,12 +16,13 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.judge import judge, or_clean, outside
 from ensemble_attacks.objectives import margin
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import differentiable, evaluating, preserved, private_random_state
 from ensemble_attacks.registry import craft
 from ensemble_attacks.validation import (
     check_count,
     check_images,
     check_labels,
+    check_module,
     check_positive,
     check_scores,
 )
@@ -65,7 +66,7 @@ class _Recorder(nn.Module):
         self.model = model
         self.x, self.y, self.eps = x, y, eps
         self.losses: list[float] = []
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         scores_NK = self.model(x)
@@ -125,6 +126,7 @@ def indicators(
     >>> indicators(lambda net, eps: PGD(net, eps=eps), net, x, y, eps=0.1).silent_success
     tensor([0., 0., 0.])
     """
+    check_module(model)
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)
@@ -132,10 +134,10 @@ def indicators(
     check_count("the number of images", len(x))
     target = model if target is None else target
     device = next(model.parameters(), x).device
-    x, y = x.to(device), y.to(device).long()
-    with preserved(model), preserved(target), private_random_state(seed, model):
-        model.eval()
-        target.eval()
+    with differentiable(), preserved(model), preserved(target), private_random_state(seed, model):
+        x, y = x.detach().clone().to(device), y.clone().to(device).long()
+        evaluating(model)
+        evaluating(target)
         with torch.no_grad():
             check_scores(model(x), len(y), type(model).__name__, y)
         rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]

@@ -9,6 +9,8 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
+from ensemble_attacks.judge import decided
+
 BATCH = 250
 
 
@@ -16,7 +18,7 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
     """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M).
 
     The attack is torchattacks' PGD with steps of eps / 4, on that member alone, from the images that all members get right
-    (NaN, if there are none). A score that is not finite is no success.
+    (NaN, if there are none). Scores that decide nothing (`judge.decided`) are no success.
 
     Args:
         members: each (N, C, H, W) in [0, 1] -> logits (N, K).
@@ -44,7 +46,7 @@ def right_for_all(members: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
 @torch.no_grad()
 def _fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     scores_NK = member(x)
-    return (scores_NK.argmax(1) != y) & torch.isfinite(scores_NK).all(1)
+    return (scores_NK.argmax(1) != y) & decided(scores_NK)
 
 
 class Member(nn.Module):
@@ -53,7 +55,7 @@ class Member(nn.Module):
     def __init__(self, ensemble: nn.Module, index: int) -> None:
         super().__init__()
         self.ensemble, self.index = ensemble, index
-        self.train(ensemble.training)
+        self.training = ensemble.training
 
     def forward(self, x: Tensor) -> Tensor:
         net: Any = self.ensemble

@@ -21,7 +21,7 @@ from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_att
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.passes import CountingModel, count_passes
 from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import preserved, private_random_state
+from ensemble_attacks.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.structure import structure_of
 from ensemble_attacks.validation import (
     check_count,
@@ -76,7 +76,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         entry.check(model, settings)
     few = x[:2].to(next(model.parameters(), x).device)
     with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
-        model.eval()
+        evaluating(model)
         check_dtype(model, few, "x")
         check_scores(model(few), len(few), type(model).__name__, y)
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
