@@ -64,7 +64,7 @@ class Run:
         missing, others = [], 0
         for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
             where = self.folder(cell, shard, attack)
-            weights = model_card(cell.model, self.model_dir, self.dataset)["sha256"]
+            weights = self._weights(cell)
             if not (where / "summary.json").exists():
                 missing.append((shard, cell, attack, where, weights))
             elif other := self._differs(summary(where), weights, shard):
@@ -101,6 +101,9 @@ class Run:
                 ),
             )
 
+    def _weights(self, cell: Cell) -> str:
+        return model_card(cell.model, self.model_dir, self.dataset)["sha256"]
+
     def _differs(self, stored: dict[str, Any], weights: str, shard: int) -> str | None:
         """What a stored summary has otherwise than this run."""
         own = {
@@ -115,7 +118,16 @@ class Run:
     def finished(self, cell: Cell, attacks: Iterable[str]) -> list[dict[str, Path]]:
         """Of the shards that all ``attacks`` have run, the folder of each attack."""
         shards = [{attack: self.folder(cell, shard, attack) for attack in attacks} for shard in self.shards()]
-        return [shard for shard in shards if all((path / "summary.json").exists() for path in shard.values())]
+        done = {
+            number: shard
+            for number, shard in enumerate(shards)
+            if all((path / "summary.json").exists() for path in shard.values())
+        }
+        for number, shard in done.items():
+            for path in shard.values():
+                if other := self._differs(summary(path), self._weights(cell), number):
+                    raise click.UsageError(f"{path} was run with another {other}: choose another --out")
+        return list(done.values())
 
 
 def summary(folder: Path) -> dict[str, Any]:

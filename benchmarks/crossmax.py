@@ -54,6 +54,8 @@ ATTACKS: dict[str, tuple[Any, dict[str, Any]]] = {
 def main(
     models: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, n: int, seed: int, attacks: str, out: Path
 ) -> None:
+    if unknown := [name for name in attacks.split(",") if name not in ATTACKS]:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(ATTACKS)}", param_hint="--attacks")
     torch.manual_seed(seed)  # for torchattacks' random classes
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     members = [member for name in models.split(",") for member in load_model(name, model_dir, dataset).members]

@@ -64,7 +64,7 @@ def entries(run: Run, eps: dict[str, float]) -> list[Entry]:
     for name in list_models(run.dataset, run.model_dir):
         random = name.startswith(RANDOM)
         own = replace(run, draws=DRAWS, eot_iter=EOT_ITER) if random else run
-        size = eps["random" if random else "trained" if name.startswith("dverge_at") else "plain"]
+        size = eps["random" if random else "trained" if "_at_" in name else "plain"]
         found += [Entry(Cell(name, vote, size), own, random) for vote in (("softmax",) if random else VOTES)]
     return found
 
@@ -143,9 +143,12 @@ def main(
         "digits": {"plain": 0.12, "trained": 0.12, "random": 0.1},
         "cifar10": {"plain": 0.01, "trained": 0.03, "random": 8 / 255},
     }
+    if unknown := [dataset for dataset in datasets.split(",") if dataset not in radii]:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(radii)}", param_hint="--datasets")
+    known = {name for dataset in datasets.split(",") for name in list_models(dataset, model_dir)}
+    if unknown := [name for name in models.split(",") if name not in known] if models else []:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(sorted(known))}", param_hint="--models")
     for dataset in datasets.split(","):
-        if dataset not in radii:
-            raise click.BadParameter(f"{dataset!r}: choose from {', '.join(radii)}", param_hint="--datasets")
         run = Run(out / dataset, n, seed, data_dir, model_dir, dataset, shard=n)
         for entry in entries(run, radii[dataset]):
             if not table_only and (not models or entry.cell.model in models.split(",")):

@@ -22,6 +22,8 @@ from ensemble_attacks import EOTAPGD, CrossMaxTransfer, Surrogate, judge
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.prepare import prepare
 
+LOOKS = (1, 2, 5, 10)  # draws of each step, in the second table
+
 
 class Mean(nn.Module):
     """The mean of the members' logits."""
@@ -58,6 +60,10 @@ def main(
 ) -> None:
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     model: Any = load_model(name, model_dir, dataset)
+    if not hasattr(model, "frozen_noise"):
+        raise click.BadParameter(f"{name!r} is no self-ensemble of random resolutions", param_hint="--model")
+    if gradients < max(LOOKS):
+        raise click.BadParameter(f"{gradients} is below the {max(LOOKS)} draws of one step", param_hint="--gradients")
     twin: Any = prepare(model, x[:8])
     rows: list[dict[str, Any]] = []
     for crossmax in (True, False):
@@ -77,7 +83,7 @@ def main(
             click.echo(rows[-1], err=True)
     click.echo(save_table(rows, out / "ablation"))
     costs: list[dict[str, Any]] = []
-    for looks in (1, 2, 5, 10):
+    for looks in LOOKS:
         attack = CrossMaxTransfer(
             twin, refine=None, eps=eps, steps=gradients // looks, eot_iter=looks, seed=seed, batch_size=100
         )

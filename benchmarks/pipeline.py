@@ -77,6 +77,10 @@ def main(
     models: str, model_dir: str | None, dataset: str, data_dir: str, n: int, batch_size: int, runs: str, out: Path
 ) -> None:
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
+    if wrong := [cell for cell in models.split(",") if cell.count(":") != 2]:
+        raise click.BadParameter(f"{wrong[0]!r}: as in gal_resnet20_3:voting:0.01", param_hint="--models")
+    if unknown := [name for name in runs.split(",") if name not in RUNS]:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(RUNS)}", param_hint="--runs")
     rows: list[dict[str, Any]] = []
     for cell in models.split(","):
         name, vote, eps = cell.split(":")

@@ -53,7 +53,14 @@ def main(
     rows: list[dict[str, Any]] = []
     for pair in pairs.split(","):
         names = [part.rpartition(":") for part in pair.split("+")]
-        members = [load_model(name, model_dir, dataset).members[int(index)] for name, _, index in names]
+        if wrong := [index for _, _, index in names if not index.isdigit()]:
+            raise click.BadParameter(f"{pair!r}: {wrong[0]!r} is no member: as in adp_convnet_3:0", param_hint="--pairs")
+        members = []
+        for name, _, index in names:
+            nets = load_model(name, model_dir, dataset).members
+            if int(index) >= len(nets):
+                raise click.BadParameter(f"{pair!r}: {name} has {len(nets)} members, from 0", param_hint="--pairs")
+            members.append(nets[int(index)])
         model = RandomizedEnsemble(members, shares, seed=seed).eval()
         twin = prepare(model, x[:8])
 

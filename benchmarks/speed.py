@@ -44,7 +44,7 @@ def untrained(name: str) -> tuple[nn.Module, int]:
         net = timm.create_model(name.removeprefix("timm/"), pretrained=False, num_classes=10)
         return net.eval(), net.default_cfg["input_size"][-1]
     architecture, _, members = name.partition("*")
-    if architecture not in ARCHITECTURES or not members.isdigit():
+    if architecture not in ARCHITECTURES or architecture == "convnet" or not members.isdigit():
         raise click.BadParameter(f"{name!r}: as in resnet20*3 or timm/resnet50", param_hint="--models")
     return make_ensemble(architecture, int(members)).eval(), 32
 

@@ -13,6 +13,7 @@ minimises an L2 distance.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -33,13 +34,15 @@ COLUMNS = {  # the attack that is run, and the stage of it that is the column's,
     "CAA": ("caa", None),
     "MORA-mt": ("mora-mt", None),
 }
+NAME = re.compile(r".+_[^_]+_\d+")  # <defense>_<network>_<members>
 ATTACKS = tuple(dict.fromkeys(attack for attack, _ in COLUMNS.values()))
 
 
 def cells_of(eps: float, model_dir: str | None) -> list[Cell]:
     """Every defense of the paper that can be loaded, at the paper's eps: 0.03 where it is trained adversarially."""
-    plain = [name for name in list_models("cifar10", model_dir) if name.rsplit("_", 2)[0] in DEFENSES]
-    trained = [name for name in list_models("cifar10", model_dir) if name.startswith("dverge_at_")]
+    known = [name for name in list_models("cifar10", model_dir) if NAME.fullmatch(name)]
+    plain = [name for name in known if name.rsplit("_", 2)[0] in DEFENSES]
+    trained = [name for name in known if name.rsplit("_", 2)[0] == "dverge_at"]
     return [Cell(name, vote, size) for names, size in ((plain, eps), (trained, 3 * eps)) for name in names for vote in VOTES]
 
 
@@ -52,8 +55,9 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
     summaries = [{attack: summary(path) for attack, path in folders.items()} for folders in shards]
     firsts = [shard[attacks[0]] for shard in summaries]
     n = sum(first["n"] for first in firsts)
-    defense, _, members = cell.model.rsplit("_", 2)
-    row: dict[str, Any] = {"defense": defense, "members": int(members), "vote": cell.vote, "eps": cell.eps, "n": n}
+    defense, network, members = cell.model.rsplit("_", 2)
+    row: dict[str, Any] = {"defense": defense, "network": network, "members": int(members)}
+    row |= {"vote": cell.vote, "eps": cell.eps, "n": n}
     row["clean"] = 100 * sum(first["clean"]["robust"] for first in firsts) / n
     for column, (attack, stage) in COLUMNS.items():
         if attack not in wanted:

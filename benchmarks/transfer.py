@@ -26,6 +26,7 @@ from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics.transfer import draw_transfer, right_for_all, transfer_matrix
+from ensemble_attacks.ensembles import Ensemble
 
 
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
@@ -51,6 +52,8 @@ def main(
     torch.manual_seed(seed)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     ensemble = load_model(model, model_dir, dataset)
+    if not isinstance(ensemble, Ensemble):
+        raise click.BadParameter(f"{model!r} is no ensemble of several networks", param_hint="--model")
     right = right_for_all(ensemble.members, x, y)
     x, y = x[right], y[right]
     matrix = transfer_matrix(ensemble.members, x, y, eps=eps, steps=steps)

@@ -79,7 +79,8 @@ def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: tuple[float,
     gradient's length: tracing forgets a backward pass that the model defines itself, and where it wants no gradient.
     """
     for seed in SEEDS:
-        expected, scores = (_scores(net, x, seed) for net in (model, twin))
+        images = x if seed == SEEDS[0] else x[:1]
+        expected, scores = (_scores(net, images, seed) for net in (model, twin))
         if not (scores - expected).abs().max() <= tolerance[0] * expected.abs().max():
             raise ValueError("it computes something else")
     expected, gradient = (_gradient(net, x) for net in (model, twin))

@@ -40,6 +40,8 @@ def test_a_cell_is_run_once_and_on_one_set_of_weights(run: Run) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "others"}))
     with pytest.raises(click.UsageError, match="with another weights"):
         run.attack([CELL], ["mora"])
+    with pytest.raises(click.UsageError, match="with another weights"):
+        table1.row_of(CELL, run, ("mora",))
 
 
 def test_bad_cells_and_counts(run: Run) -> None:
