@@ -85,13 +85,16 @@ def _prefixes(state: State) -> list[str]:
 
 
 def _split(state: State) -> list[State]:
-    """The state dicts of the networks in that of an ensemble: their prefixes differ in one part, ``members.0.``."""
+    """The state dicts of the networks in that of an ensemble: their prefixes differ in one part, ``members.0.``; what stands
+    beside them, such as a normaliser, is everybody's.
+    """
     prefixes = [prefix.split(".") for prefix in _prefixes(state)]
     if len(prefixes) < 2:
         return [state]
     at = next((i for i, parts in enumerate(zip(*prefixes, strict=False)) if len(set(parts)) > 1), 0)
     roots = [".".join(parts[: at + 1]) + "." for parts in prefixes]
-    return [{key: value for key, value in state.items() if key.startswith(root)} for root in roots]
+    shared = {key: value for key, value in state.items() if not key.startswith(tuple(roots))}
+    return [{key: value for key, value in state.items() if key.startswith(root)} | shared for root in roots]
 
 
 def _natural(key: object) -> list[tuple[int, str]]:

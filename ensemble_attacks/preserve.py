@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # generators that a model may hold
+
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -91,9 +93,6 @@ def private_random_state(seed: int, model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in zip(owned, states, strict=True):
                 _set_state(generator, state)
-
-
-OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _state(generator: Any) -> Any:

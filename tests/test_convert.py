@@ -161,6 +161,12 @@ def test_the_state_dict_of_a_whole_ensemble(prefix: str, tmp_path: Path) -> None
     torch.save({"state_dict": flat, "epoch": 3}, tmp_path / "flat.pth")
     loaded = load_model("dverge_resnet20_11", checkpoint=tmp_path / "flat.pth")
     torch.testing.assert_close(loaded.member_logits(X), expected(states, "resnet20"))
+    normalization = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    torch.save(
+        {"norm.mean": torch.tensor(normalization[0]), "norm.std": torch.tensor(normalization[1]), **flat}, tmp_path / "n"
+    )
+    loaded = load_model("dverge_resnet20_11", checkpoint=tmp_path / "n")
+    torch.testing.assert_close(loaded.member_logits(X), expected(states, "resnet20", normalization=normalization))
 
 
 @pytest.mark.parametrize(
