@@ -100,8 +100,11 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
 
 
 def check_module(model: object) -> None:
+    """A module that tells its training mode, as each does but those of ``torch.jit.freeze``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
+    if not hasattr(model, "training"):
+        raise TypeError(f"model {type(model).__name__} is frozen, and has no training mode: pass it before torch.jit.freeze")
 
 
 def check_norm(norm: str) -> None:

@@ -271,6 +271,7 @@ def test_a_model_without_torch(nets: list[nn.Module], few: tuple[Tensor, Tensor]
     assert "zero_gradients" in diagnose(model, x[:8], y[:8], eps=EPS).flags
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_functions_are_told_to_be_wrapped(nets: list[nn.Module], few: tuple[Tensor, Tensor]) -> None:
     x, y = few
     calls = (
@@ -282,5 +283,7 @@ def test_functions_are_told_to_be_wrapped(nets: list[nn.Module], few: tuple[Tens
     for call in calls:
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
             call(lambda x: nets[0](x))
+        with pytest.raises(TypeError, match="is frozen"):
+            call(torch.jit.freeze(torch.jit.trace(nets[0].eval(), x)))
     with pytest.raises(TypeError, match=r"DataParallel hides: pass its \.module"):
         MORA(nn.DataParallel(Ensemble(nets)))
