@@ -22,6 +22,8 @@ from ensemble_attacks import (
     judge,
 )
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.prepare import prepare
 from ensemble_attacks.preserve import evaluating, in_training
 from ensemble_attacks.structure import structure_of
@@ -163,6 +165,9 @@ def test_members_that_are_not_the_forward_are_refused(nets: list[nn.Module], few
     model.register_forward_pre_hook(lambda module, inputs: (1 - inputs[0],))
     with pytest.raises(AggregateMismatchError, match="predicts another class than its forward"):
         MORA(model, eps=EPS, steps=2)(x, y)
+    with pytest.raises(AggregateMismatchError, match="of 8 images"):
+        evaluate(model, x, y, ["mora"], Settings(EPS))
+    assert "protocol" in diagnose(model, x[:8], y[:8], eps=EPS).flags
     model = Ensemble(nets).eval()
     model.member_logits = lambda x: torch.stack([net(x) for net in nets], 1)  # (N, M, K)
     with pytest.raises(ValueError, match=r"\(40, 3, 10\) for 40 images|\(8, 3, 10\) for 8 images"):

@@ -20,7 +20,9 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.diagnostics.binarization import binarization
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
+from ensemble_attacks.ensembles import check_protocol
 from ensemble_attacks.eot import EOTAPGD
+from ensemble_attacks.errors import AggregateMismatchError
 from ensemble_attacks.judge import decided, judge
 from ensemble_attacks.objectives import margin
 from ensemble_attacks.passes import count_passes
@@ -179,6 +181,8 @@ class _Examination:
         yield _flag_if(structure.frontend, "frontend", said, "bpda", "[A18] BPDA")
         said = "the members are put together otherwise than by mean probability, votes or mean logits"
         yield _flag_if(structure.own_aggregation, "aggregation", said, "crossmax-transfer", "arXiv:2411.14834")
+        said = "members and aggregation predict otherwise than the model itself: attacks on them are misled"
+        yield _flag_if(structure.members and self._contradicts_itself(), "protocol", said)
         said = "the same images get different scores: gradients and single predictions are draws"
         yield _flag_if(structure.random, "random", said, "eot-apgd", "[A18] EOT")
         said = "a forward pass sets the global random generator anew: its noise is the same in every call"
@@ -195,6 +199,13 @@ class _Examination:
         yield _flag_if(
             probabilities, "probabilities", "the scores are probabilities, whose logarithm underflows", "", "[CH20]"
         )
+
+    def _contradicts_itself(self) -> bool:
+        try:
+            check_protocol(self.original, self.x[:ALONE])
+        except AggregateMismatchError:
+            return True
+        return False
 
     @torch.no_grad()
     def _reseeds(self) -> bool:

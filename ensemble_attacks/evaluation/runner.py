@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ensemble_attacks.ensembles import check_members
+from ensemble_attacks.ensembles import check_members, check_protocol
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.judge import Judgement, judge, wilson_interval
 from ensemble_attacks.passes import CountingModel, count_passes
@@ -69,8 +69,8 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_count("draws", settings.draws)
     if settings.eot_iter is not None:
         check_count("eot_iter", settings.eot_iter)
-    for name in attacks:
-        entry = find_attack(name)
+    entries = {name: find_attack(name) for name in attacks}
+    for name, entry in entries.items():
         if entry.needs_members:
             check_members(model, name)
         entry.check(model, settings)
@@ -79,6 +79,8 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         evaluating(model)
         check_dtype(model, few, "x")
         check_scores(model(few), len(few), type(model).__name__, y)
+        if any(entry.needs_members for entry in entries.values()):
+            check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
         logger.warning(
             "%s is random, but draws is %d and eot_iter %s: one lucky draw decides; set both (--draws 10 --eot-iter 5)",
