@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from options import named
 
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
@@ -64,19 +65,16 @@ class Run:
         missing, others = [], 0
         for shard, cell, attack in product(self.shards(), list(cells), list(attacks)):
             where = self.folder(cell, shard, attack)
-            weights = self._weights(cell)
             if not (where / "summary.json").exists():
-                missing.append((shard, cell, attack, where, weights))
-            elif other := self._differs(summary(where), weights, shard):
-                raise click.UsageError(f"{where} was run with another {other}: choose another --out")
+                missing.append((shard, cell, attack, where))
             else:
-                others += summary(where).get("code") != code_version()
+                others += self._checked(where, cell, shard).get("code") != code_version()
         if others:
             click.echo(f"{others} of the stored shards were run with other code: remove them to run them again", err=True)
         if not missing:
             return
         images, labels = load_dataset(self.dataset, data_dir=self.data_dir, n=self.n)
-        for shard, cell, attack, where, weights in missing:
+        for shard, cell, attack, where in missing:
             if (where / "summary.json").exists():  # another process was quicker
                 continue
             part = slice(shard * self.shard, (shard + 1) * self.shard)
@@ -92,7 +90,7 @@ class Run:
                     "vote": cell.vote,
                     "dataset": self.dataset,
                     "first": shard * self.shard,
-                    "weights": weights,
+                    "weights": self._weights(cell),
                     "code": code_version(),
                 },
                 out=where,
@@ -104,29 +102,27 @@ class Run:
     def _weights(self, cell: Cell) -> str:
         return model_card(cell.model, self.model_dir, self.dataset)["sha256"]
 
-    def _differs(self, stored: dict[str, Any], weights: str, shard: int) -> str | None:
-        """What a stored summary has otherwise than this run."""
+    def _checked(self, where: Path, cell: Cell, shard: int) -> dict[str, Any]:
+        """A stored summary; `click.UsageError` for one of another run."""
+        stored = summary(where)
         own = {
-            "weights": weights,
+            "weights": self._weights(cell),
             "n": self.shard,
             "first": shard * self.shard,
             "draws": self.draws,
             "eot_iter": self.eot_iter,
         }
-        return next((key for key, value in own.items() if stored.get(key, value) != value), None)
+        if other := next((key for key, value in own.items() if stored.get(key, value) != value), None):
+            raise click.UsageError(f"{where} was run with another {other}: choose another --out")
+        return stored
 
     def finished(self, cell: Cell, attacks: Iterable[str]) -> list[dict[str, Path]]:
         """Of the shards that all ``attacks`` have run, the folder of each attack."""
-        shards = [{attack: self.folder(cell, shard, attack) for attack in attacks} for shard in self.shards()]
-        done = {
-            number: shard
-            for number, shard in enumerate(shards)
-            if all((path / "summary.json").exists() for path in shard.values())
-        }
-        for number, shard in done.items():
-            for path in shard.values():
-                if other := self._differs(summary(path), self._weights(cell), number):
-                    raise click.UsageError(f"{path} was run with another {other}: choose another --out")
+        shards = {shard: {attack: self.folder(cell, shard, attack) for attack in attacks} for shard in self.shards()}
+        done = {n: folders for n, folders in shards.items() if all((f / "summary.json").exists() for f in folders.values())}
+        for shard, folders in done.items():
+            for where in folders.values():
+                self._checked(where, cell, shard)
         return list(done.values())
 
 
@@ -137,10 +133,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def choose(names: str | None, known: Iterable[Cell]) -> list[Cell]:
     """The cells of these comma-separated names; all, if there are none."""
     by_name = {cell.name: cell for cell in known}
-    unknown = [name for name in names.split(",") if name not in by_name] if names else []
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(by_name)}", param_hint="--cells")
-    return [by_name[name] for name in names.split(",")] if names else list(by_name.values())
+    return [by_name[name] for name in named(names, by_name, "--cells")] if names else list(by_name.values())
 
 
 def run_options(out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 import torchattacks
-from options import image_options
+from options import image_options, named
 from tables import save_table
 from torch import nn
 
@@ -54,8 +54,7 @@ ATTACKS: dict[str, tuple[Any, dict[str, Any]]] = {
 def main(
     models: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, n: int, seed: int, attacks: str, out: Path
 ) -> None:
-    if unknown := [name for name in attacks.split(",") if name not in ATTACKS]:
-        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(ATTACKS)}", param_hint="--attacks")
+    chosen = named(attacks, ATTACKS, "--attacks")
     torch.manual_seed(seed)  # for torchattacks' random classes
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     members = [member for name in models.split(",") for member in load_model(name, model_dir, dataset).members]
@@ -64,7 +63,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for name, defended in (("none (the mean of the logits)", mean), ("none", model)):
         rows.append({"attack": name, "robust": 100 * judge(defended, x, y, x, eps=eps).accuracy, "passes": 0.0})
-    for name in attacks.split(","):
+    for name in chosen:
         attack, arguments = ATTACKS[name]
         counted = count_passes(twin)
         adversarial = attack(counted, eps=eps, seed=seed, batch_size=250, **arguments)(x, y)

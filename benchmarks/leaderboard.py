@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from cells import Cell, Run, summary
+from options import named
 from tables import save_table
 
 from defenses import list_models, load_model
@@ -143,15 +144,13 @@ def main(
         "digits": {"plain": 0.12, "trained": 0.12, "random": 0.1},
         "cifar10": {"plain": 0.01, "trained": 0.03, "random": 8 / 255},
     }
-    if unknown := [dataset for dataset in datasets.split(",") if dataset not in radii]:
-        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(radii)}", param_hint="--datasets")
-    known = {name for dataset in datasets.split(",") for name in list_models(dataset, model_dir)}
-    if unknown := [name for name in models.split(",") if name not in known] if models else []:
-        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(sorted(known))}", param_hint="--models")
-    for dataset in datasets.split(","):
+    chosen = named(datasets, radii, "--datasets")
+    known = [name for dataset in chosen for name in list_models(dataset, model_dir)]
+    wanted = named(models, known, "--models") if models else known
+    for dataset in chosen:
         run = Run(out / dataset, n, seed, data_dir, model_dir, dataset, shard=n)
         for entry in entries(run, radii[dataset]):
-            if not table_only and (not models or entry.cell.model in models.split(",")):
+            if not table_only and entry.cell.model in wanted:
                 entry.run.attack([entry.cell], entry.attacks)
                 examine(entry)
             if row := row_of(entry):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 
 import click
+
+
+def named(names: str, known: Iterable[str], option: str) -> list[str]:
+    """The comma-separated names that an option was given; `click.BadParameter` for one that is not known."""
+    chosen, known = names.split(","), list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(known)}", param_hint=option)
+    return chosen
 
 
 def image_options(out: str, numerator: int = 8) -> Callable[[Callable[..., None]], Callable[..., None]]:

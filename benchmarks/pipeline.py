@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import torch
+from options import named
 from tables import save_table
 from torch import Tensor, nn
 
@@ -79,8 +80,7 @@ def main(
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     if wrong := [cell for cell in models.split(",") if cell.count(":") != 2]:
         raise click.BadParameter(f"{wrong[0]!r}: as in gal_resnet20_3:voting:0.01", param_hint="--models")
-    if unknown := [name for name in runs.split(",") if name not in RUNS]:
-        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(RUNS)}", param_hint="--runs")
+    versions = named(runs, RUNS, "--runs")
     rows: list[dict[str, Any]] = []
     for cell in models.split(","):
         name, vote, eps = cell.split(":")
@@ -93,7 +93,7 @@ def main(
         twin = prepare(model, x[:8])
         row: dict[str, Any] = {"model": name, "vote": vote, "eps": float(eps), "n": n}
         robust: dict[str, Tensor] = {}
-        for version in runs.split(","):
+        for version in versions:
             row[version] = row[f"{version} passes"] = None
             if version == "ensemble" and not hasattr(model, "member_logits"):
                 continue

@@ -17,6 +17,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from options import named
 from tables import save_table
 from torch import Tensor, nn
 
@@ -78,9 +79,7 @@ def seconds(run: Callable[[], object], repetitions: int) -> float:
 def main(what: str, steps: int, repetitions: int, out: Path) -> None:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    for name in what.split(","):
-        if name not in SIZES:
-            raise click.BadParameter(f"{name!r}: choose from {', '.join(SIZES)}", param_hint="--what")
+    for name in named(what, SIZES, "--what"):
         sizes = SIZES[name]
         cost = [seconds(prepared(name, size, steps), repetitions) for size in sizes]
         exponent = np.polyfit(np.log(sizes), np.log(cost), 1)[0]

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from cells import Cell, Run, choose, run_options, summary
+from options import named
 from tables import save_table
 
 from defenses import list_models
@@ -80,10 +81,7 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True)
 def main(attacks: str, eps: float, cells: str | None, table_only: bool, **options: Any) -> None:
     run = Run(**options)
-    chosen, names = choose(cells, cells_of(eps, run.model_dir)), tuple(attacks.split(","))
-    unknown = set(names) - set(ATTACKS)
-    if unknown:
-        raise click.BadParameter(f"{sorted(unknown)[0]!r}: choose from {', '.join(ATTACKS)}", param_hint="--attacks")
+    chosen, names = choose(cells, cells_of(eps, run.model_dir)), tuple(named(attacks, ATTACKS, "--attacks"))
     if not table_only:
         run.attack(chosen, names)
     rows = [row for cell in chosen if (row := row_of(cell, run, names))]

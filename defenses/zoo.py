@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ensemble_attacks.data import DATASETS
 from ensemble_attacks.ensembles import VOTES, Ensemble, check_vote
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.robustbench import ensure
+from ensemble_attacks.validation import check_choice
 
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "weights"
@@ -30,22 +32,14 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
     >>> "adp_convnet_3" in list_models("digits")
     True
     """
-    dataset = dataset and _dataset(dataset)
+    dataset = dataset and _named("dataset", dataset, DATASETS)
     return sorted({card.stem for folder in _folders(model_dir) for card in folder.glob(f"{dataset or '*'}/*/*.json")})
 
 
-def _dataset(dataset: object) -> str:
-    """The name of a dataset given as such, or as RobustBench's enum."""
-    name = str(getattr(dataset, "value", dataset))
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
-    return name
-
-
-def _threat_model(threat_model: object) -> str:
-    name = str(getattr(threat_model, "value", threat_model))
-    if name not in THREAT_MODELS:
-        raise unknown_name("threat model", name, THREAT_MODELS)
+def _named(kind: str, value: object, known: Sequence[str]) -> str:
+    """One of the known names, given as such, or as RobustBench's enum."""
+    name = str(getattr(value, "value", value))
+    check_choice(kind, name, known)
     return name
 
 
@@ -85,7 +79,8 @@ def load_model(
         FileNotFoundError: no such checkpoint.
         WeightsError: the weights are not those that the card, or the name, describes.
     """
-    dataset, threat_model = _dataset(dataset), _threat_model(norm or threat_model)
+    dataset = _named("dataset", dataset, DATASETS)
+    threat_model = _named("threat model", norm or threat_model, THREAT_MODELS)
     check_vote(vote)
     if checkpoint is not None:
         return _load_checkpoint(model_name, checkpoint, dataset, vote)
@@ -102,7 +97,8 @@ def model_card(
     model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
 ) -> dict[str, Any]:
     """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
-    return read_card(_stem(model_name, model_dir, _dataset(dataset), _threat_model(threat_model)))
+    dataset = _named("dataset", dataset, DATASETS)
+    return read_card(_stem(model_name, model_dir, dataset, _named("threat model", threat_model, THREAT_MODELS)))
 
 
 def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:

@@ -73,6 +73,10 @@ class CarefulAttack(Attack):
         """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""
         super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
 
+    def _as_taken(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the model takes them: normalised as `get_logits` does."""
+        return self.normalize(images) if self._normalization_applied is False else images
+
     def set_model(self, model: nn.Module) -> None:
         check_module(model)
         if self.needs_members:
@@ -158,8 +162,7 @@ class DescentAttack(CarefulAttack):
 
     def outputs(self, images: Tensor) -> Outputs:
         """What the loop sees of images in [0, 1]; normalises as `get_logits` does."""
-        if self._normalization_applied is False:
-            images = self.normalize(images)
+        images = self._as_taken(images)
         if isinstance(self.model, Surrogate):
             return self.model.look(images)
         probabilities = self._probabilities()
@@ -256,8 +259,7 @@ class DescentAttack(CarefulAttack):
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
             start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
         if self.needs_members and not isinstance(self.model, Surrogate):
-            few = self.normalize(images[:8]) if self._normalization_applied is False else images[:8]
-            check_protocol(getattr(self.model, "counted", self.model), few)
+            check_protocol(getattr(self.model, "counted", self.model), self._as_taken(images[:8]))
         exact = self._probabilities() is not None
         aim = None
         if self.targeted:
@@ -284,5 +286,5 @@ class DescentAttack(CarefulAttack):
             trace=self.trace,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
-            self.model.warn_of_mismatch(self.normalize(adversarial) if self._normalization_applied is False else adversarial)
+            self.model.warn_of_mismatch(self._as_taken(adversarial))
         return adversarial

@@ -74,8 +74,7 @@ class BPDAIdentity(ComposedAttack):
             with torch.no_grad():
                 few = images[:PREMISE_IMAGES].detach().to(self.device)
                 scores_NK = self.get_logits(few)
-            shown = few if self._normalization_applied is not False else self.normalize(few)
-            self.premise = premise(self.model, self.parts, shown, scores_NK.argmax(1))
+            self.premise = premise(self.model, self.parts, self._as_taken(few), scores_NK.argmax(1))
             logger.info("BPDAIdentity: %s", self.premise)
             for name, figures in self.premise.items():
                 if isinstance(figures, dict) and figures["relative"] > NEAR:

@@ -179,8 +179,7 @@ class FrontEndReversal(ComposedAttack):
         return values.split(getattr(self, "batch_size", None) or len(values))
 
     def _seen(self, x: Tensor) -> Tensor:
-        shown = self.normalize(x) if self._normalization_applied is False else x
-        return torch.cat([self.inner.model.seen(images) for images in self._split(shown)])
+        return torch.cat([self.inner.model.seen(images) for images in self._split(self._as_taken(x))])
 
     def _amplification(self, x: Tensor) -> float:
         """``E |F(x + d) - F(x)| / |d|`` over random ``d`` on the sphere."""

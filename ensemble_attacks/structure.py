@@ -55,7 +55,7 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         scores = [model(x.clone()) for _ in range(REPEATS)]  # it may work in place
         few = [model(x[:FEW].clone()) for _ in range(MORE)]
     check_scores(scores[0], len(x), type(model).__name__)
-    random = any(differ(other, scores[0]) for other in scores[1:]) or any(differ(other, few[0]) for other in few[1:])
+    random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
     own = members and not probabilities and getattr(model, "vote", None) not in VOTES
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])
 

@@ -459,6 +459,7 @@ def progress(ledger: Ledger) -> dict[str, Any]:
     ``quarantined``, ``running``, and ``killed``, units whose process is no more.
     """
     units = [unit for chain in chains_of(ledger.manifest) for unit in chain]
+    marks = ledger.in_work()
     done = [unit for unit in units if ledger.done(unit)]
     stamps = sorted((ledger.folder / "units" / f"{unit.identity}.json").stat().st_mtime for unit in done)[-100:]
     span = stamps[-1] - stamps[0] if len(stamps) > 1 else 0.0
@@ -473,10 +474,8 @@ def progress(ledger: Ledger) -> dict[str, Any]:
             for entry in ledger.failed()
         ],
         "quarantined": ledger.quarantined(),
-        **{
-            kind: [Unit(mark["unit"]).name for mark in ledger.in_work() if mark["alive"] == there]
-            for kind, there in (("running", True), ("killed", False))
-        },
+        "running": [Unit(mark["unit"]).name for mark in marks if mark["alive"]],
+        "killed": [Unit(mark["unit"]).name for mark in marks if not mark["alive"]],
     }
 
 
