@@ -157,6 +157,10 @@ class DescentAttack(CarefulAttack):
     def _stages(self, num_classes: int) -> list[Stage]:
         raise NotImplementedError
 
+    def _opening(self) -> Stage | None:
+        """A stage before these, from the clean images."""
+        return None
+
     def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
         return self.step_rule(x, eps=eps, steps=steps)
 
@@ -274,6 +278,7 @@ class DescentAttack(CarefulAttack):
             images,
             labels,
             self._expected_stages if exact and not self.needs_members else self._stages,
+            opening=self._opening(),
             norm=self.norm,
             eps=self.eps,
             steps=self.steps,

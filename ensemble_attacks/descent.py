@@ -67,7 +67,7 @@ class Stage:
         objective: what to maximise.
         target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; `CLOSEST`: at
             the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages
-            have aimed at; ``None``: at none.
+            of as many steps or more have aimed at; ``None``: at none.
         restart: which of the sample's random starts.
         direction: a random direction in the space of scores, to be the objective's target (N, K): made of noise (N, K),
             uniform in [-1, 1], the labels, and the wrong classes (N, K - 1) ranked by the scores of the clean image.
@@ -147,6 +147,18 @@ class Point(NamedTuple):
     forwards: int
     backwards: int
 
+    @classmethod
+    def joined(cls, points: Sequence[Point]) -> Point:
+        """Of all batches."""
+        scores, margins, losses, gradients, forwards, backwards = zip(*points, strict=True)
+        gradient = None if gradients[0] is None else torch.cat(gradients)
+        return cls(torch.cat(scores), torch.cat(margins), torch.cat(losses), gradient, sum(forwards), sum(backwards))
+
+    def at(self, rows: Tensor) -> Point:
+        """Of some samples; the passes have been counted."""
+        gradient = None if self.gradient is None else self.gradient[rows]
+        return Point(self.scores_NK[rows], self.margin_N[rows], self.loss_N[rows], gradient, 0, 0)
+
 
 def success_margin(scores: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
     """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (..., N)."""
@@ -185,7 +197,8 @@ def look(
     """
     count, at_once = (1, 1) if draws is None else (draws.count, draws.per_pass)
     x = x.detach().requires_grad_(objective is not None)
-    right_N = margin_N = loss_N = scores_NK = torch.zeros((), dtype=x.dtype, device=x.device)
+    right_N = margin_N = loss_N = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    scores_NK = torch.zeros((), dtype=x.dtype, device=x.device)
     gradient: Tensor | None = None
     random, backwards = draws is not None, 0
     for copies in _chunks(count, at_once):
@@ -206,6 +219,8 @@ def look(
         gradient = part if gradient is None else gradient + part
         loss_N = loss_N + total(loss.detach(), copies)
         backwards += copies * len(x)
+    if objective is not None and gradient is None:
+        gradient = torch.zeros_like(x)  # all are fooled
     forwards, seen = count * len(x), torch.full_like(right_N, count)
     doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else ()
     if len(doubtful):  # before a sample leaves on these draws, others have to confirm them
@@ -257,10 +272,12 @@ def descend(
     steps: int,
     draws: Draws | None,
     record: Callable[[int, int, int, int, Tensor | float], None],
+    first: Point | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maximise ``objective`` over the ball from ``start`` (N, C, H, W).
 
-    ``gaps_NK``, the smallest lead of the label's score over each class's so far, is brought up to date in place.
+    ``gaps_NK``, the smallest lead of the label's score over each class's so far, is brought up to date in place. ``first``
+    is what has been seen at the start already.
 
     Returns:
         The iterate of the smallest margin (`Point`) for every sample; that margin, (N,), below zero where it is fooled; and
@@ -271,7 +288,8 @@ def descend(
     x = previous = start
     for step in range(steps + 1):
         last = step == steps
-        point = look(forward, x, labels, targets, targeted, None if last else objective, draws)
+        point = first if first is not None and not step else None
+        point = point or look(forward, x, labels, targets, targeted, None if last else objective, draws)
         gaps_NK[active] = gaps_NK[active].fmin(gather(point.scores_NK, labels).unsqueeze(-1) - point.scores_NK)
         margin_N = point.margin_N.to(best_margin.dtype)
         improved = margin_N < best_margin[active]
@@ -307,6 +325,7 @@ def attack(
     steps: int,
     step_rule: Callable[..., StepRule],
     seed: int,
+    opening: Stage | None = None,
     aim: Tensor | None = None,
     start: Tensor | None = None,
     draws: Draws | None = None,
@@ -321,6 +340,8 @@ def attack(
         stages: what to run, by the number of classes.
         norm, eps: the ball; eps in pixel units of [0, 1].
         steps: gradient steps of each stage.
+        opening: what to run before ``stages``, from ``start`` or the clean images: the pass that shows their scores is its
+            first.
         aim: the class to reach, (N,), for a targeted attack: success is then its prediction. ``None``: success is any
             prediction but the label.
         start: where the first restart starts, (N, C, H, W), in the ball, if not at random.
@@ -341,35 +362,40 @@ def attack(
             check_label_range(aim, outputs.scores_NK.shape[1], "target labels")
         return outputs
 
-    def survey(x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Scores, margins and forward passes of all samples."""
+    def survey(x: Tensor, objective: Objective | None) -> Point:
+        """Of all samples."""
         parts = torch.arange(len(x), device=x.device).split(batch_size)
         targeted = aim is not None
-        points = [look(checked, x[i], labels[i], None if aim is None else aim[i], targeted, None, draws) for i in parts]
-        scores_NK, margins = torch.cat([p.scores_NK for p in points]), torch.cat([p.margin_N for p in points])
-        return scores_NK, margins, sum(point.forwards for point in points)
+        return Point.joined(
+            [look(checked, x[i], labels[i], None if aim is None else aim[i], targeted, objective, draws) for i in parts]
+        )
 
-    clean_NK, margins, forwards = survey(images)
+    loss = None if opening is None else opening.objective
+    clean = begun = survey(images, loss if start is None else None)
+    clean_NK, margins = clean.scores_NK, clean.margin_N
     margins = margins.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite score is less
     ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
     adversarial, ended = images.clone(), images.clone()
     if start is not None:
-        _, start_margins, more = survey(start)
-        forwards += more
-        closer = start_margins < margins
-        adversarial[closer], margins = start[closer], margins.fmin(start_margins)
+        begun = survey(start, loss)
+        closer = begun.margin_N < margins
+        adversarial[closer], margins = start[closer], margins.fmin(begun.margin_N)
     if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
         labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
     gaps_NK = gather(clean_NK, labels).unsqueeze(-1) - clean_NK
-    aims_NK = F.one_hot(labels, clean_NK.shape[1]) * NEVER
+    plan = [*([] if opening is None else [opening]), *stages(clean_NK.shape[1])]
+    never_NK = F.one_hot(labels, clean_NK.shape[1]) * NEVER
+    aims = {stage.steps or steps: never_NK.clone() for stage in plan}  # at each class, by stages of as many steps or more
     fooled_in = torch.full_like(labels, NEVER).masked_fill(margins < 0, -1)
     if trace is not None:
         trace.fooled_in.append(fooled_in)
-    add(-1, 0, int((margins < 0).sum()), forwards, 0, 0.0)
+    surveys = (clean,) if start is None else (clean, begun)
+    forwards, backwards = sum(seen.forwards for seen in surveys), begun.backwards
+    add(-1, 0, int((margins < 0).sum()), forwards, backwards, begun.loss_N.sum())
 
     keys = sample_keys(images)
     chosen = torch.arange(0)
-    for index, stage in enumerate(stages(clean_NK.shape[1])):
+    for index, stage in enumerate(plan):
         robust = ~(margins < 0)
         if not robust.any():
             break
@@ -381,12 +407,14 @@ def attack(
             chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
         if not len(chosen):
             continue
-        stage_steps = steps if stage.steps is None else stage.steps
+        stage_steps = stage.steps or steps
         for rows in chosen.split(batch_size):
             ball = make_ball(norm, images[rows], eps)
             own_keys = [keys[row] for row in rows.tolist()]
             if stage.resume:
                 begin = ended[rows]
+            elif stage is opening:
+                begin = images[rows] if start is None else start[rows]
             elif start is not None and stage.restart == 0:
                 begin = ball.project(start[rows])
             else:
@@ -397,8 +425,10 @@ def attack(
                 targets = stage.direction(noise_NK, labels[rows], ranked_NK[rows, :-1])
             elif stage.target_rank is not None:
                 closest = stage.target_rank == CLOSEST
-                targets = closest_class(gaps_NK[rows], aims_NK[rows]) if closest else ranked_NK[rows, stage.target_rank - 1]
-                aims_NK[rows, targets] += int(stage_steps >= steps)
+                aimed_NK = aims[stage_steps][rows]
+                targets = closest_class(gaps_NK[rows], aimed_NK) if closest else ranked_NK[rows, stage.target_rank - 1]
+                for length, aims_NK in aims.items():
+                    aims_NK[rows, targets] += int(length <= stage_steps)
             closest_NK = gaps_NK[rows]
             best_x, best_margin, ended[rows] = descend(
                 forward,
@@ -413,6 +443,7 @@ def attack(
                 stage_steps,
                 draws,
                 lambda *row, index=index: add(index, *row),
+                begun.at(rows) if stage is opening else None,
             )
             gaps_NK[rows] = closest_NK
             better = best_margin < margins[rows]

@@ -20,15 +20,17 @@ from ensemble_attacks.steps import CosineSteps
 from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
 
 TARGETED_BETA = 0.5  # of the multi-targeted stage (MORA, section 4.1)
+SHORT, FEWEST_STEPS = 6, 5  # descents of an eighth of the first beta's steps, where that is not less than so many
 
 
 class MORA(DescentAttack):
     r"""MORA, in the norms Linf and L2.
 
     A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
-    robust, those with the smallest margin first. The first beta's steps are spent in three descents of growing length, as
-    most samples need few. The first descent is untargeted. Each later one aims, sample by sample, at the wrong class that
-    has come closest in all iterates so far, among those that the fewest descents of ``steps`` have aimed at. The paper's
+    robust, those with the smallest margin first. The first beta's steps are spent in seven descents, as most samples need
+    few steps, and most others the right class rather than many: one from the clean image, untargeted, then six of an eighth
+    of the steps. These and the later ones start at random and aim, sample by sample, at the wrong class that has come
+    closest in all iterates so far, among those that the fewest descents of as many steps or more have aimed at. The paper's
     sweep is one untargeted descent a beta (``aimed=False``), where different betas mostly end at the same class, and its
     targets are the likeliest classes of the clean image; under hard votes both leave more samples robust.
 
@@ -41,7 +43,7 @@ class MORA(DescentAttack):
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
         tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
         seed (int): of the random starts. (Default: 0)
-        aimed (bool): whether the first beta's descent is cut in three, and later ones aim at single classes. (Default: True)
+        aimed (bool): whether the first beta's descent is cut, and all but the first aim at single classes. (Default: True)
         weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
         eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
@@ -98,16 +100,24 @@ class MORA(DescentAttack):
 
     def sweep(self) -> list[tuple[float, int]]:
         """Beta and steps of each descent, but for those at ``targets``."""
-        quarter = self.steps // 4 if self.aimed and not self.targeted else 0
         first, *others = self.betas
-        cut = [(first, length) for length in (quarter, quarter, self.steps - 2 * quarter) if length]
-        return [*cut, *((beta, self.steps) for beta in others)]
+        eighth = self.steps // 8
+        short = [(first, eighth)] * (SHORT if self._aims and eighth >= FEWEST_STEPS else 0)
+        return [(first, self.steps - eighth * len(short)), *short, *((beta, self.steps) for beta in others)]
+
+    @property
+    def _aims(self) -> bool:
+        return self.aimed and not self.targeted
+
+    def _opening(self) -> Stage | None:
+        beta, steps = self.sweep()[0]
+        return Stage(partial(self._loss, beta), steps=steps) if self._aims else None
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        descents = self.sweep()
-        untargeted = 1 if self.aimed and not self.targeted else len(descents)
-        if not self.targeted:
-            descents += [(TARGETED_BETA, self.steps)] * min(self.targets, num_classes - 1)
+        sweep = self.sweep()
+        untargeted = 0 if self._aims else len(sweep)
+        targets = 0 if self.targeted else min(self.targets, num_classes - 1)
+        descents = [*sweep[self._aims :], *[(TARGETED_BETA, self.steps)] * targets]
         return [
             Stage(partial(self._loss, beta), target_rank=None if r < untargeted else CLOSEST, restart=r, steps=steps)
             for r, (beta, steps) in enumerate(descents)

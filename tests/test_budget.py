@@ -13,11 +13,11 @@ from ensemble_attacks.passes import passes_per_image
 N = 50
 SLACK = 1.03  # other hardware rounds otherwise, and an image on the boundary stays for longer
 BUDGET = {  # (model, vote, attack): robust images of N, passes per image; digits, Linf 0.12, seed 0
-    ("standard_convnet_3", "softmax", "mora"): (14, 305.7),
-    ("gal_convnet_3", "softmax", "mora"): (7, 155.1),
-    ("gal_convnet_3", "voting", "mora"): (1, 68.5),
-    ("gal_convnet_3", "voting", "mora-mt"): (1, 104.7),
-    ("gal_convnet_3", "logits", "mora"): (15, 307.0),
+    ("standard_convnet_3", "softmax", "mora"): (14, 297.9),
+    ("gal_convnet_3", "softmax", "mora"): (6, 149.7),
+    ("gal_convnet_3", "voting", "mora"): (1, 39.3),
+    ("gal_convnet_3", "voting", "mora-mt"): (1, 75.5),
+    ("gal_convnet_3", "logits", "mora"): (15, 307.1),
     ("gal_convnet_3", "softmax", "ea-apgd-ce"): (14, 68.8),
     ("gal_convnet_3", "voting", "pgd"): (27, 620.2),
 }

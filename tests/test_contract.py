@@ -39,7 +39,7 @@ def behind_a_front_end(model: nn.Module) -> nn.Module:
 
 ATTACKS = {
     "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8),
-    "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=5, betas=(0.5, 0.0), targets=3),
+    "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=40, betas=(0.5, 0.0), targets=3),
     "pgd": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2),
     "cw": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2, loss="margin"),
     "lafeat": lambda model, norm: LAFEAT(model, norm=norm, eps=EPS, steps=8),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
 from helpers import make_ensemble
 from torch import Tensor
 
-from ensemble_attacks import MORA, descent
+from ensemble_attacks import MORA, Ensemble, descent
 from ensemble_attacks.descent import CLOSEST, Outputs, Stage, attack, closest_class
 from ensemble_attacks.objectives import ce, margin
+from ensemble_attacks.passes import count_passes
 from ensemble_attacks.steps import ConstantSteps, CosineSteps
+
+EPS = 0.03
 
 
 def test_the_closest_of_the_classes_aimed_at_least() -> None:
@@ -23,9 +27,9 @@ def test_the_closest_of_the_classes_aimed_at_least() -> None:
     assert closest_class(gaps, torch.tensor([[label, 1, 2, 1]] * 2)).tolist() == [3, 1]
 
 
-def targets_of(stages: int, images: Tensor, *, stage_steps: int) -> tuple[list[Tensor], Tensor]:
-    """The classes that stages of so many of three steps aim at, sorted: samples are ordered by margin, which moves a little;
-    and the labels."""
+def targets_of(lengths: list[int], images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The classes that stages of so many steps aim at, sorted: samples are ordered by margin, which moves a little; and the
+    labels."""
     model = make_ensemble()
     labels = model(images).argmax(1)
     aimed: list[Tensor] = []
@@ -35,24 +39,24 @@ def targets_of(stages: int, images: Tensor, *, stage_steps: int) -> tuple[list[T
         aimed.append(targets.sort().values)
         return -ce(outputs.scores_NK, targets)
 
-    stage = Stage(objective, target_rank=CLOSEST, restart=0, steps=stage_steps)
+    stages = [Stage(objective, target_rank=CLOSEST, steps=steps) for steps in lengths]
     attack(
         lambda x: Outputs(model(x)),
         images,
         labels,
-        lambda num_classes: [stage] * stages,
+        lambda num_classes: stages,
         norm="Linf",
         eps=1e-6,
-        steps=3,
+        steps=99,
         step_rule=CosineSteps,
         seed=0,
     )
-    return aimed[::stage_steps], labels
+    return [aimed[first] for first in accumulate([0, *lengths[:-1]])], labels
 
 
 def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor, Tensor]) -> None:
     images, _ = batch
-    aimed, labels = targets_of(4, images, stage_steps=3)
+    aimed, labels = targets_of([3] * 4, images)
     assert len(aimed) == 4
     assert torch.equal(aimed[0], aimed[3])
     counts = sum(torch.bincount(targets, minlength=4) for targets in aimed[:3])
@@ -60,19 +64,60 @@ def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor,
     assert torch.equal(aimed[0], make_ensemble()(images).topk(2).indices[:, 1].sort().values)
 
 
-def test_a_short_stage_does_not_count_as_an_aim(batch: tuple[Tensor, Tensor]) -> None:
-    aimed, _ = targets_of(3, batch[0], stage_steps=2)
-    assert torch.equal(aimed[0], aimed[1])
-    assert torch.equal(aimed[0], aimed[2])
+def test_a_short_stage_counts_as_an_aim_among_the_short_alone(batch: tuple[Tensor, Tensor]) -> None:
+    short, long = 2, 3
+    aimed = targets_of([short, short, long, long, short], batch[0])[0]
+    assert not torch.equal(aimed[0], aimed[1])
+    assert torch.equal(aimed[2], aimed[0])
+    assert torch.equal(aimed[3], aimed[1])
+    assert not any(torch.equal(aimed[4], before) for before in aimed[:4])
 
 
-@pytest.mark.parametrize(("steps", "lengths"), [(100, [25, 25, 50]), (10, [2, 2, 6]), (3, [3]), (1, [1])])
-def test_mora_spends_the_first_betas_steps_in_growing_parts(steps: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize(("steps", "lengths"), [(100, [28] + [12] * 6), (40, [10] + [5] * 6), (39, [39]), (1, [1])])
+def test_mora_spends_the_first_betas_steps_in_parts(steps: int, lengths: list[int]) -> None:
     attack = MORA(make_ensemble(), steps=steps, betas=(0.5, 0.0))
     assert attack.sweep() == [*((0.5, length) for length in lengths), (0.0, steps)]
     attack.set_mode_targeted_by_label(quiet=True)
     assert attack.sweep() == [(0.5, steps), (0.0, steps)]
     assert MORA(make_ensemble(), steps=steps, betas=(0.5, 0.0), aimed=False).sweep() == [(0.5, steps), (0.0, steps)]
+
+
+class Watched(Ensemble):
+    """Keeps what it is asked."""
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        self.asked = [*getattr(self, "asked", []), x.detach().clone()]
+        return super().member_logits(x)
+
+
+@pytest.mark.parametrize("moved", [0.0, EPS / 3])
+def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[Tensor, Tensor]) -> None:
+    """At the clean images, or at the caller's: one pass gives the scores and the first gradient."""
+    images, labels = batch
+    model = Watched(make_ensemble().members).eval()
+    start = (images + moved).clamp(0, 1) if moved else None
+    attack = MORA(count_passes(model), eps=EPS, steps=40)
+    attack.trace = descent.Trace()
+    attack(images, labels, start)
+    begun = images if start is None else start
+    few = [len(x) < len(images) for x in model.asked].index(False)  # to check that the model is the ensemble it shows
+    asked = model.asked[few:]
+    assert torch.equal(asked[0], images)
+    assert start is None or torch.equal(asked[1], start)
+    robust = model(begun).argmax(1) == labels
+    x = begun[robust].requires_grad_()
+    outputs = Outputs(model.aggregate(logits := model.member_logits(x)), logits)
+    (gradient,) = torch.autograd.grad(attack._loss(0.5, outputs, labels[robust], None).sum(), x)
+    first = (x + 2 * EPS * gradient.sign()).clamp(images[robust] - EPS, images[robust] + EPS).clamp(0, 1)
+    second = asked[1 if start is None else 2]
+    order = second.flatten(1).sum(1).argsort()
+    torch.testing.assert_close(second[order], first[first.flatten(1).sum(1).argsort()], rtol=0, atol=1e-9)
+    surveys = 1 if start is None else 2
+    rows = attack.trace.rows()
+    assert [rows[0][kind] for kind in ("forwards", "backwards")] == [surveys * len(images), len(images)]
+    assert [rows[1][kind] for kind in ("fooled", "forwards", "backwards")] == [0, 0, 0]
+    assert sum(row["forwards"] for row in rows) == attack.model.forwards
+    assert sum(row["backwards"] for row in rows) == attack.model.backwards
 
 
 def run(stages: list[Stage], images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
