@@ -146,22 +146,22 @@ class ARC(DescentAttack):
         super().set_model(model)
         check_probabilities(model)
 
+    def _opening(self) -> Stage:
+        return self._restart(0)
+
     def _stages(self, num_classes: int) -> list[Stage]:
+        return [self._restart(restart) for restart in range(1, self.n_restarts)]
+
+    def _restart(self, restart: int) -> Stage:
         probabilities = probabilities_of(self.model)
         assert probabilities is not None
         turn = Turn(probabilities.argsort(descending=True, stable=True).tolist())
         rule = partial(MemberSteps, turn=turn, norm=self.norm, beyond=self.beyond)
         objective = partial(self._objective, turn)
         steps = 2 * len(turn.order) * self.steps
-        return [Stage(objective, restart=r, steps=steps, step_rule=rule) for r in range(self.n_restarts)]
+        return Stage(objective, restart=restart, steps=steps, step_rule=rule)
 
     def _objective(self, turn: Turn, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
         if self.targeted:
             labels = self.rivals(outputs, targets)
         return member_lead(turn.member, outputs, labels, targets)
-
-    def forward(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
-        """As of every attack; the first start is the clean image."""
-        if start is None:
-            start = images.clamp(0, 1) if isinstance(images, torch.Tensor) and images.is_floating_point() else None
-        return super().forward(images, labels, start)
