@@ -158,7 +158,7 @@ class DescentAttack(CarefulAttack):
         raise NotImplementedError
 
     def _opening(self) -> Stage | None:
-        """A stage before these, from the clean images."""
+        """A stage before these, from the clean images (`descent.attack`)."""
         return None
 
     def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
@@ -243,7 +243,7 @@ class DescentAttack(CarefulAttack):
             images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
             labels: (N,), integer class indices.
             start: images in [0, 1] to start from, (N, C, H, W), projected into the ball around ``images``; ``None``: at
-                random.
+                random, or where the attack says, at ``images``.
 
         Returns:
             Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.

@@ -92,7 +92,7 @@ class Trace:
 
     Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
     spent here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is
-    the clean forward pass.
+    the pass of the clean images, and of a start.
 
     Attributes:
         fooled_in: for each call of the attack, the stage (N,) in which each sample was fooled: -1 if the clean image was
@@ -344,7 +344,8 @@ def attack(
             first.
         aim: the class to reach, (N,), for a targeted attack: success is then its prediction. ``None``: success is any
             prediction but the label.
-        start: where the first restart starts, (N, C, H, W), in the ball, if not at random.
+        start: where ``opening``, or the first restart, starts, (N, C, H, W), in the ball, if not at the clean images, or at
+            random.
         draws: how a random model is looked at; ``None``: the model is deterministic.
         batch_size: samples per pass; ``None`` is all at once.
 
