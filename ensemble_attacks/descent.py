@@ -288,8 +288,10 @@ def descend(
     x = previous = start
     for step in range(steps + 1):
         last = step == steps
-        point = first if first is not None and not step else None
-        point = point or look(forward, x, labels, targets, targeted, None if last else objective, draws)
+        if first is None or step:
+            point = look(forward, x, labels, targets, targeted, None if last else objective, draws)
+        else:
+            point = first
         gaps_NK[active] = gaps_NK[active].fmin(gather(point.scores_NK, labels).unsqueeze(-1) - point.scores_NK)
         margin_N = point.margin_N.to(best_margin.dtype)
         improved = margin_N < best_margin[active]
@@ -372,15 +374,16 @@ def attack(
         )
 
     loss = None if opening is None else opening.objective
-    clean = begun = survey(images, loss if start is None else None)
-    clean_NK, margins = clean.scores_NK, clean.margin_N
+    surveys = [survey(images, loss if start is None else None)]
+    clean_NK, margins = surveys[0].scores_NK, surveys[0].margin_N
     margins = margins.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite score is less
     ranked_NK = mask_class(clean_NK, labels).argsort(dim=-1, descending=True, stable=True)
     adversarial, ended = images.clone(), images.clone()
     if start is not None:
-        begun = survey(start, loss)
-        closer = begun.margin_N < margins
-        adversarial[closer], margins = start[closer], margins.fmin(begun.margin_N)
+        surveys.append(survey(start, loss))
+        closer = surveys[1].margin_N < margins
+        adversarial[closer], margins = start[closer], margins.fmin(surveys[1].margin_N)
+    origin, begun = images if start is None else start, surveys[-1]
     if aim is not None:  # a caller who knows only the class to reach passes it as the label, too
         labels = torch.where(labels == aim, best_other(clean_NK, aim), labels)
     gaps_NK = gather(clean_NK, labels).unsqueeze(-1) - clean_NK
@@ -390,9 +393,7 @@ def attack(
     fooled_in = torch.full_like(labels, NEVER).masked_fill(margins < 0, -1)
     if trace is not None:
         trace.fooled_in.append(fooled_in)
-    surveys = (clean,) if start is None else (clean, begun)
-    forwards, backwards = sum(seen.forwards for seen in surveys), begun.backwards
-    add(-1, 0, int((margins < 0).sum()), forwards, backwards, begun.loss_N.sum())
+    add(-1, 0, int((margins < 0).sum()), sum(seen.forwards for seen in surveys), begun.backwards, begun.loss_N.sum())
 
     keys = sample_keys(images)
     chosen = torch.arange(0)
@@ -415,7 +416,7 @@ def attack(
             if stage.resume:
                 begin = ended[rows]
             elif stage is opening:
-                begin = images[rows] if start is None else start[rows]
+                begin = origin[rows]
             elif start is not None and stage.restart == 0:
                 begin = ball.project(start[rows])
             else:
