@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from options import named
 
 from defenses import load_model, model_card
@@ -51,6 +52,7 @@ class Run:
     shard: int = SHARD
     draws: int = 1
     eot_iter: int | None = None
+    device: str = "cpu"
 
     def shards(self) -> range:
         if self.n < 1 or self.n % self.shard:
@@ -74,11 +76,12 @@ class Run:
         if not missing:
             return
         images, labels = load_dataset(self.dataset, data_dir=self.data_dir, n=self.n)
+        torch.backends.cudnn.allow_tf32 = False  # verdicts are those of float32
         for shard, cell, attack, where in missing:
             if (where / "summary.json").exists():  # another process was quicker
                 continue
             part = slice(shard * self.shard, (shard + 1) * self.shard)
-            model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote)
+            model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote).to(self.device)
             evaluate(
                 model,
                 images[part],
@@ -145,6 +148,7 @@ def run_options(out: str) -> Callable[[Callable[..., None]], Callable[..., None]
         click.option("--n", default=500, show_default=True, help=f"Test images, in shards of {SHARD}."),
         click.option("--seed", default=0, show_default=True),
         click.option("--cells", help="Comma-separated model:vote:eps.  [default: all]"),
+        click.option("--device", default="cpu", show_default=True),
         click.option("--table-only", is_flag=True, help="Run nothing, print what is there."),
     ]
 

@@ -55,15 +55,22 @@ def bare(steps: int, model: Any, x: Tensor, y: Tensor) -> None:
         torch.autograd.grad(nn.functional.cross_entropy(model(at), y), at)
 
 
-def measure(name: str, n: int, steps: int, repetitions: int) -> list[dict[str, Any]]:
+def waited(device: str) -> float:
+    """The time, when the device has done all that it was told to."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(name: str, n: int, steps: int, repetitions: int, device: str) -> list[dict[str, Any]]:
     model, side = untrained(name)
-    model.requires_grad_(False)
-    x = torch.rand(n, 3, side, side)
+    model.requires_grad_(False).to(device)
+    x = torch.rand(n, 3, side, side).to(device)
     with torch.no_grad():
         y = model(x).argmax(1)
     nets = {BARE: model, PREPARED: prepare(model, x[:2]), MIXED: prepare(model, x[:2], amp=True)}
     passes = partial(bare, steps)
-    quiet = dict(norm="Linf", eps=EPS, seed=0, device="cpu", n_restarts=1, n_iter=steps)
+    quiet = dict(norm="Linf", eps=EPS, seed=0, device=device, n_restarts=1, n_iter=steps)
     settings: dict[str, Any] = dict(eps=EPS, steps=steps)
     ours: dict[str, Attack] = {
         "APGD": lambda net, *xy: APGD(net, **settings)(*xy),
@@ -85,10 +92,10 @@ def measure(name: str, n: int, steps: int, repetitions: int) -> list[dict[str, A
     seconds: dict[str, list[float]] = {key: [] for key in contestants}
     for repetition in range(repetitions + 1):
         for key, (_, net, attack) in contestants.items():
-            began = time.perf_counter()
+            began = waited(device)
             attack(net, x, y)
             if repetition:  # the first one warms up
-                seconds[key].append(time.perf_counter() - began)
+                seconds[key].append(waited(device) - began)
     cost = {key: 1000 * statistics.median(times) / n / steps for key, times in seconds.items()}
     rows = []
     for key, (base, net, attack) in contestants.items():
@@ -107,11 +114,13 @@ def measure(name: str, n: int, steps: int, repetitions: int) -> list[dict[str, A
 @click.option("--steps", default=10, show_default=True)
 @click.option("--repetitions", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/speed"), show_default=True)
-def main(models: str, n: int, steps: int, repetitions: int, threads: int, out: Path) -> None:
+def main(models: str, n: int, steps: int, repetitions: int, threads: int, device: str, out: Path) -> None:
     torch.set_num_threads(threads)
-    rows = [row for name in models.split(",") for row in measure(name, n, steps, repetitions)]
-    click.echo(f"{n} images, {steps} steps, {threads} threads, median of {repetitions}\n")
+    rows = [row for name in models.split(",") for row in measure(name, n, steps, repetitions, device)]
+    where = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else f"{threads} threads"
+    click.echo(f"{n} images, {steps} steps, {where}, median of {repetitions}\n")
     click.echo(save_table(rows, out / "speed"))
 
 

@@ -47,3 +47,11 @@ RECIPE = replace(
     summary="Adversarial training (Madry et al. 2018) on PGD-10 images of the ensemble; SGD with Nesterov momentum 0.9, "
     "weight decay 5e-4.",
 )
+EACH = replace(
+    RECIPE,
+    name="each_at",
+    loss=loss_against_members,
+    fewest_members=1,
+    summary="Adversarial training (Madry et al. 2018) of each member on PGD-10 images of its own; SGD with Nesterov "
+    "momentum 0.9, weight decay 5e-4.",
+)

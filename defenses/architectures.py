@@ -136,8 +136,107 @@ class ConvNet(nn.Module):
         return [self.conv1, self.conv2, self.linear1, self.linear2]
 
 
+class WideBlock(nn.Module):
+    """Batch norm, ReLU and convolution, twice, and a shortcut (Zagoruyko & Komodakis 2016, Fig. 1a)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        kept = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + kept
+
+
+class WideResNet(nn.Module):
+    """Wide residual network (Zagoruyko & Komodakis 2016): depth 6n + 4, 16-32-64 planes times ``width``."""
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_classes: int = 10,
+        *,
+        normalization: tuple[Sequence[float], Sequence[float]] = NORMALIZATIONS["cifar10"],
+    ) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        planes = [16, 16 * width, 32 * width, 64 * width]
+        self.normalize = Normalize(*normalization)
+        self.conv1 = nn.Conv2d(3, planes[0], 3, padding=1, bias=False)
+        stages = []
+        for before, after, stride in zip(planes, planes[1:], (1, 2, 2), strict=False):
+            stages.append(WideBlock(before, after, stride))
+            stages += [WideBlock(after, after, 1) for _ in range(blocks - 1)]
+        self.blocks = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(planes[-1])
+        self.linear = nn.Linear(planes[-1], num_classes)
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(m.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn(self.blocks(self.conv1(self.normalize(x)))))
+        return self.linear(out.mean((2, 3)))
+
+
+class Mixer(nn.Module):
+    """A depthwise convolution with a shortcut, which mixes places, then a pointwise one, which mixes channels."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.places = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.channels = nn.Conv2d(width, width, 1)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.bn1(F.gelu(self.places(x)))
+        return self.bn2(F.gelu(self.channels(x)))
+
+
+class ConvMixer(nn.Module):
+    """ConvMixer (Trockman & Kolter, "Patches Are All You Need?", 2022): patches, then ``depth`` mixers of one size."""
+
+    def __init__(
+        self,
+        width: int = 192,
+        depth: int = 8,
+        num_classes: int = 10,
+        *,
+        kernel: int = 5,
+        patch: int = 2,
+        normalization: tuple[Sequence[float], Sequence[float]] = NORMALIZATIONS["cifar10"],
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(*normalization)
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.bn = nn.BatchNorm2d(width)
+        self.mixers = nn.Sequential(*(Mixer(width, kernel) for _ in range(depth)))
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.mixers(self.bn(F.gelu(self.patches(self.normalize(x)))))
+        return self.linear(out.mean((2, 3)))
+
+
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
     **{f"resnet{depth}b": partial(ResNet, depth, projection=True) for depth in (20, 32, 44, 56, 110)},
+    **{f"wrn{depth}x{width}": partial(WideResNet, depth, width) for depth, width in ((16, 2), (16, 4), (28, 10))},
+    "convmixer": ConvMixer,
 }
+MIXED = {"mixed": ("resnet20", "wrn16x2", "convmixer")}  # members that differ, in turn
+
+
+def networks(architecture: str, members: int) -> list[str]:
+    """The architecture of every member: its own, or the next of those that are mixed."""
+    prefix, dash, name = architecture.rpartition("-")
+    chosen = MIXED.get(name, (name,))
+    return [f"{prefix}{dash}{chosen[index % len(chosen)]}" for index in range(members)]

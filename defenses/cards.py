@@ -17,7 +17,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from defenses.architectures import ARCHITECTURES
+from defenses.architectures import ARCHITECTURES, MIXED, networks
 from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
 from ensemble_attacks.checkpoints import whole_file
@@ -30,14 +30,17 @@ OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architectu
 
 
 def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Any:
-    """An untrained ensemble of equal members; ``options`` of the architecture. Self-ensembles have a vote of their own."""
+    """An untrained ensemble of equal members, or of ``mixed`` ones; ``options`` of the architecture. Self-ensembles have a
+    vote of their own.
+    """
     if architecture in SELF_ENSEMBLES:
         parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
         return parts[0] if members == 1 else SelfEnsembles(parts)
-    networks = {**ARCHITECTURES, **FRONT_ENDED}
-    if architecture not in networks:
-        raise unknown_name("architecture", architecture, {**networks, **SELF_ENSEMBLES})
-    return Ensemble([networks[architecture](**options) for _ in range(members)], vote)
+    known = {**ARCHITECTURES, **FRONT_ENDED}
+    chosen = networks(architecture, members)
+    if unknown := next((name for name in chosen if name not in known), None):
+        raise unknown_name("architecture", unknown, {**known, **SELF_ENSEMBLES, **MIXED})
+    return Ensemble([known[name](**options) for name in chosen], vote)
 
 
 def check_name(name: str) -> None:

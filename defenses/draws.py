@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 
-def seed_draws(model: nn.Module, seed: int) -> None:
-    """Start the generators of all parts of a model that own one; each at a seed of its own."""
+def seed_draws(model: nn.Module, seed: int, device: str | torch.device = "cpu") -> None:
+    """Start the generators of all parts of a model that own one; each at a seed of its own, on the device that draws."""
     for index, module in enumerate(module for module in model.modules() if isinstance(module, OwnDraws)):
-        module.own_draws(seed + index)
+        module.own_draws(seed + index, device)
 
 
 class OwnDraws(nn.Module):
@@ -21,9 +21,11 @@ class OwnDraws(nn.Module):
     generator: torch.Generator
     frozen_at: int | None
 
-    def own_draws(self, seed: int | None = None) -> None:
-        """Start the generator, at ``seed`` or anywhere."""
-        self.generator, self.frozen_at = torch.Generator(), None
+    def own_draws(self, seed: int | None = None, device: str | torch.device = "cpu") -> None:
+        """Start the generator, at ``seed`` or anywhere. The CPU draws the same for a model on any device; the model's own
+        device is faster.
+        """
+        self.generator, self.frozen_at = torch.Generator(device), None
         if seed is None:
             self.generator.seed()
         else:

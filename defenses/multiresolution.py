@@ -77,13 +77,19 @@ class Stack(nn.Module):
         return torch.cat([self._copy(x, resolution, generator, draws or len(x)) for resolution in self.resolutions], dim=1)
 
     def _copy(self, x: Tensor, resolution: int, generator: torch.Generator, n: int) -> Tensor:
-        factor = lambda low, high: (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator, device="cpu")).to(x)  # noqa: E731
+        where: dict[str, Any] = dict(generator=generator, device=generator.device)
+
+        def factor(low: float, high: float) -> Tensor:
+            return (low + (high - low) * torch.rand(n, 1, 1, 1, **where)).to(x)
+
         contrast, colour = factor(*self.contrast), factor(*self.colour)
         if self.faithful_contrast_bug:
             contrast = colour
         grey = x.mean(1, keepdim=True) if x.shape[1] != 3 else torch.einsum("nchw,c->nhw", x, x.new_tensor(GREY))[:, None]
         copy = (contrast * x + (1 - contrast) * grey.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
-        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator, device="cpu").to(x.device)
+        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, n), generator=generator, device=generator.device).to(
+            x.device
+        )
         copy = roll(copy, *shifts.expand(2, len(x)))
         copy = colour * copy + (1 - colour) * copy.mean(1, keepdim=True)
         copy = self._noisy(resize(copy, resolution, resolution), self.down_noise, generator, n)
@@ -91,7 +97,7 @@ class Stack(nn.Module):
 
     def _noisy(self, x: Tensor, strength: float, generator: torch.Generator, n: int) -> Tensor:
         draw = torch.rand if self.noise == "uniform" else torch.randn
-        return x + strength * draw((n, *x.shape[1:]), generator=generator, device="cpu").to(x)
+        return x + strength * draw((n, *x.shape[1:]), generator=generator, device=generator.device).to(x)
 
 
 def roll(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -212,10 +218,10 @@ class SelfEnsembles(nn.Module):
         super().__init__()
         self.members: Any = nn.ModuleList(members)
 
-    def own_draws(self, seed: int | None = None) -> None:
-        """Start the members' generators, at ``seed`` and its successors, or anywhere."""
+    def own_draws(self, seed: int | None = None, device: str | torch.device = "cpu") -> None:
+        """Start the members' generators, at ``seed`` and its successors, or anywhere (`OwnDraws.own_draws`)."""
         for index, member in enumerate(self.members):
-            member.own_draws(None if seed is None else seed + index)
+            member.own_draws(None if seed is None else seed + index, device)
 
     @contextmanager
     def frozen_noise(self, seed: int = 0) -> Iterator[None]:
@@ -257,6 +263,49 @@ def resnet20(
     )
 
 
+class NormFreeBlock(nn.Module):
+    """Two 3x3 convolutions on a shortcut, without normalisation: the branch is multiplied by a scalar that starts at zero
+    (De & Smith, "Batch Normalization Biases Residual Blocks Towards the Identity Function", 2020).
+    """
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1)
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.shortcut = nn.Identity() if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.scale * self.conv2(F.relu(self.conv1(x))))
+
+
+def resnet18(
+    num_classes: int = 10,
+    *,
+    width: int = 32,
+    resolutions: Sequence[int] = (32, 16, 8, 4),
+    size: int | None = None,
+    k: int = 3,
+    **options: Any,
+) -> Multiresolution:
+    """On a ResNet-18 without batch norm, at 32 pixels or resized to ``size``: ``width`` planes in the first stage (64 is the
+    usual one), probes behind the last six blocks and the pooling. ``options`` of `Stack`.
+    """
+    planes = [width, width, 2 * width, 4 * width, 8 * width]
+    blocks: list[nn.Module] = []
+    for before, after, stride in zip(planes, planes[1:], (1, 2, 2, 2), strict=False):
+        blocks += [NormFreeBlock(before, after, stride), NormFreeBlock(after, after, 1)]
+    stem = nn.Sequential(nn.Conv2d(3 * len(resolutions), width, 3, padding=1), nn.ReLU())
+    stages = [stem, *blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(planes[-1], num_classes)]
+    for module in (*stem, *(part for block in blocks for part in block.modules())):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    mean, std = NORMALIZATIONS["cifar10"]
+    return Multiresolution(
+        stages, range(4, 10), Stack(resolutions, **options), k=k, size=size, mean=mean, std=std, num_classes=num_classes
+    )
+
+
 def convnet(num_classes: int = 10, *, resolutions: Sequence[int] = (8, 4, 2), k: int = 2, **options: Any) -> Multiresolution:
     """A small one for the 1x8x8 digits: probes behind both convolutions and the first linear layer."""
     net = ConvNet(num_classes, in_channels=len(resolutions))
@@ -295,6 +344,7 @@ def resnet152(num_classes: int = 100, *, weights: Any = None, k: int = 3, **opti
 SELF_ENSEMBLES: dict[str, Callable[..., Multiresolution]] = {
     f"{PREFIX}convnet": convnet,
     f"{PREFIX}resnet20": resnet20,
+    f"{PREFIX}resnet18": resnet18,
     f"{PREFIX}resnet152": resnet152,
 }
 

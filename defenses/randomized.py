@@ -64,7 +64,8 @@ class RandomizedEnsemble(OwnDraws, Ensemble):
         if not len(x):
             return super().forward(x)
         count = self.draws_for(len(x)) if self.per == "image" else 1
-        chosen = torch.multinomial(self.probabilities.cpu(), count, replacement=True, generator=self.next_draws())
+        generator = self.next_draws()
+        chosen = torch.multinomial(self.probabilities.to(generator.device), count, replacement=True, generator=generator)
         if len(chosen) == 1:
             return self.members[int(chosen)](x)
         rows = [torch.nonzero(chosen == index).squeeze(-1).to(x.device) for index in range(len(self.members))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from defenses import adp, adversarial, dverge, frontend, gal, multiresolution, standard, trs
 from defenses.adversarial import with_adversarial_training
-from defenses.architectures import ARCHITECTURES
+from defenses.architectures import ARCHITECTURES, MIXED
 from defenses.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
 from defenses.draws import seed_draws
 from defenses.frontend import FRONT_ENDED, FrontEnded
@@ -33,6 +33,7 @@ RECIPES: dict[str, Recipe] = {
         *_JOINT,
         dverge.RECIPE,
         adversarial.RECIPE,
+        adversarial.EACH,
         frontend.RECIPE,
         frontend.ROBUST,
         multiresolution.RECIPE,
@@ -66,6 +67,7 @@ def train_model(
     max_lr: float | None = None,
     device: str | torch.device = "cpu",
     amp: bool = False,
+    minutes: float | None = None,
     download: bool = False,
 ) -> Path:
     """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
@@ -77,6 +79,7 @@ def train_model(
             ensemble of this size, the others: random ones).
         max_lr: peak of the one-cycle schedule; ``None``: the recipe's.
         amp: run the networks in bfloat16 autocast.
+        minutes: how long to train, in place of ``epochs``, with a schedule that follows the clock.
         download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
 
     Returns:
@@ -98,11 +101,13 @@ def train_model(
     if max_lr is not None:
         check_positive("max_lr", max_lr)
         chosen = replace(chosen, max_lr=max_lr)
+    if minutes is not None:
+        check_positive("minutes", minutes)
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
     network = architecture or DEFAULT_ARCHITECTURE[dataset]
     built = {**FRONT_ENDED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
-    fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)]
+    fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)] + list(MIXED)
     check_choice(f"architecture for the recipe {recipe!r}", network, fitting)
     architecture = chosen.prefix + network
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
@@ -120,7 +125,7 @@ def train_model(
         "start_from": start_from,
         "max_lr": chosen.max_lr,
         "schedule": "one cycle, peak at 30%",
-        "epochs": epochs,
+        **({"epochs": epochs} if minutes is None else {"minutes": minutes}),
         "batch_size": batch_size,
         "seed": seed,
         "precision": "bfloat16 autocast" if amp else "float32",
@@ -140,6 +145,7 @@ def train_model(
         start_from=start_from,
         device=device,
         amp=amp,
+        minutes=minutes,
     )
     stored = halved(ensemble.state_dict())
     if not finite(stored):
@@ -157,6 +163,7 @@ def train_model(
         **options,
         "training": {
             **settings,
+            "epochs": round(outcome["epochs"], 2),
             "seconds": round(outcome["seconds"]),
             "hardware": hardware(device),
             "last_epoch_loss": round(outcome["loss"], 4),

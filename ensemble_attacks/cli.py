@@ -387,6 +387,7 @@ def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
 @click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for cifar10]")
 @click.option("--members", type=int, default=3)
 @click.option("--epochs", type=int, default=30)
+@click.option("--minutes", type=float, help="Train that long instead; the schedule follows the clock.")
 @click.option("--batch-size", type=int, default=128)
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")

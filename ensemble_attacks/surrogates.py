@@ -243,8 +243,8 @@ def premise(
     Returns:
         For each part ``relative``, the mean of ``|f(x) - x|_2 / |x|_2``, and ``largest``, that of ``|f(x) - x|_inf``; and
         ``gradient_cosine``, the mean cosine between the input gradients of the cross-entropy with and without the parts'
-        own backward pass. A low cosine is not a failure: it is what a defense that masks its gradient looks like. Where a
-        part stops the gradient, it is 0.
+        own backward pass, and ``gradient_ratio``, the median ratio of their lengths. A low cosine is not a failure: it is
+        what a defense that masks its gradient looks like. Where a part stops the gradient, both are 0.
 
     Raises:
         PartError: no such part, none that the forward pass calls, or one that changes the shape.
@@ -275,4 +275,5 @@ def premise(
         relative = change.norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
         figures[name] = {"relative": relative.mean().item(), "largest": change.abs().amax(1).mean().item()}
     figures["gradient_cosine"] = nn.functional.cosine_similarity(own, surrogate).mean().item()
+    figures["gradient_ratio"] = (own.norm(dim=1) / surrogate.norm(dim=1).clamp_min(1e-30)).median().item()
     return figures

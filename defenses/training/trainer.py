@@ -27,6 +27,9 @@ from ensemble_attacks.checkpoints import load_tensors, whole_file
 logger = logging.getLogger(__name__)
 KEPT = {"run", "ensemble", "optimizer", "schedule", "epoch", "seconds", "loss"}  # in a checkpoint
 FEWEST_STEPS = 10  # below which the one-cycle schedule leaves a network untrained
+TICKS = 100_000  # steps of the schedule that follows the clock
+ROUND = 600  # seconds between its checkpoints, where an epoch takes longer
+CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to be waited for
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator)
         mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(-1), columns)
     samples, channels = torch.arange(n).view(-1, 1, 1, 1), torch.arange(images.shape[1]).view(1, -1, 1, 1)
-    return padded[samples, channels, rows, columns]
+    return padded[tuple(index.to(images.device) for index in (samples, channels, rows, columns))]
 
 
 def train(
@@ -164,15 +167,19 @@ def train(
     start_from: str | None = None,
     device: str | torch.device = "cpu",
     amp: bool = False,
+    minutes: float | None = None,
 ) -> dict[str, float]:
-    """Train ``ensemble`` in place by ``recipe``, with a checkpoint in ``out`` after every epoch; resumes from it.
+    """Train ``ensemble`` in place by ``recipe``, with a checkpoint in ``out`` after every epoch (with ``minutes``, every ten
+    minutes at least); resumes from it.
 
     Args:
         start_from: what the ensemble's weights are, to tell this run from others.
         amp: run the networks in bfloat16 autocast.
+        minutes: of training, over all sittings, in place of ``epochs``: the schedule follows the clock, so that the run ends
+            in time on whatever machine, however busy; what it ends with is not reproducible.
 
     Returns:
-        ``{"seconds": training time over all sittings, "loss": mean loss of the last epoch}``.
+        ``{"seconds": training time over all sittings, "loss": mean loss of the last epoch, "epochs": as many as were run}``.
 
     Raises:
         ValueError: ``out`` holds the checkpoint of another run.
@@ -189,6 +196,7 @@ def train(
         "max_lr": recipe.max_lr,
         "amp": amp,
         **asdict(data),
+        **({} if minutes is None else {"epochs": None, "minutes": minutes}),
     }
     if batch_size > len(images):
         raise ValueError(f"batch_size is {batch_size}, but there are {len(images)} images: choose a smaller one")
@@ -199,74 +207,95 @@ def train(
         differ = ", ".join(key for key in run if state["run"].get(key) != run[key])
         raise ValueError(f"out {str(out)!r} holds a run with other {differ}: choose another folder, or remove this one")
     out.mkdir(parents=True, exist_ok=True)
-    ensemble = ensemble.to(torch.device(device)).to(memory_format=torch.channels_last)
+    device = torch.device(device)
+    ensemble = ensemble.to(device).to(memory_format=torch.channels_last)
+    images, labels = images.to(device), labels.to(device)
     optimizer = recipe.optimizer(ensemble.parameters())
     steps = len(images) // batch_size  # the last, short batch is left out: it would upset the batch statistics
-    if epochs * steps < FEWEST_STEPS:
+    if minutes is None and epochs * steps < FEWEST_STEPS:
         logger.warning("%d steps in all are too few to train with: more epochs, or a smaller batch_size", epochs * steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.max_lr, epochs=epochs, steps_per_epoch=steps, pct_start=0.3, cycle_momentum=False
+        optimizer,
+        recipe.max_lr,
+        total_steps=epochs * steps if minutes is None else TICKS,
+        pct_start=0.3,
+        cycle_momentum=False,
     )
-    start, seconds, mean_loss = 0, 0.0, float("nan")
+    rounds, epoch, seconds, mean_loss = 0, 0.0, 0.0, float("nan")
     if state is not None:
         ensemble.load_state_dict(state["ensemble"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        start, seconds, mean_loss = state["epoch"], state["seconds"], state["loss"]
-        logger.info("resuming %s after epoch %d of %d", out, start, epochs)
+        epoch, seconds, mean_loss = state["epoch"], state["seconds"], state["loss"]
+        rounds = state.get("rounds", int(epoch))
+        logger.info("resuming %s after %g epochs", out, epoch)
 
     def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(images), generator=generator)[: steps * batch_size].view(steps, batch_size)
+        order = torch.randperm(len(images), generator=generator)[: steps * batch_size].view(steps, batch_size).to(device)
         for rows in order:
             x = augment(images[rows], pad=data.pad, flip=data.flip, generator=generator)
-            yield x.to(device, memory_format=torch.channels_last), labels[rows].to(device)
+            yield x.contiguous(memory_format=torch.channels_last), labels[rows]
 
     def diverged(what: str, epoch: int) -> FloatingPointError:
         kept = f"; the weights after epoch {epoch} are kept in {checkpoint}" if epoch else ""
         remedy = f"train again in another folder with a lower max_lr (now {recipe.max_lr:g})"
         return FloatingPointError(f"{recipe.name!r} diverged in epoch {epoch + 1}, its {what}: {remedy}{kept}")
 
-    bar = tqdm(desc=recipe.name, total=epochs * steps, initial=start * steps, disable=None)
-    for epoch in range(start, epochs):
-        streams = [torch.Generator().manual_seed(3 * (seed * 1_000_003 + epoch) + stream) for stream in range(3)]
+    def in_time(spent: float) -> bool:
+        """Is there time left? Moves the schedule to where it is to be."""
+        if minutes is not None:
+            schedule.last_epoch = min(int(spent / (60 * minutes) * TICKS), TICKS) - 1
+        schedule.step()
+        return minutes is None or spent < 60 * minutes
+
+    going = epoch < epochs if minutes is None else seconds < 60 * minutes
+    bar = tqdm(desc=recipe.name, total=epochs * steps if minutes is None else None, initial=int(epoch * steps), disable=None)
+    while going:
+        streams = [torch.Generator().manual_seed(3 * (seed * 1_000_003 + rounds) + stream) for stream in range(3)]
         others = batches(streams[1])
-        seed_draws(ensemble, streams[2].initial_seed())
+        seed_draws(ensemble, streams[2].initial_seed(), device)
         ensemble.train()
-        began, total = time.monotonic(), 0.0
+        began, taken, total = time.monotonic(), 0, torch.zeros((), dtype=torch.float64, device=device)
         for x, y in batches(streams[0]):
             loss = recipe.loss(
                 Batch(ensemble, x, y, lambda: next(others)[0], streams[2], streams[2].initial_seed(), data, amp)  # noqa: B023
             )
-            if not torch.isfinite(loss):
-                raise diverged(f"loss became {loss.item()}", epoch)
             optimizer.zero_grad()
             loss.backward()
+            total, taken = total + loss.detach(), taken + 1
+            looks = taken % CHECK_EVERY == 0 or taken == steps or device.type == "cpu"
+            if looks and not torch.isfinite(total):
+                raise diverged(f"loss became {loss.item()}", int(epoch))
             optimizer.step()
-            schedule.step()
-            total += loss.item()
             bar.update()
+            spent = time.monotonic() - began
+            if not (going := in_time(seconds + spent)) or (minutes is not None and spent > ROUND):
+                break
         if not finite(ensemble.state_dict()):
-            raise diverged("weights are no longer finite", epoch)
+            raise diverged("weights are no longer finite", int(epoch))
         seconds += time.monotonic() - began
-        mean_loss = total / steps
+        mean_loss = total.item() / taken
+        rounds, epoch = rounds + 1, epoch + taken / steps
         state = {
             "run": run,
+            "rounds": rounds,
             "ensemble": ensemble.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": {k: v for k, v in schedule.state_dict().items() if not callable(v)},
-            "epoch": epoch + 1,
+            "epoch": int(epoch) if minutes is None else epoch,
             "seconds": seconds,
             "loss": mean_loss,
         }
         with whole_file(checkpoint) as file:
             torch.save(state, file)
-        row = {"epoch": epoch + 1, "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
+        row = {"epoch": round(epoch, 2), "loss": round(mean_loss, 4), "seconds": round(seconds, 1)}
         with (out / "train.log").open("a") as log:
             log.write(json.dumps(row) + "\n")
-        left = timedelta(seconds=round(seconds / (epoch + 1) * (epochs - epoch - 1)))
-        logger.info("epoch %d of %d: loss %.4f, %s left", epoch + 1, epochs, mean_loss, left)
+        left = 60 * minutes - seconds if minutes is not None else seconds / epoch * (epochs - epoch)
+        logger.info("epoch %g: loss %.4f, %s left", round(epoch, 2), mean_loss, timedelta(seconds=round(left)))
+        going = going and (minutes is not None or epoch < epochs)
     bar.close()
-    return {"seconds": seconds, "loss": mean_loss}
+    return {"seconds": seconds, "loss": mean_loss, "epochs": int(epoch) if minutes is None else epoch}
 
 
 def finite(state: dict[str, Tensor]) -> bool:

@@ -1,0 +1,70 @@
+"""The same attacks on a CPU and on another device: how many images end otherwise.
+
+    python benchmarks/devices.py --device cuda --data-dir DIR
+
+Both craft and are judged in float32, the device with and without TF32. Prints, for every model, vote and attack, the robust
+images on each, and on how many of them the two differ: rounding lets a few descents end elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tables import save_table
+from torch import Tensor
+
+from defenses import load_model
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.ensembles import VOTES
+from ensemble_attacks.evaluation.runner import attack
+from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.prepare import prepare
+
+ATTACKS = "mora,mora-mt,pgd,cw,ea-apgd-ce,ea-apgd-t,a3,apgd-ce,apgd-t"
+MODELS = "standard_convnet_3,gal_convnet_3,trs_convnet_3,dverge_convnet_3"
+EPS = {"digits": 0.12, "cifar10": 0.01}
+
+
+def flags(model: Any, x: Tensor, y: Tensor, name: str, settings: Settings, device: str) -> tuple[Tensor, float, int]:
+    """Robust (N,), seconds and passes of an attack on a device."""
+    model = model.to(device)
+    began = time.perf_counter()
+    done = attack(model, prepare(model, x[:8].to(device)), x, y, name, settings)
+    return done.judgement.robust, time.perf_counter() - began, done.forwards + done.backwards
+
+
+@click.command()
+@click.option("--models", default=MODELS, show_default=True)
+@click.option("--attacks", default=ATTACKS, show_default=True)
+@click.option("--dataset", default="digits", show_default=True)
+@click.option("--data-dir", default="data", show_default=True)
+@click.option("--n", default=100, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/devices"), show_default=True)
+def main(models: str, attacks: str, dataset: str, data_dir: str, n: int, seed: int, device: str, out: Path) -> None:
+    x, y = load_dataset(dataset, data_dir=data_dir, n=n)
+    settings = Settings(EPS[dataset], seed=seed)
+    rows = []
+    for name, vote, chosen in product(models.split(","), VOTES, attacks.split(",")):
+        here, seconds, passes = flags(load_model(name, dataset=dataset, vote=vote), x, y, chosen, settings, "cpu")
+        row: dict[str, Any] = {"model": name, "vote": vote, "attack": chosen, "n": n, "cpu": int(here.sum())}
+        row |= {"cpu seconds": round(seconds, 1), "cpu passes": passes}
+        for label, tf32 in (("", False), (" tf32", True)):
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+            model = load_model(name, dataset=dataset, vote=vote)
+            there, seconds, passes = flags(model, x, y, chosen, settings, device)
+            row |= {f"{device}{label}": int(there.sum()), f"differ{label}": int((there != here).sum())}
+            row |= {f"seconds{label}": round(seconds, 1), f"passes{label}": passes}
+        rows.append(row)
+        click.echo(row, err=True)
+    click.echo(save_table(rows, out / f"{dataset}_{torch.device(device).type}"))
+
+
+if __name__ == "__main__":
+    main()
