@@ -30,4 +30,4 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 docs: $(STAMP)
-	$(VENV)/bin/pdoc -d google -o site $(PAGES)
+	$(VENV)/bin/python -c "import ensemble_attacks as ea, pdoc.__main__; [getattr(ea, name) for name in ea.__all__]; pdoc.__main__.cli(['-d', 'google', '-o', 'site', *'$(PAGES)'.split()])"

@@ -19,9 +19,9 @@ from options import named
 
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
+from ensemble_attacks.evaluation.manifest import code_version
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.evaluation.sweep import code_version
 
 SHARD = 250
 

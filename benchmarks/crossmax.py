@@ -22,9 +22,9 @@ from defenses import load_model
 from defenses.crossmax import CrossMax
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, judge
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.ensembles import Ensemble
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.twins import prepare
 
 
 def published(model: nn.Module, eps: float, **settings: Any) -> torchattacks.PGD:

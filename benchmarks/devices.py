@@ -20,10 +20,10 @@ from torch import Tensor
 
 from defenses import load_model
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.ensembles import VOTES
 from ensemble_attacks.evaluation.runner import attack
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.votes import VOTES
 
 ATTACKS = "mora,mora-mt,pgd,cw,ea-apgd-ce,ea-apgd-t,a3,apgd-ce,apgd-t"
 MODELS = "standard_convnet_3,gal_convnet_3,trs_convnet_3,dverge_convnet_3"

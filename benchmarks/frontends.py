@@ -20,8 +20,8 @@ from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.passes import passes_per_image
-from ensemble_attacks.surrogates import premise
+from ensemble_attacks.models.parts import premise
+from ensemble_attacks.models.passes import passes_per_image
 
 SINGLE = ("autoattack", "bpda", "front-end-reversal")
 RANDOM = ("autoattack", "autoattack-rand", "eot-apgd", "mora", "bpda", "bpda-mora")

@@ -19,7 +19,8 @@ import click
 
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger
-from ensemble_attacks.evaluation.sweep import Sweep, chains_of, manifest_of
+from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
+from ensemble_attacks.evaluation.units import chains_of
 
 SWEEP = Sweep(
     ("gal_convnet_3",), (0.12,), ("torchattacks:PGD", "ea-apgd-ce"), votes=("softmax", "voting"), n=30, shard_size=10

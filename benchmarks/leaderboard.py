@@ -22,9 +22,9 @@ from tables import save_table
 from defenses import list_models, load_model
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import diagnose
-from ensemble_attacks.ensembles import VOTES
-from ensemble_attacks.evaluation.report import render_page
-from ensemble_attacks.passes import passes_per_image
+from ensemble_attacks.evaluation.report.pages import render_page
+from ensemble_attacks.models.passes import passes_per_image
+from ensemble_attacks.models.votes import VOTES
 
 RANDOM = ("multiresolution",)  # defenses that draw at random, and have an aggregation of their own
 FRONT_ENDED = "frontend"

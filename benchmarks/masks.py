@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from defenses import load_model
 from defenses.architectures import NORMALIZATIONS
-from defenses.cards import halved
 from defenses.frontend import DnCNN, FrontEnded, adamw
 from defenses.recipes import SETTINGS, hardware
 from defenses.training.ascent import sign_ascent
 from defenses.training.trainer import augment
+from defenses.zoo.cards import halved
 from ensemble_attacks import Ensemble
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.surrogates import premise
+from ensemble_attacks.models.parts import premise
 
 EPS = 8 / 255
 ON_THE_WAY = ("apgd-ce", "bpda")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks import EOTAPGD, CrossMaxTransfer, Surrogate, judge
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.twins import prepare
 
 LOOKS = (1, 2, 5, 10)  # draws of each step, in the second table
 

@@ -15,10 +15,10 @@ import click
 import torch
 from torch import Tensor
 
-from defenses.cards import make_ensemble
+from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import MORA
-from ensemble_attacks.ensembles import Ensemble
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.models.twins import prepare
 
 
 class Recorder(Ensemble):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks import AutoAttack, judge
 from ensemble_attacks.data import NUM_CLASSES, load_dataset
-from ensemble_attacks.original import run_autoattack
-from ensemble_attacks.passes import CountingModel, count_passes
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.hosts.original import run_autoattack
+from ensemble_attacks.models.passes import CountingModel, count_passes
+from ensemble_attacks.models.twins import prepare
 
 RUNS = ("original", "standard", "ensemble", "adaptive")
 

@@ -21,8 +21,8 @@ from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import ARC, EOTAPGD, MORA, PGD, Surrogate
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.judge import check_adversarial
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.twins import prepare
 
 ATTACKS: dict[str, Any] = {
     "adaptive PGD": lambda model, **kw: PGD(Surrogate(model, "probability"), n_restarts=1, **kw),

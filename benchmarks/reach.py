@@ -19,7 +19,7 @@ from cells import Cell, Run, choose, run_options, summary
 from table1 import cells_of
 from tables import save_table
 
-from ensemble_attacks.passes import passes_per_image
+from ensemble_attacks.models.passes import passes_per_image
 
 ATTACKS = ("mora-mt", "autoattack")
 PEERS = {"APGD-CE": "apgd-ce", "AutoAttack": "square"}  # and the stage of AutoAttack that ends it

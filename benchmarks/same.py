@@ -123,7 +123,7 @@ def measured(n: int, data_dir: str) -> dict[str, list[Any]]:
     try:
         from ensemble_attacks.models.twins import prepare
     except ImportError:
-        from ensemble_attacks.prepare import prepare  # type: ignore[import-not-found, no-redef, unused-ignore]
+        from ensemble_attacks.models.twins import prepare  # type: ignore[import-not-found, no-redef, unused-ignore]
     found: dict[str, list[Any]] = {}
     for label, model, name, x, y, options in cases(n, data_dir):
         settings = Settings(**{"eps": EPS[options.get("norm", "Linf")], **options})

@@ -21,9 +21,9 @@ from options import named
 from tables import save_table
 from torch import Tensor, nn
 
-from defenses.cards import make_ensemble
+from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import EOTAPGD, MORA
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.twins import prepare
 
 EPS = 1e-5
 SIZES: dict[str, tuple[int, ...]] = {

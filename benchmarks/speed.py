@@ -26,10 +26,10 @@ from tables import save_table
 from torch import Tensor, nn
 
 from defenses.architectures import ARCHITECTURES
-from defenses.cards import make_ensemble
+from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import APGD, MORA, PGD
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.prepare import prepare
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.twins import prepare
 
 EPS = 1e-5  # nobody is fooled, so that all do all their steps
 BARE, PREPARED, MIXED = "bare passes", "bare passes, prepared", "bare passes, prepared, amp"

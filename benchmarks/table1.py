@@ -22,8 +22,8 @@ from options import named
 from tables import save_table
 
 from defenses import list_models
-from ensemble_attacks.ensembles import VOTES
-from ensemble_attacks.passes import passes_per_image
+from ensemble_attacks.models.passes import passes_per_image
+from ensemble_attacks.models.votes import VOTES
 
 DEFENSES = ("standard", "adp", "gal", "dverge", "trs")
 COLUMNS = {  # the attack that is run, and the stage of it that is the column's, if not its end

@@ -26,7 +26,7 @@ from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics.transfer import draw_transfer, right_for_all, transfer_matrix
-from ensemble_attacks.ensembles import Ensemble
+from ensemble_attacks.models.ensembles import Ensemble
 
 
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:

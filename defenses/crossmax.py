@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ensemble_attacks.ensembles import Ensemble
+from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.validation import check_count
 
 

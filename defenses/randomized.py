@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from defenses.draws import OwnDraws
-from ensemble_attacks.ensembles import Ensemble, log_expected_softmax
+from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.models.votes import log_expected_softmax
 from ensemble_attacks.validation import check_choice
 
 PER = ("image", "batch")

@@ -13,16 +13,16 @@ from torch import Tensor
 from defenses import adp, adversarial, dverge, frontend, gal, multiresolution, standard, trs
 from defenses.adversarial import with_adversarial_training
 from defenses.architectures import ARCHITECTURES, MIXED
-from defenses.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
 from defenses.draws import seed_draws
 from defenses.frontend import FRONT_ENDED, FrontEnded
 from defenses.multiresolution import SELF_ENSEMBLES
 from defenses.training import Recipe, Settings, train
 from defenses.training.trainer import finite
-from defenses.zoo import list_models, load_model, model_card
+from defenses.zoo.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
+from defenses.zoo.load import list_models, load_model, model_card
 from ensemble_attacks.data import NUM_CLASSES, load_dataset
-from ensemble_attacks.ensembles import Ensemble
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.validation import check_choice, check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)

@@ -1,64 +1,88 @@
-"""Attacks that tell the truth about ensemble defenses, alongside torchattacks, AutoAttack and RobustBench."""
+"""Attacks that tell the truth about ensemble defenses, alongside torchattacks, AutoAttack and RobustBench.
 
-from typing import Any
+Names are imported when they are first asked for, so that the command line answers without torch.
+"""
 
-from ensemble_attacks.a3 import A3
-from ensemble_attacks.apgd import APGD
-from ensemble_attacks.arc import ARC
-from ensemble_attacks.bpda import BPDAIdentity
-from ensemble_attacks.caa import CAA
-from ensemble_attacks.crossmax import CrossMaxTransfer
-from ensemble_attacks.ensembles import Ensemble, as_ensemble
-from ensemble_attacks.eot import EOTAPGD
-from ensemble_attacks.errors import (
-    AggregateMismatchError,
-    LedgerError,
-    NotAnEnsembleError,
-    OutOfBallError,
-    PartError,
-    WeightsError,
-)
-from ensemble_attacks.judge import Judgement, judge
-from ensemble_attacks.lafeat import LAFEAT
-from ensemble_attacks.mora import MORA
-from ensemble_attacks.pgd import PGD
-from ensemble_attacks.reversal import FrontEndReversal
-from ensemble_attacks.surrogates import Expected, Surrogate, ZeroOrder
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "A3",
-    "APGD",
-    "ARC",
-    "AggregateMismatchError",
-    "AutoAttack",
-    "BPDAIdentity",
-    "CAA",
-    "CrossMaxTransfer",
-    "EOTAPGD",
-    "Ensemble",
-    "Expected",
-    "FrontEndReversal",
-    "Judgement",
-    "LAFEAT",
-    "LedgerError",
-    "MORA",
-    "NotAnEnsembleError",
-    "OutOfBallError",
-    "PGD",
-    "PartError",
-    "Surrogate",
-    "WeightsError",
-    "ZeroOrder",
-    "as_ensemble",
-    "judge",
-]
-__version__ = "0.1.0"
+from ensemble_attacks.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ensemble_attacks.attacks.a3 import A3 as A3
+    from ensemble_attacks.attacks.apgd import APGD as APGD
+    from ensemble_attacks.attacks.apgd import EOTAPGD as EOTAPGD
+    from ensemble_attacks.attacks.arc import ARC as ARC
+    from ensemble_attacks.attacks.bpda import BPDAIdentity as BPDAIdentity
+    from ensemble_attacks.attacks.caa import CAA as CAA
+    from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer as CrossMaxTransfer
+    from ensemble_attacks.attacks.lafeat import LAFEAT as LAFEAT
+    from ensemble_attacks.attacks.mora import MORA as MORA
+    from ensemble_attacks.attacks.pgd import PGD as PGD
+    from ensemble_attacks.attacks.reversal import FrontEndReversal as FrontEndReversal
+    from ensemble_attacks.errors import AggregateMismatchError as AggregateMismatchError
+    from ensemble_attacks.errors import LedgerError as LedgerError
+    from ensemble_attacks.errors import NotAnEnsembleError as NotAnEnsembleError
+    from ensemble_attacks.errors import OutOfBallError as OutOfBallError
+    from ensemble_attacks.errors import PartError as PartError
+    from ensemble_attacks.errors import WeightsError as WeightsError
+    from ensemble_attacks.hosts.autoattack import AutoAttack as AutoAttack
+    from ensemble_attacks.judge import Judgement as Judgement
+    from ensemble_attacks.judge import judge as judge
+    from ensemble_attacks.models.ensembles import Ensemble as Ensemble
+    from ensemble_attacks.models.ensembles import as_ensemble as as_ensemble
+    from ensemble_attacks.models.surrogates import Expected as Expected
+    from ensemble_attacks.models.surrogates import Surrogate as Surrogate
+    from ensemble_attacks.models.surrogates import ZeroOrder as ZeroOrder
+
+_HOMES = {  # of every public name, the module that defines it
+    "A3": "attacks.a3",
+    "APGD": "attacks.apgd",
+    "ARC": "attacks.arc",
+    "AggregateMismatchError": "errors",
+    "AutoAttack": "hosts.autoattack",
+    "BPDAIdentity": "attacks.bpda",
+    "CAA": "attacks.caa",
+    "CrossMaxTransfer": "attacks.crossmax_transfer",
+    "EOTAPGD": "attacks.apgd",
+    "Ensemble": "models.ensembles",
+    "Expected": "models.surrogates",
+    "FrontEndReversal": "attacks.reversal",
+    "Judgement": "judge",
+    "LAFEAT": "attacks.lafeat",
+    "LedgerError": "errors",
+    "MORA": "attacks.mora",
+    "NotAnEnsembleError": "errors",
+    "OutOfBallError": "errors",
+    "PGD": "attacks.pgd",
+    "PartError": "errors",
+    "Surrogate": "models.surrogates",
+    "WeightsError": "errors",
+    "ZeroOrder": "models.surrogates",
+    "as_ensemble": "models.ensembles",
+    "judge": "judge",
+}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """AutoAttack is imported when it is asked for, as it needs the original to be installed."""
-    if name == "AutoAttack":
-        from ensemble_attacks.autoattack import AutoAttack
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
 
-        return AutoAttack
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+class _Package(ModuleType):
+    """The package, in which ``judge`` is the function, also once the module of that name has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.judge if name == "judge" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

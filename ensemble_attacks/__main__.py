@@ -1,5 +1,5 @@
 """``python -m ensemble_attacks``: the command line."""
 
-from ensemble_attacks.cli import main
+from ensemble_attacks.cli.group import main
 
 main()

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.objectives import margin
-from ensemble_attacks.preserve import evaluating, preserved, private_random_state
-from ensemble_attacks.projections import per_sample
+from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.scores import decided, margin, per_sample
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
@@ -87,13 +86,6 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def decided(scores_NK: Tensor) -> Tensor:
-    """Which samples (N,) have a prediction: the best score is finite, and none is NaN. The logarithm of a mean probability
-    may be -inf for a class that does not win.
-    """
-    return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
 
 
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:

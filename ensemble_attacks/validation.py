@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.projections import NORMS
+from ensemble_attacks.norms import NORMS
 
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0) -> None:

@@ -12,8 +12,8 @@ from helpers import make_ensemble
 from torch import Tensor, nn
 
 from defenses import load_model
-from ensemble_attacks import original as autoattack
-from ensemble_attacks.original import STANDARD, run_autoattack
+from ensemble_attacks.hosts import original as autoattack
+from ensemble_attacks.hosts.original import STANDARD, run_autoattack
 
 
 def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import leaderboard
 import pytest
 from PIL import Image
 
-from ensemble_attacks.evaluation.report import render_page
+from ensemble_attacks.evaluation.report.pages import render_page
 
 BROWSER = next((found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")

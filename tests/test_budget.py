@@ -8,7 +8,7 @@ from torch import Tensor
 from defenses import load_model
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.passes import passes_per_image
+from ensemble_attacks.models.passes import passes_per_image
 
 N = 50
 SLACK = 1.03  # other hardware rounds otherwise, and an image on the boundary stays for longer

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from defenses import convert, load_model
-from defenses.cards import make_ensemble
-from defenses.convert import ensemble_from_checkpoint
+from defenses.zoo.cards import make_ensemble
+from defenses.zoo.convert import ensemble_from_checkpoint
 from ensemble_attacks.errors import WeightsError
-from ensemble_attacks.robustbench import ensure
+from ensemble_attacks.hosts.robustbench import ensure
 
 X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import torch
 
 from defenses import list_models, load_model, model_card
 from defenses.adp import adp_loss, ensemble_entropy, log_ensemble_diversity
-from defenses.zoo import SHIPPED
+from defenses.zoo.load import SHIPPED
 from ensemble_attacks import WeightsError, judge
 from ensemble_attacks.data import load_dataset
 

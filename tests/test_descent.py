@@ -10,11 +10,15 @@ import torch
 from helpers import make_ensemble
 from torch import Tensor
 
-from ensemble_attacks import MORA, Ensemble, descent
-from ensemble_attacks.descent import CLOSEST, Outputs, Stage, attack, closest_class
-from ensemble_attacks.objectives import ce, margin
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.steps import ConstantSteps, CosineSteps
+from ensemble_attacks import MORA, Ensemble
+from ensemble_attacks.descent import loop as descent
+from ensemble_attacks.descent.loop import attack, closest_class
+from ensemble_attacks.descent.objectives import ce
+from ensemble_attacks.descent.stages import CLOSEST, Stage
+from ensemble_attacks.descent.steps import ConstantSteps, CosineSteps
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.scores import margin
 
 EPS = 0.03
 

@@ -20,10 +20,10 @@ from defenses import load_model
 from defenses.crossmax import CrossMax
 from defenses.frontend import DnCNN, FrontEnded
 from ensemble_attacks import MORA, PGD, AutoAttack, Ensemble
-from ensemble_attacks.cli import main
+from ensemble_attacks.attacks.registry import registered
+from ensemble_attacks.cli.group import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
-from ensemble_attacks.registry import registered
 
 EPS = 0.1
 

@@ -11,9 +11,10 @@ import pytest
 from test_ledger import ledger_in, summary
 
 from ensemble_attacks.evaluation import engines
+from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.sweep import chains_of, progress
+from ensemble_attacks.evaluation.units import chains_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
 

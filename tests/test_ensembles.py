@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.ensembles import log_mean_softmax, log_votes
+from ensemble_attacks.models.votes import log_mean_softmax, log_votes
 
 
 def test_softmax_is_the_log_of_the_mean_probability() -> None:

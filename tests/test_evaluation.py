@@ -14,21 +14,21 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from defenses import load_model
-from defenses.cards import make_ensemble as make_zoo_ensemble
 from defenses.frontend import FRONT_ENDED
 from defenses.randomized import RandomizedEnsemble
+from defenses.zoo.cards import make_ensemble as make_zoo_ensemble
 from ensemble_attacks import AutoAttack, NotAnEnsembleError, OutOfBallError, judge
-from ensemble_attacks.cli import main
+from ensemble_attacks.cli.group import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation import runner, suite
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.ledger import Result as Stored
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Crafted, Settings
-from ensemble_attacks.evaluation.sweep import chains_of
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.prepare import prepare
-from ensemble_attacks.surrogates import find_parts
+from ensemble_attacks.evaluation.units import chains_of
+from ensemble_attacks.models.parts import find_parts
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.twins import prepare
 
 
 def invoke(*arguments: str) -> Result:

@@ -19,12 +19,16 @@ from test_random_models import Flipping
 from torch import Tensor, nn
 
 from defenses import load_model
-from ensemble_attacks import LedgerError, providers
-from ensemble_attacks.cli import main
-from ensemble_attacks.evaluation import runner, sweep
+from ensemble_attacks import LedgerError
+from ensemble_attacks.cli.group import main
+from ensemble_attacks.evaluation import chains, manifest, runner
+from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger, difference
-from ensemble_attacks.evaluation.sweep import Sweep, _until, chains_of, manifest_of, merged, progress, verify
+from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
+from ensemble_attacks.evaluation.summary import _until, merged
+from ensemble_attacks.evaluation.units import chains_of
+from ensemble_attacks.models import providers
 
 SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
 
@@ -61,8 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def count_attacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
-    before = sweep.attack
-    monkeypatch.setattr(sweep, "attack", lambda *args: (ran.append(args[4]), before(*args))[1])
+    before = chains.attack
+    monkeypatch.setattr(chains, "attack", lambda *args: (ran.append(args[4]), before(*args))[1])
     return ran
 
 
@@ -157,8 +161,9 @@ def test_batches_and_shards_change_nothing(
     """In float64, bit for bit; but for the backward passes of a batch that is fooled as a whole, which are not run."""
     load = providers.load_model
     monkeypatch.setattr(providers, "load_model", lambda *args, **kw: load(*args, **kw).double())
-    images = sweep.load_dataset
-    monkeypatch.setattr(sweep, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
+    images = chains.load_dataset
+    for module in (chains, manifest):
+        monkeypatch.setattr(module, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
     attacks = ("mora", "ea-apgd-ce")
     rows = []
     for index, (batch, shard) in enumerate([(12, 12), (batch_size, shard_size)]):
@@ -217,7 +222,8 @@ def test_stages_of_ranges_that_skipped_some() -> None:
 
 
 def test_other_code_may_verify(finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(sweep, "code_version", lambda: "another")
+    for module in (chains, manifest):
+        monkeypatch.setattr(module, "code_version", lambda: "another")
     assert all(finding["differ"] == 0 for finding in verify(Ledger(finished)))
     assert "what is computed now may differ" in caplog.text
 

@@ -9,7 +9,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from defenses.crossmax import crossmax
 from defenses.frontend import DnCNN, FrontEnded
-from defenses.multiresolution import SelfEnsembles, Stack, convnet, resnet20, resnet152, roll
+from defenses.multiresolution import SelfEnsembles, convnet, resnet20, resnet152
+from defenses.stack import Stack, roll
 from ensemble_attacks import APGD, BPDAIdentity, CrossMaxTransfer, judge
 
 

@@ -7,20 +7,10 @@ import torch
 from helpers import VOTES
 from torch import Tensor
 
-from ensemble_attacks.ensembles import VOTES as AGGREGATES
-from ensemble_attacks.objectives import (
-    WEIGHT_RULES,
-    best_other,
-    ce,
-    dlr,
-    dlr_targeted,
-    gather,
-    log_reweighing,
-    margin,
-    mora,
-    normalize_margin,
-    reweigh,
-)
+from ensemble_attacks.attacks.mora import WEIGHT_RULES, log_reweighing, mora, reweigh
+from ensemble_attacks.descent.objectives import ce, dlr, dlr_targeted, normalize_margin
+from ensemble_attacks.models.votes import VOTES as AGGREGATES
+from ensemble_attacks.scores import best_other, gather, margin
 
 TAUS = (0.1, 1.0, 5.0)
 

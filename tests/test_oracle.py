@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from ensemble_attacks import A3, APGD, CAA, MORA, PGD, Ensemble
-from ensemble_attacks.preserve import private_random_state
+from ensemble_attacks.models.preserve import private_random_state
 
 PIXELS, SAMPLES = 48, 60
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from defenses import load_model
 from defenses.frontend import DnCNN, FrontEnded
 from defenses.randomized import RandomizedEnsemble
-from ensemble_attacks import EOTAPGD, MORA, AutoAttack, NotAnEnsembleError, judge, registry
-from ensemble_attacks.structure import adaptive_attacks, structure_of
+from ensemble_attacks import EOTAPGD, MORA, AutoAttack, NotAnEnsembleError, judge
+from ensemble_attacks.attacks import registry
+from ensemble_attacks.diagnostics.advice import adaptive_attacks
+from ensemble_attacks.models.structure import structure_of
 
 EPS = 0.12
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ensemble_attacks.noise import sample_keys, start_noise
-from ensemble_attacks.projections import l2_norm, make_ball
+from ensemble_attacks.descent.balls import l2_norm, make_ball
+from ensemble_attacks.descent.noise import sample_keys, start_noise
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, Expected, NotAnEnsembleError, Surrogate, judge
-from ensemble_attacks.descent import CONFIRMING, Draws, Outputs, Trace, expected_margin, look
+from ensemble_attacks.attacks.mora import mora
+from ensemble_attacks.descent.look import CONFIRMING, Draws, expected_margin, look
+from ensemble_attacks.descent.objectives import ce
+from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.objectives import ce, mora
-from ensemble_attacks.original import run_autoattack
+from ensemble_attacks.hosts.original import run_autoattack
+from ensemble_attacks.models.view import Outputs
 
 EPS = 0.1
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.cards import make_ensemble
 from defenses.dverge import distil, features, layers
 from defenses.gal import coherence
 from defenses.recipes import SETTINGS
 from defenses.training import Batch, input_gradients
 from defenses.training.ascent import pgd, sign_ascent
 from defenses.trs import gradient_similarity, smoothness
+from defenses.zoo.cards import make_ensemble
 from ensemble_attacks.data import load_dataset
 
 

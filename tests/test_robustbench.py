@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-import ensemble_attacks.robustbench as host
+import ensemble_attacks.hosts.robustbench as host
 from defenses import load_model, register_with_robustbench
 from ensemble_attacks import AutoAttack
-from ensemble_attacks.cli import main
-from ensemble_attacks.doctor import BROKEN, Finding
+from ensemble_attacks.cli.group import main
+from ensemble_attacks.hosts.doctor import BROKEN, Finding
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what robustbench imports
 EPS = 0.03

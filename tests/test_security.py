@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from defenses import convert, load_model
-from ensemble_attacks import LedgerError, WeightsError, checkpoints
-from ensemble_attacks.checkpoints import load_tensors
+from ensemble_attacks import LedgerError, WeightsError
+from ensemble_attacks import files as checkpoints
 from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.files import load_tensors
 
 SOURCES = [
     path for folder in ("ensemble_attacks", "defenses") for path in Path(__file__).parents[1].glob(f"{folder}/**/*.py")

@@ -28,9 +28,9 @@ from ensemble_attacks import (
     ZeroOrder,
     judge,
 )
-from ensemble_attacks.descent import Trace
+from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
-from ensemble_attacks.surrogates import premise, straight_through
+from ensemble_attacks.models.parts import premise, straight_through
 
 EPS = 0.1
 

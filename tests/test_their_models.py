@@ -24,9 +24,9 @@ from ensemble_attacks import (
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
-from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import evaluating, in_training
-from ensemble_attacks.structure import structure_of
+from ensemble_attacks.models.preserve import evaluating, in_training
+from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.models.twins import prepare
 
 EPS = 0.12
 

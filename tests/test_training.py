@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from defenses import load_model, train_model
-from defenses.cards import make_ensemble
 from defenses.draws import seed_draws
 from defenses.recipes import RECIPES, SETTINGS, _check_fits
 from defenses.standard import RECIPE
 from defenses.training import Batch, train
 from defenses.training.trainer import augment
+from defenses.zoo.cards import make_ensemble
 from ensemble_attacks.data import load_dataset
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.training.trainer import Batch
-from ensemble_attacks.ensembles import log_mean_softmax
+from ensemble_attacks.models.votes import log_mean_softmax
 
 STEPS = 10
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from defenses.draws import seed_draws
-from ensemble_attacks.checkpoints import load_tensors, whole_file
+from ensemble_attacks.files import load_tensors, whole_file
 
 logger = logging.getLogger(__name__)
 KEPT = {"run", "ensemble", "optimizer", "schedule", "epoch", "seconds", "loss"}  # in a checkpoint

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean
-from ensemble_attacks.preserve import differentiable, private_random_state
-from ensemble_attacks.registry import craft
+from ensemble_attacks.models.preserve import differentiable, private_random_state
 from ensemble_attacks.validation import check_count, check_images, check_positive
 
 INNER = 50  # points around the image, of class 0

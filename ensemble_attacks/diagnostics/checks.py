@@ -8,9 +8,7 @@ I1 to I6. [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,19 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchattacks.attack import Attack
 
+from ensemble_attacks.attacks.apgd import EOTAPGD
+from ensemble_attacks.attacks.pgd import PGD
+from ensemble_attacks.diagnostics.advice import attacks_for
 from ensemble_attacks.diagnostics.binarization import binarization
+from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, Diagnosis, _flag_if, _measure, _measured
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
-from ensemble_attacks.ensembles import check_protocol
-from ensemble_attacks.eot import EOTAPGD
 from ensemble_attacks.errors import AggregateMismatchError
-from ensemble_attacks.judge import decided, judge
-from ensemble_attacks.objectives import margin
-from ensemble_attacks.passes import count_passes
-from ensemble_attacks.pgd import PGD
-from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import differentiable, evaluating, in_training, preserved, private_random_state
-from ensemble_attacks.structure import Structure, adaptive_attacks, are_probabilities, differ, structure_of
-from ensemble_attacks.surrogates import Surrogate, premise, straight_through
+from ensemble_attacks.judge import judge
+from ensemble_attacks.models.ensembles import check_protocol
+from ensemble_attacks.models.parts import premise, straight_through
+from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.preserve import differentiable, evaluating, in_training, preserved, private_random_state
+from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.scores import are_probabilities, decided, differ, margin
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
@@ -41,63 +42,12 @@ from ensemble_attacks.validation import (
     check_scores,
 )
 
-OK, FLAG, NOTE = "ok", "flag", "note"
 STEPS = 20  # of the attacks below
 FEWEST_DIAGNOSED = 4  # images
 DRAWS = 10  # by which a random model is judged
 EOT_ITER = 5
 ALONE = 8  # images on which an attack is looked at one by one
-NEED_MEMBERS = {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
-CHEAPEST_FIRST = (
-    *("bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd"),
-    *("pgd", "apgd-ce", "apgd-t", "fab-t", "square"),
-)
 UNBOUNDED = 0.5  # radius at which every image can become any other [C19]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        figure, threshold: what was measured, and the value beyond which it is a flag.
-        verdict: ``"flag"``, ``"ok"``, or ``"note"`` for what is only good to know.
-        meaning: in words.
-        next: the attack to run, by its name in the registry; empty if there is none to suggest.
-        source: the paper.
-    """
-
-    name: str
-    verdict: str
-    figure: float
-    threshold: float | None
-    meaning: str
-    next: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All findings of a model.
-
-    Attributes:
-        attacks: what the findings call for, cheapest first.
-        passes: forward and backward passes per image that they cost.
-    """
-
-    structure: Structure
-    checks: list[Check] = field(default_factory=list)
-    attacks: list[str] = field(default_factory=list)
-    passes: float = 0.0
-
-    @property
-    def flags(self) -> list[str]:
-        """Names of the checks that are flags."""
-        return [check.name for check in self.checks if check.verdict == FLAG]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def diagnose(
@@ -139,15 +89,6 @@ def diagnose(
         checks += [*examination.of_attacks(), *examination.of_one_attack()]
     attacks = attacks_for(examination.structure, [check for check in checks if check.verdict == FLAG])
     return Diagnosis(examination.structure, checks, attacks, examination.passes())
-
-
-def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
-    """The adaptive suite that a structure and its flags call for, cheapest first."""
-    asked = {flag.next for flag in flags if flag.next}
-    chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
-    if not structure.members:
-        chosen -= NEED_MEMBERS
-    return [name for name in CHEAPEST_FIRST if name in chosen]
 
 
 class _Examination:
@@ -421,25 +362,6 @@ class _Examination:
         if self.structure.frontend:
             return "bpda"
         return "crossmax-transfer" if self.structure.members else ""
-
-
-def _flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str = "") -> Check:
-    return Check(name, FLAG if found else OK, float(found), 0.0, meaning, next_ if found else "", source)
-
-
-def _measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
-    """A flag where the figure is above the threshold (or not a number)."""
-    return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
-
-
-def _measured(name: str, by_image: Tensor, threshold: float, meaning: str, next_: str, source: str) -> Check:
-    """`_measure` of the mean over images; a note where it is not a number."""
-    figure = by_image.double().mean().item()
-    if math.isnan(figure):
-        return Check(
-            name, NOTE, 0.0, None, "the attack asks for no scores in the ball, so that this cannot be told", "", source
-        )
-    return _measure(name, figure, threshold, meaning, next_, source)
 
 
 def _norms(gradient: Tensor) -> Tensor:

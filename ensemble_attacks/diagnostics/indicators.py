@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean, outside
-from ensemble_attacks.objectives import margin
-from ensemble_attacks.preserve import differentiable, evaluating, preserved, private_random_state
-from ensemble_attacks.registry import craft
+from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
+from ensemble_attacks.scores import margin
 from ensemble_attacks.validation import (
     check_count,
     check_images,

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from ensemble_attacks.judge import decided
+from ensemble_attacks.scores import decided
 
 BATCH = 250
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
-from ensemble_attacks.evaluation.ledger import Ledger, Unit
-from ensemble_attacks.evaluation.sweep import chains_of, run_chain, summarise
+from ensemble_attacks.evaluation.chains import run_chain
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.summary import summarise
+from ensemble_attacks.evaluation.units import Unit, chains_of
 from ensemble_attacks.validation import check_choice
 
 logger = logging.getLogger(__name__)

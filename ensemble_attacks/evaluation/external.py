@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble_attacks import __version__
-from ensemble_attacks.checkpoints import load_tensors
 from ensemble_attacks.data import TEST_IMAGES
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.sweep import chains_of, summarise
+from ensemble_attacks.evaluation.summary import summarise
+from ensemble_attacks.evaluation.units import chains_of
+from ensemble_attacks.files import load_tensors
 from ensemble_attacks.validation import check_images
+from ensemble_attacks.version import __version__
 
 IMAGES, ABOUT, TEXT = "adversarial_images.pt", "model_info.json", "evaluation.md"
 SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ensemble_attacks.checkpoints import whole_file
 from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.units import Unit, canonical
+from ensemble_attacks.files import write_whole
 
 logger = logging.getLogger(__name__)
 SCHEMA = 2
@@ -33,39 +34,12 @@ MANIFEST, SUMMARY = "manifest.json", "summary.json"
 FOLDERS = ("units", "failed", "running", "quarantine")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A piece of work.
-
-    Attributes:
-        identity: the hash of ``content``.
-        content: all that decides the result.
-    """
-
-    content: dict[str, Any]
-
-    @property
-    def identity(self) -> str:
-        return hashlib.sha256(canonical(self.content)).hexdigest()[:32]
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        content = self.content
-        seed = f" seed {content['seed']}" if content["seed"] else ""
-        return "{model} {vote} {eps:g}{} {attack} {range[0]}-{range[1]}".format(seed, **content)
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
     """What a unit left: tensors, and numbers."""
 
     tensors: dict[str, Tensor]
     info: dict[str, Any]
-
-
-def canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def sealed(content: dict[str, Any]) -> bytes:
@@ -90,17 +64,6 @@ def alive(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there entirely or not at all."""
-    try:
-        with whole_file(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise LedgerError(
-            f"{path} cannot be written ({error.strerror}): mend that and run the same command again: nothing is lost"
-        ) from error
 
 
 class Ledger:

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ensemble_attacks.ensembles import check_members, check_protocol
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
-from ensemble_attacks.judge import Judgement, judge, wilson_interval
-from ensemble_attacks.passes import CountingModel, count_passes
-from ensemble_attacks.prepare import prepare
-from ensemble_attacks.preserve import evaluating, preserved, private_random_state
-from ensemble_attacks.structure import structure_of
+from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
+from ensemble_attacks.judge import Judgement, judge
+from ensemble_attacks.models.ensembles import check_members, check_protocol
+from ensemble_attacks.models.passes import CountingModel, count_passes
+from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
@@ -200,32 +201,6 @@ def evaluate(
         )
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def row_of(
-    judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int, outside: int = 0
-) -> dict[str, Any]:
-    """An attack's row of a summary."""
-    n = len(judgement.robust)
-    row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
-    row |= {"outside": outside} if outside else {}
-    parts = {
-        name: {"robust": int(robust.sum()), "forwards_per_image": ahead / n, "backwards_per_image": back / n}
-        for name, (robust, ahead, back) in stages.items()
-    }
-    return row | ({"stages": parts} if parts else {})
-
-
-def share_right(judgement: Judgement, before: Tensor) -> Tensor:
-    """Of every sample, the share of right draws (N,); as ``before`` where it is invalid, which is no success."""
-    return torch.where(judgement.invalid, before, judgement.correct.double().mean(0))
-
-
-def worst_case(right: Tensor) -> dict[str, Any]:
-    """The row of the worst case, from every sample's share of right draws (N,) under the attack that is worst for it."""
-    interval = wilson_interval(right.sum().item(), len(right))
-    robust = int((right > 0.5).sum())
-    return {"n": len(right), "robust": robust, "accuracy": right.mean().item(), "interval": list(interval)}
 
 
 @torch.no_grad()

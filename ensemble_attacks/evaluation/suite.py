@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks import registry
-from ensemble_attacks.autoattack import AutoAttack
-from ensemble_attacks.base import CarefulAttack, DescentAttack
-from ensemble_attacks.bpda import BPDAIdentity
-from ensemble_attacks.descent import Trace
+from ensemble_attacks.attacks import registry
+from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack, craft
+from ensemble_attacks.attacks.bpda import BPDAIdentity
+from ensemble_attacks.attacks.mora import MORA
+from ensemble_attacks.attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, registered
+from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.hosts.autoattack import AutoAttack
+from ensemble_attacks.hosts.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.judge import or_clean, outside
-from ensemble_attacks.mora import MORA
-from ensemble_attacks.original import RAND, STANDARD, run_autoattack
-from ensemble_attacks.passes import CountingModel
-from ensemble_attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, craft, registered
-from ensemble_attacks.surrogates import Expected
+from ensemble_attacks.models.passes import CountingModel
+from ensemble_attacks.models.surrogates import Expected
 
 logger = logging.getLogger(__name__)
 

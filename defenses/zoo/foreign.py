@@ -1,0 +1,100 @@
+"""Ensembles of anybody's models: of this package, of RobustBench's zoo, of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from defenses.architectures import Normalize
+from ensemble_attacks.data import IMAGE_SHAPES
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.hosts.robustbench import ensure
+from ensemble_attacks.models.ensembles import Ensemble
+
+
+def ensemble_of(
+    names: list[str],
+    own: Mapping[str, Callable[[], nn.Module]],
+    *,
+    model_dir: str | Path | None,
+    dataset: str,
+    threat_model: str,
+    vote: str,
+) -> Ensemble:
+    """The models of these names, voting together, in eval mode.
+
+    Args:
+        names: of this package's models (``own``, by name), of RobustBench's zoo, or ``timm/<name>``.
+        model_dir: where RobustBench keeps its checkpoints; ``None`` is its default, ``models``.
+
+    Raises:
+        ValueError: fewer than two names, one that nobody knows, a member that does not take the dataset's images, or members
+            with different classes.
+    """
+    if len(names) < 2 or not all(names):
+        raise ValueError(
+            f"{'ensemble:' + '+'.join(names)!r}: name at least two models, as in 'ensemble:Standard+Rice2020Overfitting'"
+        )
+    members: list[nn.Module] = []
+    for name in names:
+        if name.startswith("timm/"):
+            members.append(_timm(name.removeprefix("timm/")))
+        elif name in own:
+            members.append(own[name]())
+        else:
+            members.append(_robustbench(name, model_dir, dataset, threat_model, own))
+    classes = {name: _classes(name, member.eval(), dataset) for name, member in zip(names, members, strict=True)}
+    if len(set(classes.values())) > 1:
+        raise ValueError(f"the members of an ensemble must have the same classes, but these have {classes}")
+    return Ensemble(members, vote).eval()
+
+
+def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
+    """A single model, in eval mode: ``robustbench:<name>`` of RobustBench's zoo, or ``timm:<name>``.
+
+    Raises:
+        ValueError: the zoo knows no such model (names the nearest one), or it does not take the dataset's images.
+    """
+    zoo, _, theirs = name.partition(":")
+    net = _timm(theirs) if zoo == "timm" else _robustbench(theirs, model_dir, dataset, threat_model)
+    _classes(name, net.eval(), dataset)
+    return net
+
+
+@torch.no_grad()
+def _classes(name: str, net: nn.Module, dataset: str) -> int:
+    """How many classes a network has; ValueError if it does not take a dataset's images."""
+    shape = IMAGE_SHAPES[dataset]
+    try:
+        return net(torch.zeros(1, *shape)).shape[-1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {reason}") from None
+
+
+def _timm(name: str) -> nn.Module:
+    """A pretrained timm model that takes images in [0, 1]."""
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    net = timm.create_model(name, pretrained=True)
+    return nn.Sequential(Normalize(net.default_cfg["mean"], net.default_cfg["std"]), net)
+
+
+def _robustbench(
+    name: str, model_dir: str | Path | None, dataset: str, threat_model: str, own: Iterable[str] = ()
+) -> nn.Module:
+    ensure()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+    from robustbench.utils import load_model
+
+    datasets = {member.value for member in BenchmarkDataset}
+    zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)] if dataset in datasets else {}
+    if name not in zoo:
+        raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, {*own, *zoo})
+    return load_model(name, model_dir=str(model_dir or "models"), dataset=dataset, threat_model=threat_model)

@@ -1,0 +1,153 @@
+"""The models that can be loaded by name: those that ship, those trained or converted here, and ensembles of anybody's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from defenses.architectures import ARCHITECTURES
+from defenses.gal import slope_of
+from defenses.multiresolution import SELF_ENSEMBLES
+from defenses.zoo.cards import check_name, read_card, read_model
+from defenses.zoo.convert import check_build, ensemble_from_checkpoint
+from defenses.zoo.foreign import ensemble_of, model_of
+from ensemble_attacks.data import DATASETS
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.hosts.robustbench import ensure
+from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.models.votes import VOTES, check_vote
+from ensemble_attacks.validation import check_choice
+
+logger = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parents[1] / "weights"
+THREAT_MODELS = ("Linf",)
+FOREIGN = ("robustbench:", "timm:")
+
+
+def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
+    """Names of the models that can be loaded, ``<defense>_<architecture>_<members>``, of one dataset or of all.
+
+    >>> "adp_convnet_3" in list_models("digits")
+    True
+    """
+    dataset = dataset and _named("dataset", dataset, DATASETS)
+    return sorted({card.stem for folder in _folders(model_dir) for card in folder.glob(f"{dataset or '*'}/*/*.json")})
+
+
+def _named(kind: str, value: object, known: Sequence[str]) -> str:
+    """One of the known names, given as such, or as RobustBench's enum."""
+    name = str(getattr(value, "value", value))
+    check_choice(kind, name, known)
+    return name
+
+
+def _folders(model_dir: str | Path | None) -> list[Path]:
+    """Where models are looked for, in this order."""
+    return [Path(model_dir), SHIPPED] if model_dir else [SHIPPED]
+
+
+def load_model(
+    model_name: str,
+    model_dir: str | Path | None = None,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    *,
+    vote: str = "softmax",
+    checkpoint: str | Path | None = None,
+    norm: str | None = None,
+) -> Any:
+    """Load an ensemble defense: RobustBench's arguments, the vote, and a published checkpoint.
+
+    Args:
+        model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
+            or of timm (``timm/<name>``); or a single model of theirs, ``"robustbench:NAME"`` or ``"timm:NAME"``; or, with
+            ``checkpoint``, ``<defense>_<architecture>_<members>``.
+        model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
+        dataset, threat_model: names, or RobustBench's enums.
+        vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
+        checkpoint: a published file to take the weights from (see `defenses.convert`; with CIFAR-10's normalisation, and
+            leaky ReLU for GAL; `convert` has the options).
+        norm: RobustBench's older name of ``threat_model``.
+
+    Returns:
+        The ensemble, in eval mode; a self-ensemble (``multiresolution``) has an aggregation of its own and no vote.
+
+    Raises:
+        ValueError: an unknown model, dataset, threat model or vote; names the nearest known one.
+        FileNotFoundError: no such checkpoint.
+        WeightsError: the weights are not those that the card, or the name, describes.
+    """
+    dataset = _named("dataset", dataset, DATASETS)
+    threat_model = _named("threat model", norm or threat_model, THREAT_MODELS)
+    check_vote(vote)
+    if checkpoint is not None:
+        return _load_checkpoint(model_name, checkpoint, dataset, vote)
+    if model_name.startswith("ensemble:"):
+        own = {name: partial(load_model, name, model_dir, dataset, threat_model) for name in list_models(dataset, model_dir)}
+        names = model_name.removeprefix("ensemble:").split("+")
+        return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
+    if model_name.startswith(FOREIGN):
+        return model_of(model_name, model_dir=model_dir, dataset=dataset, threat_model=threat_model)
+    return read_model(_stem(model_name, model_dir, dataset, threat_model), vote)
+
+
+def model_card(
+    model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
+) -> dict[str, Any]:
+    """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
+    dataset = _named("dataset", dataset, DATASETS)
+    return read_card(_stem(model_name, model_dir, dataset, _named("threat model", threat_model, THREAT_MODELS)))
+
+
+def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:
+    """The path of a model's files, without what tells them apart; ValueError for a name that leads elsewhere."""
+    check_name(model_name)
+    for folder in _folders(model_dir):
+        stem = folder / dataset / threat_model / model_name
+        if stem.with_suffix(".json").exists():
+            if model_dir and folder == SHIPPED:
+                logger.info("%s is not in model_dir %s: it is the one that ships", model_name, model_dir)
+            return stem
+    raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
+
+
+def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote: str) -> Ensemble:
+    _, *build = model_name.rsplit("_", 2)
+    if len(build) != 2 or build[0] not in ARCHITECTURES or not build[1].isdigit():
+        raise ValueError(
+            f"model_name {model_name!r}: with a checkpoint it is <defense>_<architecture>_<members>, as gal_resnet20_3"
+        )
+    ensemble, found = ensemble_from_checkpoint(checkpoint, dataset=dataset, negative_slope=slope_of(model_name), vote=vote)
+    check_build(model_name, found)
+    return ensemble
+
+
+def register_with_robustbench() -> list[str]:
+    """Make RobustBench's own ``load_model`` find the models that ship; returns their names there.
+
+    ``robustbench.load_model("Gal_resnet20_3", dataset="cifar10", threat_model="Linf")`` is `load_model("gal_resnet20_3")`;
+    with another vote, ``"Gal_resnet20_3_voting"`` or ``"Gal_resnet20_3_logits"``. Calling it again changes nothing.
+
+    Raises:
+        ImportError: robustbench cannot be imported; names the command that mends it.
+        ValueError: RobustBench has a model of that name already; nothing has been registered.
+    """
+    ensure()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+
+    zoo = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]
+    entries = {}
+    for name in list_models("cifar10"):
+        self_ensemble = model_card(name)["architecture"] in SELF_ENSEMBLES
+        for vote in ("softmax",) if self_ensemble else VOTES:
+            ours = name.capitalize() + ("" if vote == "softmax" else f"_{vote}")
+            entries[ours] = {"model": partial(load_model, name, vote=vote), "gdrive_id": []}  # [] is: nothing to download
+    taken = [name for name in entries if name in zoo and not isinstance(zoo[name]["model"], partial)]
+    if taken:
+        raise ValueError(f"RobustBench has a model {taken[0]!r} of its own: rename ours")
+    zoo.update(entries)
+    return list(entries)

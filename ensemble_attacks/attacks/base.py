@@ -1,0 +1,294 @@
+"""The torchattacks side of every attack: checks, normalisation, model state, and the call into the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from ensemble_attacks.descent import loop as descent
+from ensemble_attacks.descent.balls import make_ball
+from ensemble_attacks.descent.look import Draws
+from ensemble_attacks.descent.noise import generator_for, sample_keys
+from ensemble_attacks.descent.stages import Objective, Stage, Trace
+from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, probabilities_of
+from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
+from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.models.votes import log_expected_softmax
+from ensemble_attacks.scores import best_other, differ
+from ensemble_attacks.validation import (
+    check_count,
+    check_dtype,
+    check_images,
+    check_label_range,
+    check_labels,
+    check_module,
+    check_norm,
+    check_positive,
+    check_scores,
+    check_seed,
+)
+
+NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image out of [0, 1]
+
+
+class CarefulAttack(Attack):
+    """A torchattacks ``Attack`` that leaves everything as it found it, even after an exception: the model, the global random
+    state, gradient mode, its own normalisation; and that can be called under ``torch.no_grad()``.
+    """
+
+    needs_members = False
+    seed: int
+
+    def _check(self) -> None:
+        """Raise on a setting that cannot be run. Called on construction and, as settings may be changed, at each call."""
+
+    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
+        """Raise on images in [0, 1] or labels that cannot be attacked."""
+        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
+        check_labels(labels, images)
+        if len(images):
+            check_dtype(self.model, images)
+
+    def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""
+        super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
+
+    def _as_taken(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the model takes them: normalised as `get_logits` does."""
+        return self.normalize(images) if self._normalization_applied is False else images
+
+    def set_model(self, model: nn.Module) -> None:
+        check_module(model)
+        if self.needs_members:
+            shown = model.other if isinstance(model, Surrogate) and model.other is not None else model
+            check_members(shown, type(self).__name__)
+        super().set_model(model)
+
+    def _change_model_mode(self, given_training: Any) -> None:
+        """Eval mode, unless ``set_model_training_mode`` says otherwise; the draws that ``eot_iter`` asks for stay."""
+        if not self._model_training and getattr(getattr(self, "inner", self), "eot_iter", None) is not None:
+            evaluating(self.model)
+        else:
+            super()._change_model_mode(given_training)
+
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        self._check()
+        normalized = self._normalization_applied
+        try:
+            with (
+                preserved(self.model),
+                private_random_state(getattr(self, "seed", 0) or 0, self.model),
+                differentiable(),
+            ):
+                return super().__call__(inputs, labels, *args, **kwargs)
+        finally:
+            self._set_normalization_applied(normalized)
+
+    def save(
+        self, data_loader: Any, save_path: Any = None, verbose: bool = True, return_verbose: bool = False, **kwargs: Any
+    ) -> Any:
+        """torchattacks' ``save``, which predicts only where it reports: so it reports, to nobody, where it would not."""
+        with preserved(self.model):
+            report = super().save(data_loader, save_path, verbose, return_verbose or not verbose, **kwargs)
+        return report if return_verbose else None
+
+
+class DescentAttack(CarefulAttack):
+    """A torchattacks ``Attack`` that runs in `ensemble_attacks.descent`.
+
+    Subclasses say which stages to run (`_stages`) and by which step rule; everything that torchattacks users rely on
+    (``MultiAttack``, ``set_normalization_used``, ``set_mode_targeted_*``, ``save``, ...) works as usual. Beyond
+    torchattacks: inputs are checked, callers may be under ``torch.no_grad()``, the result does not depend on batch size or
+    order, and nothing about the model or the global random state is left changed, even after an exception.
+
+    Attributes:
+        trace: a `Trace` to fill, or ``None``.
+        eot_iter: of a random model, forward passes of every iterate, over which loss, gradient, success, best iterate and
+            step size are means (Athalye et al. 2018, "Synthesizing Robust Adversarial Examples"). Where the model names its
+            members and their probabilities, and the members are not random themselves, the mean is exact, and one pass of
+            all of them. ``None``: a model without randomness.
+        draws_per_pass: how many of these go through the model as one batch; more than 1 only if it draws for each image by
+            itself.
+    """
+
+    step_rule: type[StepRule]
+
+    def __init__(
+        self, name: str, model: nn.Module, *, norm: str, eps: float, steps: int, seed: int, batch_size: int | None
+    ) -> None:
+        super().__init__(name, model)
+        self.norm, self.eps, self.steps, self.seed, self.batch_size = norm, eps, steps, seed, batch_size
+        self.trace: Trace | None = None
+        self.eot_iter: int | None = None
+        self.draws_per_pass = 1
+        self.supported_mode = ["default", "targeted"]
+
+    def _check(self) -> None:
+        check_norm(self.norm)
+        check_positive("eps", self.eps)
+        check_count("steps", self.steps)
+        check_seed(self.seed)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        if self.eot_iter is not None:
+            check_count("eot_iter", self.eot_iter)
+        check_count("draws_per_pass", self.draws_per_pass)
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        raise NotImplementedError
+
+    def _opening(self) -> Stage | None:
+        """A stage before these, from the clean images (`descent.attack`)."""
+        return None
+
+    def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
+        return self.step_rule(x, eps=eps, steps=steps)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """What the loop sees of images in [0, 1]; normalises as `get_logits` does."""
+        images = self._as_taken(images)
+        if isinstance(self.model, Surrogate):
+            return self.model.look(images)
+        probabilities = self._probabilities()
+        if not self.needs_members and probabilities is None:
+            scores_NK = self.model(images)
+            check_scores(scores_NK, len(images), type(self.model).__name__)
+            return Outputs(scores_NK)
+        logits_MNK = self.model.member_logits(images)
+        if probabilities is None:
+            verdict_ENK = None
+            if getattr(self.model, "own_ties", False):
+                with torch.no_grad():
+                    verdict_ENK = self.model(images).unsqueeze(0)
+            return Outputs(self.model.aggregate(logits_MNK), logits_MNK, verdict_ENK)
+        return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
+
+    def _probabilities(self) -> Tensor | None:
+        """Of the members, if the expectation over them can be taken exactly and the attack is one that takes it."""
+        return probabilities_of(self.model) if self.needs_members or self.eot_iter is not None else None
+
+    def _draws(self, image: Tensor) -> Draws | None:
+        """How to look at the model; where the expectation over members is exact, also in a surrogate that aggregates them,
+        no draws are needed, unless the members themselves are random on an image (1, C, H, W).
+        """
+        if self.eot_iter is None:
+            return None
+        model = self.model
+        known = probabilities_of(model.target) if isinstance(model, Surrogate) and model.other is None else None
+        if known is not None or self._probabilities() is not None:
+            with torch.no_grad():
+                first, second = (self.outputs(image).logits_MNK for _ in range(2))
+            assert first is not None
+            assert second is not None
+            if not differ(first.flatten(1), second.flatten(1)):
+                return None
+        return Draws(self.eot_iter, self.draws_per_pass)
+
+    def _expected_stages(self, num_classes: int) -> list[Stage]:
+        return [replace(stage, objective=self._expected(stage.objective)) for stage in self._stages(num_classes)]
+
+    @staticmethod
+    def _expected(objective: Objective) -> Objective:
+        """The mean of a loss over the members that the model draws from."""
+
+        def mean(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+            assert outputs.logits_MNK is not None
+            assert outputs.weights_E is not None
+            losses = [objective(Outputs(logits_NK), labels, targets) for logits_NK in outputs.logits_MNK]
+            return torch.einsum("m,mn->n", outputs.weights_E.to(losses[0]), torch.stack(losses))
+
+        return mean
+
+    @staticmethod
+    def rivals(outputs: Outputs, aim: Tensor | None) -> Tensor:
+        """What a targeted attack has to overtake: the best class that is not the one aimed at, (N,)."""
+        assert aim is not None
+        return best_other(outputs.scores_NK.detach(), aim)
+
+    def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """A wrong class, uniformly at random for each image, by (seed, image)."""
+        scores_NK = self.get_output_with_eval_nograd(inputs)
+        labels = scores_NK.argmax(1) if labels is None else labels.to(scores_NK.device)
+        num_classes = scores_NK.shape[1]
+        shifts = [
+            torch.randint(1, num_classes, (), generator=generator_for(key, self.seed, -1), device="cpu")
+            for key in sample_keys(inputs)
+        ]
+        return (labels + torch.stack(shifts).to(labels)) % num_classes
+
+    def forward(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
+        """Attack.
+
+        Args:
+            images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
+            labels: (N,), integer class indices.
+            start: images in [0, 1] to start from, (N, C, H, W), projected into the ball around ``images``; ``None``: at
+                random, or where the attack says, at ``images``.
+
+        Returns:
+            Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
+
+        Raises:
+            TypeError, ValueError: an argument or setting that cannot be used; nothing has been changed.
+        """
+        self._check_inputs(images, labels)
+        device = images.device if self.device is None else self.device
+        images = images.detach().clone().to(device).clamp(0, 1)
+        labels = labels.detach().clone().to(device).long()
+        if not len(images):
+            return images
+        if start is not None:
+            check_images(start, "start")
+            if start.shape != images.shape:
+                raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
+            start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
+        if self.needs_members and not isinstance(self.model, Surrogate):
+            check_protocol(getattr(self.model, "counted", self.model), self._as_taken(images[:8]))
+        exact = self._probabilities() is not None
+        aim = None
+        if self.targeted:
+            with torch.no_grad():
+                check_label_range(labels, self.get_logits(images[:1]).shape[-1])
+            aim = self.get_target_label(images, labels)
+            self._change_model_mode(None)  # torchattacks' target functions may end in model.train()
+            check_labels(aim, images, "target labels")
+            aim = aim.to(device).long()
+        adversarial = descent.attack(
+            self.outputs,
+            images,
+            labels,
+            self._expected_stages if exact and not self.needs_members else self._stages,
+            opening=self._opening(),
+            norm=self.norm,
+            eps=self.eps,
+            steps=self.steps,
+            step_rule=self._step_rule,
+            seed=self.seed,
+            aim=aim,
+            start=start,
+            draws=self._draws(images[:1]),
+            batch_size=self.batch_size,
+            trace=self.trace,
+        )
+        if self.needs_members and isinstance(self.model, AdoptedEnsemble):
+            self.model.warn_of_mismatch(self._as_taken(adversarial))
+        return adversarial
+
+
+def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -> Tensor:
+    """Run anybody's attack, in batches and leaving all as it was; returns the images on the device of ``x``.
+
+    This package's attacks see to both themselves.
+    """
+    if isinstance(attack, CarefulAttack):
+        return attack(x, y).to(x.device)
+    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    with preserved(attack.model), private_random_state(seed, attack.model), torch.enable_grad():
+        return torch.cat([attack(images, labels).detach().to(x) for images, labels in parts])

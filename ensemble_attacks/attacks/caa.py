@@ -1,0 +1,57 @@
+"""CAA: Composite Adversarial Attacks (Mao et al., AAAI 2021): the Linf policy that its search found for CIFAR-10, each
+attack starting where the one before ended.
+
+The released code aims by targeted DLR, from a new random start for every class, and takes its CW steps without momentum;
+here every descent climbs the plain difference of the logits with APGD's steps, and goes on from the last.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from torch import nn
+
+from ensemble_attacks.attacks.base import DescentAttack
+from ensemble_attacks.descent.objectives import lead
+from ensemble_attacks.descent.stages import Stage
+from ensemble_attacks.descent.steps import CheckpointSteps
+
+TARGETS = 9
+
+
+class CAA(DescentAttack):
+    r"""CAA's published Linf policy: multi-targeted with 50 steps, again with 25, then CW with 125, all with APGD's steps.
+
+    Arguments:
+        model (nn.Module): images in [0, 1] -> scores (N, K).
+        norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        seed (int): of the random start. (Default: 0)
+        batch_size (int): samples per pass. (Default: None: all at once)
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+    """
+
+    step_rule = CheckpointSteps
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        seed: int = 0,
+        *,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__("CAA", model, norm=norm, eps=eps, steps=125, seed=seed, batch_size=batch_size)
+        self.supported_mode = ["default"]
+        self._check()
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        ranks = range(1, min(TARGETS, num_classes - 1) + 1)
+        aimed = enumerate(product((50, 25), ranks))
+        stages = [Stage(lead, target_rank=rank, steps=steps, resume=index > 0) for index, (steps, rank) in aimed]
+        return [*stages, Stage(lead, resume=True)]

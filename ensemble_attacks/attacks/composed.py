@@ -1,0 +1,38 @@
+"""Attacks made of other attacks, and what they have in common: they show and take the settings of their parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchattacks.attack import Attack
+
+from ensemble_attacks.attacks.base import CarefulAttack
+
+
+class ComposedAttack(CarefulAttack):
+    """An attack with other attacks as attributes.
+
+    A setting that it has not itself, such as ``eps`` or ``seed``, is read from the first part that has it, and set in all
+    that have it.
+    """
+
+    def _parts(self) -> list[Attack]:
+        return list(self.__dict__.get("_attacks", {}).values())
+
+    def _check(self) -> None:
+        for part in self._parts():
+            if isinstance(part, CarefulAttack):
+                part._check()
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self._parts():
+            if name in vars(part):
+                return getattr(part, name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        shared = [part for part in self._parts() if name in vars(part)] if name not in vars(self) else []
+        for part in shared:
+            setattr(part, name, value)
+        if not shared:
+            super().__setattr__(name, value)

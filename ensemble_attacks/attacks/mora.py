@@ -1,0 +1,261 @@
+"""MORA: Model-Reweighing Attack (Yu, Gao, Xu, "MORA: Improving Ensemble Robustness Evaluation with Model-Reweighing
+Attack", NeurIPS 2022).
+
+It breaks ensembles whose members were trained to have diverse gradients: instead of the ensemble's own gradient, in which
+members far from their boundary drown or cancel the others, it follows the members whose change moves the vote most
+(equations 7-12; see `objectives.mora`), with a cosine step and momentum 0.75 (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.attacks.base import DescentAttack
+from ensemble_attacks.descent.objectives import at_least, ce, normalize_margin
+from ensemble_attacks.descent.stages import CLOSEST, Stage
+from ensemble_attacks.descent.steps import CosineSteps
+from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.models.votes import log_mean_softmax, mean_logits
+from ensemble_attacks.scores import best_other, gather, margin, mask_class
+from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
+
+TARGETED_BETA = 0.5  # of the multi-targeted stage (MORA, section 4.1)
+SHORT, FEWEST_STEPS = 6, 5  # descents of an eighth of the first beta's steps, where that is not less than so many
+WEIGHT_RULES = ("derivative", "published", "runner-up", "code")
+
+
+def log_reweighing(logits_MNK: Tensor, labels: Tensor, others: Tensor, rule: str = "derivative") -> Tensor:
+    """Logarithm of MORA's member weights without their constant 1 / (tau M), (M, N).
+
+    ``logits_MNK`` are already divided by the temperature; ``others`` is the class to overtake y, (N,).
+
+    With E = mean_m softmax(z^m / tau), k^m = z_y - z_other moved through z_y, the weight is the derivative of E_y - E_other
+    (MORA, eq. 10). ``rule`` chooses the reading of that equation:
+
+    - ``"derivative"``: s_y (1 - s_y + s_other), the true derivative;
+    - ``"published"``: s_y (1 + s_y - s_other), as printed;
+    - ``"runner-up"``: s_other (1 + s_y - s_other), the derivative with k^m moved through z_other;
+    - ``"code"``: s_other ((1 + s_other) / E_other - s_y / E_y), as the released code computes it.
+
+    In log-space; for the default rule 1 - s_y is the sum of the other probabilities, never a difference, so that a confident
+    member (s_y = 1 in floating point) keeps its true, tiny weight.
+    """
+    log_s_MNK = logits_MNK.log_softmax(-1)
+    log_s_y, log_s_other = gather(log_s_MNK, labels), gather(log_s_MNK, others)
+    if rule == "derivative":
+        log_rest = mask_class(log_s_MNK, labels).logsumexp(-1)  # log(1 - s_y)
+        return log_s_y + torch.logaddexp(log_rest, log_s_other)
+    if rule == "published":
+        return log_s_y + torch.log1p(log_s_y.exp() - log_s_other.exp())
+    if rule == "runner-up":
+        return log_s_other + torch.log1p(log_s_y.exp() - log_s_other.exp())
+    log_e_NK = log_mean_softmax(logits_MNK)
+    log_e_y, log_e_other = gather(log_e_NK, labels), gather(log_e_NK, others)
+    first = torch.log1p(log_s_other.exp()) - log_e_other
+    second = log_s_y - log_e_y
+    return log_s_other + first + torch.log(-torch.expm1((second - first).clamp_max(0)))
+
+
+def reweigh(
+    logits_MNK: Tensor,
+    labels: Tensor,
+    others: Tensor,
+    *,
+    masked: bool,
+    rule: str,
+    probabilities: Tensor | None = None,
+) -> Tensor:
+    """MORA's member weights (M, N), summing to 1 over the members (MORA, eq. 10 and the indicator of eq. 11).
+
+    With ``masked``, members that already prefer ``others`` to y weigh nothing; where that, or the rule, leaves no member,
+    all weigh the same. Of a model that draws members with ``probabilities`` (M,), the weights are those of the expected
+    vote, and the members that weigh nothing those that are wrong already, whichever class they prefer.
+    """
+    log_weights_MN = log_reweighing(logits_MNK, labels, others, rule)
+    if probabilities is not None:
+        log_weights_MN = log_weights_MN + probabilities.to(log_weights_MN).log().unsqueeze(-1)
+    if masked:
+        lead_MN = gather(logits_MNK, labels) - gather(logits_MNK, others)
+        if probabilities is not None:
+            lead_MN = margin(logits_MNK, labels)
+        log_weights_MN = log_weights_MN.masked_fill(lead_MN <= 0, -torch.inf)
+    nobody_N = log_weights_MN.amax(0) == -torch.inf
+    return log_weights_MN.masked_fill(nobody_N, 0.0).softmax(0)
+
+
+def mora(
+    logits_MNK: Tensor,
+    scores_NK: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    *,
+    beta: float,
+    vote: str | None,
+    tau: float | None = None,
+    rule: str = "derivative",
+    probabilities: Tensor | None = None,
+) -> Tensor:
+    """MORA's loss, (N,) (Yu et al., NeurIPS 2022, eq. 7-12): cross-entropy of a mixture of the ensemble's own scores and
+    its members' logits, reweighed towards the members whose change moves the vote most.
+
+    Args:
+        logits_MNK: the members' logits.
+        scores_NK: the ensemble's scores; used for an aggregation that is none of the three votes (``vote=None``).
+        labels: the classes to leave, (N,).
+        targets: the classes to reach instead, (N,); ``None`` is the ensemble's best other class, at every step anew.
+        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's. With ``vote="logits"`` and the true
+            derivative it makes no difference: every member moves the mean by 1 / M.
+        vote: the ensemble's vote, which decides temperature, indicator and ensemble term.
+        tau: temperature of the members' softmax. ``None``: 1, but for ``"voting"`` each member's own top-1 minus top-2
+            gap, per sample, which follows the hard vote more closely than any fixed temperature.
+        probabilities: with which the model draws each member, (M,), if it is a random one.
+    """
+    detached_MNK = logits_MNK.detach()
+    temperature: float | Tensor
+    if tau is not None:
+        temperature = tau
+    elif vote == "voting":
+        top_MN2 = detached_MNK.topk(2, -1).values
+        temperature = at_least(top_MN2[..., 0] - top_MN2[..., 1], detached_MNK).unsqueeze(-1)
+    else:
+        temperature = 1.0
+
+    if vote == "logits":
+        ensemble_NK = mean_logits(logits_MNK)
+    elif vote in ("softmax", "voting") and probabilities is None:
+        ensemble_NK = log_mean_softmax(logits_MNK / temperature)
+    else:
+        ensemble_NK = scores_NK
+    others = best_other(ensemble_NK.detach(), labels) if targets is None else targets
+    if vote == "logits" and rule == "derivative":
+        members_NK = ensemble_NK  # E is the mean of the logits: its derivative by k^m is 1 / M for every member
+    else:
+        weights_MN = reweigh(
+            detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule, probabilities=probabilities
+        )
+        members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)
+
+    mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, labels, targets)
+    mixture_NK = mixture_NK + beta * normalize_margin(members_NK, labels, targets)
+    return ce(mixture_NK, labels) if targets is None else -ce(mixture_NK, targets)
+
+
+class MORA(DescentAttack):
+    r"""MORA, in the norms Linf and L2.
+
+    A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
+    robust, those with the smallest margin first. The first beta's steps are spent in seven descents, as most samples need
+    few steps, and most others the right class rather than many: one from the clean image, untargeted, then six of an eighth
+    of the steps. These and the later ones start at random and aim, sample by sample, at the wrong class that has come
+    closest in all iterates so far, among those that the fewest descents of as many steps or more have aimed at. The paper's
+    sweep is one untargeted descent a beta (``aimed=False``), where different betas mostly end at the same class, and its
+    targets are the likeliest classes of the clean image; under hard votes both leave more samples robust.
+
+    Arguments:
+        model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
+        norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        steps (int): gradient steps for each beta, and for each target. (Default: 100)
+        betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
+        targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
+        tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
+        seed (int): of the random starts. (Default: 0)
+        aimed (bool): whether the first beta's descent is cut, and all but the first aim at single classes. (Default: True)
+        weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
+        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        batch_size (int): samples per pass. (Default: None: all at once)
+
+    Raises:
+        NotAnEnsembleError: ``model`` shows no members; `as_ensemble` can name them.
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+
+    Examples::
+        >>> import torch
+        >>> from ensemble_attacks import MORA, Ensemble
+        >>> members = [nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2)]
+        >>> images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        >>> attack = MORA(Ensemble(members, vote="softmax"), eps=0.01, steps=10)
+        >>> attack(images, labels).shape
+        torch.Size([5, 3, 2, 2])
+    """
+
+    needs_members = True
+    step_rule = CosineSteps
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        betas: Sequence[float] = (0.5, 0.0, 0.25, 0.75, 1.0),
+        targets: int = 0,
+        tau: float | None = None,
+        seed: int = 0,
+        *,
+        aimed: bool = True,
+        weight_rule: str = "derivative",
+        eot_iter: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__("MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        self.eot_iter = eot_iter
+        self.betas, self.targets, self.tau, self.aimed, self.weight_rule = betas, targets, tau, aimed, weight_rule
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        check_fractions("betas", self.betas)
+        check_count("targets", self.targets, at_least=0)
+        if self.tau is not None:
+            check_positive("tau", self.tau)
+        check_choice("weight_rule", self.weight_rule, WEIGHT_RULES)
+
+    def sweep(self) -> list[tuple[float, int]]:
+        """Beta and steps of each descent, but for those at ``targets``."""
+        first, *others = self.betas
+        eighth = self.steps // 8
+        short = [(first, eighth)] * (SHORT if self._aims and eighth >= FEWEST_STEPS else 0)
+        return [(first, self.steps - eighth * len(short)), *short, *((beta, self.steps) for beta in others)]
+
+    @property
+    def _aims(self) -> bool:
+        return self.aimed and not self.targeted
+
+    def _opening(self) -> Stage | None:
+        beta, steps = self.sweep()[0]
+        return Stage(partial(self._loss, beta), steps=steps) if self._aims else None
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        sweep = self.sweep()
+        untargeted = 0 if self._aims else len(sweep)
+        targets = 0 if self.targeted else min(self.targets, num_classes - 1)
+        descents = [*sweep[self._aims :], *[(TARGETED_BETA, self.steps)] * targets]
+        return [
+            Stage(partial(self._loss, beta), target_rank=None if r < untargeted else CLOSEST, restart=r, steps=steps)
+            for r, (beta, steps) in enumerate(descents)
+        ]
+
+    def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        assert outputs.logits_MNK is not None
+        if self.targeted:
+            labels = self.rivals(outputs, targets)
+        return mora(
+            outputs.logits_MNK,
+            outputs.scores_NK,
+            labels,
+            targets,
+            beta=beta,
+            vote=getattr(self.model, "vote", None),
+            probabilities=outputs.weights_E,
+            tau=self.tau,
+            rule=self.weight_rule,
+        )

@@ -1,0 +1,77 @@
+"""PGD (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018) with restarts, in the loop
+of every attack here; on the margin of the logits it is the Linf form of Carlini and Wagner's attack that ensemble defenses
+are evaluated with.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ensemble_attacks.attacks.base import DescentAttack
+from ensemble_attacks.descent.objectives import ce, lead
+from ensemble_attacks.descent.stages import Stage
+from ensemble_attacks.descent.steps import ConstantSteps
+from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.validation import check_choice, check_count, check_positive
+
+LOSSES = ("ce", "margin")
+
+
+class PGD(DescentAttack):
+    r"""PGD on any classifier, in the norms Linf and L2, as the MORA paper runs it.
+
+    Arguments:
+        model (nn.Module): images in [0, 1] -> scores (N, K).
+        norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
+        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        alpha (float): step size. (Default: None: eps / 4)
+        steps (int): gradient steps of each restart. (Default: 100)
+        n_restarts (int): random starts; each only on the samples still robust. (Default: 5)
+        seed (int): of the random starts. (Default: 0)
+        loss (str): ``"ce"``, or ``"margin"`` (CW: the best other logit minus the label's). (Default: ``"ce"``)
+        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        batch_size (int): samples per pass. (Default: None: all at once)
+
+    Shape:
+        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - labels: :math:`(N)`, integer class indices
+        - output: :math:`(N, C, H, W)`
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        alpha: float | None = None,
+        steps: int = 100,
+        n_restarts: int = 5,
+        seed: int = 0,
+        loss: str = "ce",
+        *,
+        eot_iter: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__("PGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        self.alpha, self.n_restarts, self.loss, self.eot_iter = alpha, n_restarts, loss, eot_iter
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        if self.alpha is not None:
+            check_positive("alpha", self.alpha)
+        check_count("n_restarts", self.n_restarts)
+        check_choice("loss", self.loss, LOSSES)
+
+    def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> ConstantSteps:
+        return ConstantSteps(x, eps=eps, steps=steps, share=0.25 if self.alpha is None else self.alpha / eps)
+
+    def _stages(self, num_classes: int) -> list[Stage]:
+        return [Stage(self._objective, restart=restart) for restart in range(self.n_restarts)]
+
+    def _objective(self, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+        if self.targeted:
+            labels = self.rivals(outputs, targets)
+        if self.loss == "margin":
+            return lead(outputs, labels, targets)
+        return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)

@@ -1,0 +1,5 @@
+"""The command line: ``ensemble-attacks``."""
+
+from ensemble_attacks.cli.group import main
+
+__all__ = ["main"]

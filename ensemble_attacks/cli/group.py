@@ -1,0 +1,68 @@
+"""The group of commands. Errors are shown as one line, and with ``--debug`` as tracebacks.
+
+A command's module is imported when the command is called: help and completion answer without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import Any
+
+import click
+
+from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.version import __version__
+
+COMMANDS = {  # by name: the module under `cli`, and what it does
+    "evaluate": ("run", "Attack a model, judge the images, print the comparison."),
+    "diagnose": ("inspect", "Is a model masking its gradients?"),
+    "sweep": ("run", "Evaluate what a TOML file describes: models x votes x eps x seeds."),
+    "status": ("run", "How far a run is, and what failed."),
+    "resume": ("run", "Go on with a run; units that were given up are tried again."),
+    "verify": ("inspect", "Judge stored images anew, from them, the model and the data alone."),
+    "report": ("inspect", "Write a finished run as one HTML page, Markdown, CSV and figures."),
+    "export": ("inspect", "Write a finished run in another project's format."),
+    "demo": ("demo", "Handwritten digits: AutoAttack beside MORA, in about a minute."),
+    "train": ("models", "Train a defense, with one command, resumable."),
+    "convert": ("models", "Make a model of published checkpoints."),
+    "attacks": ("models", "List the attacks: what each does, needs and costs."),
+    "models": ("models", "List the models that can be loaded."),
+    "doctor": ("models", "Check the installation."),
+}
+
+
+class Commands(click.Group):
+    """Shows an error as one line and exits with 2, or with 130 after SIGINT; ``--debug`` shows the traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(import_module(f"ensemble_attacks.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, meaning) for name, (_, meaning) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.UsageError(str(error), ctx=None) from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+def main(debug: bool) -> None:
+    """Attacks that tell the truth about ensemble defenses."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")

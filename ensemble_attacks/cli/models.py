@@ -1,0 +1,82 @@
+"""train, convert, models, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ensemble_attacks.cli.options import console
+from ensemble_attacks.data import DATASETS
+from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
+from ensemble_attacks.models import providers
+from ensemble_attacks.validation import check_device
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
+@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir.")
+@click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for cifar10]")
+@click.option("--members", type=int, default=3)
+@click.option("--epochs", type=int, default=30)
+@click.option("--minutes", type=float, help="Train that long instead; the schedule follows the clock.")
+@click.option("--batch-size", type=int, default=128)
+@click.option("--seed", type=int, default=0)
+@click.option("--device", default="cpu")
+@click.option("--start-from", help="A model to start from.  [default: the recipe's; DVERGE's is the standard ensemble]")
+@click.option("--max-lr", type=float, help="Peak of the one-cycle schedule.  [default: the recipe's]")
+@click.option("--amp", is_flag=True, help="Networks in bfloat16 autocast: about twice as fast where the hardware has it.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="For checkpoint and log; resumes from there.")
+@click.option("--model-dir", type=click.Path(path_type=Path), help="Where the finished model goes.  [default: --out]")
+def train(recipe: str, **options: Any) -> None:
+    """Train a defense, with one command, resumable.
+
+    standard, at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at: adversarial training, of
+    the backbone in frontend_at.
+    """
+    check_device(options["device"])
+    card = providers.able_to("train_model").train_model(recipe, **options)
+    _print_card(card, options["dataset"], options["model_dir"] or options["out"])
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="FILE...")
+@click.option("--name", required=True, help="Of the new model, as in dverge_resnet20_3.")
+@click.option("--model-dir", type=click.Path(path_type=Path), required=True, help="Where the model goes.")
+@click.option("--dataset", default="cifar10", help=" or ".join(DATASETS) + ".")
+@click.option("--normalization", default="cifar10", help="cifar10, imagenet or none, where the checkpoint has none.")
+@click.option("--negative-slope", type=float, help="Of the members' leaky ReLU.  [default: 0.1 for gal..., else 0]")
+def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
+    """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts."""
+    card = providers.able_to("convert").convert(checkpoints, name, **options)
+    _print_card(card, options["dataset"], options["model_dir"])
+
+
+def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
+    console.print(card.read_text(), highlight=False)
+    console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+
+
+@click.command()
+@click.option("--dataset", help=" or ".join(DATASETS) + ".")
+def models(dataset: str | None) -> None:
+    """List the models that can be loaded."""
+    for name in (dataset,) if dataset else DATASETS:
+        for model in providers.list_models(name):
+            click.echo(f"{name}\t{model}")
+
+
+@click.command()
+def doctor() -> None:
+    """Check the installation; exits with 1 where something is broken."""
+    findings = examine()
+    colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
+    for finding in findings:
+        console.print(f"[{colours[finding.status]}]{finding.status:>6}[/] {finding.name}: {finding.found}", highlight=False)
+        if finding.remedy:
+            console.print(f"       {finding.remedy}", highlight=False, markup=False)
+    sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)

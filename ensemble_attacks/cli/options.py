@@ -1,0 +1,73 @@
+"""What several commands share: options, their values, the console."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from functools import reduce
+from inspect import signature
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.evaluation.engines import ENGINES
+from ensemble_attacks.validation import check_choice, check_count, check_device
+
+console = Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def places(command: Callable[..., None]) -> Callable[..., None]:
+    """Where things lie."""
+    options = [
+        click.option("--model-dir", help="Where trained models lie, if not among those that ship."),
+        click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py."),
+        click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir."),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def machines(command: Callable[..., None]) -> Callable[..., None]:
+    """Who does the work."""
+    options = [
+        click.option("--engine", default="local", help=", ".join(ENGINES) + "."),
+        click.option("--workers", type=int, default=1, help="Processes of the engine local."),
+        click.option("--device", default="cpu", help="Comma-separated: the workers take turns."),
+        click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the engines ray and slurm."),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+    """Raise on an engine or options that cannot be; the devices of other machines are not looked at."""
+    check_choice("engine", engine, tuple(ENGINES))
+    check_count("workers", workers)
+    known = [name for name, of in signature(ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
+    known = [name for name in known if name not in ("workers", "devices")]
+    for key, _ in map(key_value, options):
+        if key not in known:
+            raise unknown_name(f"option of the engine {engine!r} (-O)", key, known)
+    if engine == "local":
+        for name in device.split(","):
+            check_device(name)
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"option {text!r}: write KEY=VALUE, as in -O minutes=60")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def radius(text: object) -> float:
+    """A number, or a fraction such as RobustBench's ``8/255``."""
+    try:
+        return float(Fraction(str(text).replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps {text!r} is no number: write it as 0.03 or 8/255") from error

@@ -1,0 +1,156 @@
+"""One look at iterates: scores, success and gradient from the same forward pass; of a random model, means over draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ensemble_attacks.descent.stages import Objective
+from ensemble_attacks.models.view import Forward, Outputs
+from ensemble_attacks.scores import margin, targeted_margin
+
+CONFIRMING = 20  # further draws of a sample that no draw has been right on, before it leaves
+NO_GRADIENT = (
+    "the model's scores have no gradient: stand in for the part that stops it (BPDAIdentity, Surrogate), estimate it "
+    "(ZeroOrder), or use an attack that needs none (square)"
+)
+TIE = 1e-3  # what the mean margin counts beside the probability of being right
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a random model is looked at.
+
+    Attributes:
+        count: forward passes of every iterate.
+        per_pass: how many of them go through the model as one batch; more than one only where a model draws for every
+            image of a batch by itself.
+    """
+
+    count: int
+    per_pass: int = 1
+
+
+class Point(NamedTuple):
+    """What was seen at iterates (N, C, H, W): the mean over draws of scores and loss, and the loss's gradient.
+
+    ``margin_N`` is negative where the sample is fooled: the margin of a deterministic model; else the probability of being
+    right, with the mean margin to break ties.
+    """
+
+    scores_NK: Tensor
+    margin_N: Tensor
+    loss_N: Tensor
+    gradient: Tensor | None
+    forwards: int
+    backwards: int
+
+    @classmethod
+    def joined(cls, points: Sequence[Point]) -> Point:
+        """Of all batches."""
+        scores, margins, losses, gradients, forwards, backwards = zip(*points, strict=True)
+        gradient = None if gradients[0] is None else torch.cat(gradients)
+        return cls(torch.cat(scores), torch.cat(margins), torch.cat(losses), gradient, sum(forwards), sum(backwards))
+
+    def at(self, rows: Tensor) -> Point:
+        """Of some samples; the passes have been counted."""
+        gradient = None if self.gradient is None else self.gradient[rows]
+        return Point(self.scores_NK[rows], self.margin_N[rows], self.loss_N[rows], gradient, 0, 0)
+
+
+def success_margin(scores: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
+    """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (..., N)."""
+    return margin(scores, labels) if aim is None else targeted_margin(scores, aim)
+
+
+def expected_margin(right_N: Tensor, margin_N: Tensor) -> Tensor:
+    """Orders samples by the probability of being right, then by mean margin; negative where that probability is 0."""
+    closeness_N = 0.5 + margin_N.atan() / math.pi
+    return torch.where(right_N > 0, right_N, -1.0) + TIE * closeness_N
+
+
+def verdict(outputs: Outputs, labels: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The probability of being right, or of not being where an attack aims, and the mean margin; (N,), (N,)."""
+    if outputs.verdict_ENK is None:
+        margin_N = success_margin(outputs.scores_NK.detach(), labels, aim)
+        return (~(margin_N < 0)).to(margin_N), margin_N
+    margin_EN = success_margin(outputs.verdict_ENK.detach(), labels, aim)
+    weights_E = torch.ones(1) if outputs.weights_E is None else outputs.weights_E
+    weights_E = weights_E.to(margin_EN)
+    return weights_E @ (~(margin_EN < 0)).to(margin_EN), weights_E @ margin_EN
+
+
+def look(
+    forward: Forward,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    targeted: bool,
+    objective: Objective | None,
+    draws: Draws | None,
+) -> Point:
+    """Scores, success and, with an ``objective``, its loss and gradient at ``x``: one forward pass serves all three.
+
+    The draws of a random model are accumulated, so that memory does not grow with their number.
+    """
+    count, at_once = (1, 1) if draws is None else (draws.count, draws.per_pass)
+    x = x.detach().requires_grad_(objective is not None)
+    right_N = margin_N = loss_N = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    scores_NK = torch.zeros((), dtype=x.dtype, device=x.device)
+    gradient: Tensor | None = None
+    random, backwards = draws is not None, 0
+    for copies in _chunks(count, at_once):
+        at, to = tile(labels, copies), None if targets is None else tile(targets, copies)
+        with torch.set_grad_enabled(objective is not None):
+            outputs = forward(tile(x, copies))
+        right, lead = verdict(outputs, at, to if targeted else None)
+        right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
+        scores_NK = scores_NK + total(outputs.scores_NK.detach(), copies)
+        random = random or outputs.weights_E is not None
+        if objective is None or (draws is None and not right.any()):
+            continue
+        with torch.enable_grad():
+            loss = objective(outputs, at, to)
+        (part,) = torch.autograd.grad(loss.sum(), x, allow_unused=True) if loss.requires_grad else (None,)
+        if part is None:
+            raise ValueError(NO_GRADIENT)
+        gradient = part if gradient is None else gradient + part
+        loss_N = loss_N + total(loss.detach(), copies)
+        backwards += copies * len(x)
+    if objective is not None and gradient is None:
+        gradient = torch.zeros_like(x)  # all are fooled
+    forwards, seen = count * len(x), torch.full_like(right_N, count)
+    doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else ()
+    if len(doubtful):  # before a sample leaves on these draws, others have to confirm them
+        forwards += CONFIRMING * len(doubtful)
+        seen[doubtful] += CONFIRMING
+        aim = targets[doubtful] if targeted and targets is not None else None
+        for copies in _chunks(CONFIRMING, at_once):
+            with torch.no_grad():
+                outputs = forward(tile(x.detach()[doubtful], copies))
+            again = verdict(outputs, tile(labels[doubtful], copies), None if aim is None else tile(aim, copies))
+            right_N[doubtful] += total(again[0], copies)
+            margin_N[doubtful] += total(again[1], copies)
+    if random:
+        margin_N = expected_margin(right_N / seen, margin_N / seen)
+    return Point(scores_NK / count, margin_N, loss_N / count, gradient, forwards, backwards)
+
+
+def tile(t: Tensor, copies: int) -> Tensor:
+    """(N, ...) -> (copies * N, ...)."""
+    return t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1))
+
+
+def total(t: Tensor, copies: int) -> Tensor:
+    """(copies * N, ...) -> (N, ...), summed over copies."""
+    return t if copies == 1 else t.view(copies, -1, *t.shape[1:]).sum(0)
+
+
+def _chunks(count: int, size: int) -> list[int]:
+    """``count`` in parts of ``size``."""
+    return [size] * (count // size) + ([count % size] if count % size else [])

@@ -1,0 +1,79 @@
+"""What an attack runs, one descent after another, and the record of how it went."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.models.view import Outputs
+
+NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
+FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
+CLOSEST = 0  # target rank of the class that has come closest so far
+Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]  # (outputs, labels, targets) -> loss (N,)
+Direction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noise, labels, ranked classes) -> direction (N, K)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One descent from one random start.
+
+    Attributes:
+        objective: what to maximise.
+        target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; `CLOSEST`: at
+            the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages
+            of as many steps or more have aimed at; ``None``: at none.
+        restart: which of the sample's random starts.
+        direction: a random direction in the space of scores, to be the objective's target (N, K): made of noise (N, K),
+            uniform in [-1, 1], the labels, and the wrong classes (N, K - 1) ranked by the scores of the clean image.
+        steps, step_rule: where they are not the attack's.
+        resume: go on where the stage before ended, on the samples that it took.
+        share: of the robust samples, those of the smallest margin that are worth the passes; `FEWEST` at least.
+    """
+
+    objective: Objective
+    target_rank: int | None = None
+    restart: int = 0
+    direction: Direction | None = None
+    steps: int | None = None
+    step_rule: Callable[..., StepRule] | None = None
+    resume: bool = False
+    share: float = 1.0
+
+
+@dataclass(eq=False)
+class Trace:
+    """Convergence of an attack, one row per step of every stage, summed over batches.
+
+    Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
+    spent here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is
+    the pass of the clean images, and of a start.
+
+    Attributes:
+        fooled_in: for each call of the attack, the stage (N,) in which each sample was fooled: -1 if the clean image was
+            already wrong, `NEVER` if it held out.
+    """
+
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
+    fooled_in: list[Tensor] = field(default_factory=list, repr=False)
+
+    def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
+        sums = self._sums[stage, step]
+        for column, value in enumerate((fooled, forwards, backwards, loss)):
+            sums[column] += float(value)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
+        rows, robust = [], sum(map(len, self.fooled_in))
+        for (stage, step), (*counts, loss) in sorted(self._sums.items()):
+            fooled, forwards, backwards = map(int, counts)
+            robust -= fooled
+            mean_loss = loss / backwards if backwards else None
+            row = dict(stage=stage, step=step, fooled=fooled, robust=robust, forwards=forwards, backwards=backwards)
+            rows.append({**row, "loss": mean_loss})
+        return rows

@@ -1,0 +1,40 @@
+"""Which attacks a model asks for, from its structure and from what a diagnosis flags."""
+
+from __future__ import annotations
+
+from ensemble_attacks.diagnostics.findings import Check
+from ensemble_attacks.models.structure import Structure
+
+
+def adaptive_attacks(structure: Structure) -> list[str]:
+    """The attacks that a structure asks for, cheapest first, by the names of the registry and of AutoAttack."""
+    names = []
+    if structure.frontend:
+        names += ["bpda"]
+    if structure.members:
+        names += ["bpda-mora"] if structure.frontend else []
+        names += ["mora"]
+    if structure.own_aggregation:
+        names += ["crossmax-transfer"]
+    if structure.random:
+        return [*names, "eot-apgd"]
+    targeted = ["apgd-t"] if structure.classes > 3 else []
+    return [*names, "apgd-ce", *targeted, "fab-t", "square"]
+
+
+NEED_MEMBERS = {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
+
+
+CHEAPEST_FIRST = (
+    *("bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd"),
+    *("pgd", "apgd-ce", "apgd-t", "fab-t", "square"),
+)
+
+
+def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
+    """The adaptive suite that a structure and its flags call for, cheapest first."""
+    asked = {flag.next for flag in flags if flag.next}
+    chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
+    if not structure.members:
+        chosen -= NEED_MEMBERS
+    return [name for name in CHEAPEST_FIRST if name in chosen]

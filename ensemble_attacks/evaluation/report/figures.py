@@ -1,0 +1,240 @@
+"""The figures of a report, each with the data behind it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
+from ensemble_attacks.evaluation.chains import Context
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.report.tables import write_csv
+from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of, seed_said
+from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.scores import margin
+
+logger = logging.getLogger(__name__)
+SHOWN = 8  # images of the gallery
+TRANSFER_STEPS = 20
+MOST_MEMBERS = 8  # of a transfer matrix
+GRID = 15  # points of the loss surface along each direction
+DIAGNOSED = 32  # images that a diagnosis looks at
+
+
+@dataclass
+class Picture:
+    """A figure, its caption, and the data behind it."""
+
+    name: str
+    caption: str
+    figure: Figure
+    columns: Sequence[str] = ()
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def png(self) -> str:
+        """For an ``img`` of the page."""
+        self.figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, bbox_inches="tight")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def save(self, folder: Path) -> None:
+        for kind in ("pdf", "png"):
+            self.figure.savefig(folder / f"{self.name}.{kind}", bbox_inches="tight")
+        if self.rows:
+            write_csv(folder / f"{self.name}.csv", self.columns, self.rows)
+
+
+def _title(unit: Unit) -> str:
+    content = unit.content
+    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}{seed_said(content)}"
+
+
+def _curves(ledger: Ledger) -> list[Picture]:
+    """Robust images against passes, all attacks of a cell on one axis (MORA, figure 4)."""
+    pictures = []
+    chains, cells = chains_of(ledger.manifest), cells_of(ledger.manifest)
+    shards = len(chains) // len(cells)
+    for index in range(len(cells)):
+        own = chains[index * shards : (index + 1) * shards]
+        axes = (figure := Figure(figsize=(7, 4))).subplots()
+        rows: list[tuple[Any, ...]] = []
+        for units in list(zip(*own, strict=True))[1:]:
+            name = units[0].content["attack"]
+            points = _curve([info for unit in units if (info := ledger.info(unit))], own[0][0].content["n"])
+            if len(points) > 1:
+                passes, robust = zip(*points, strict=True)
+                axes.step(passes, robust, where="post", label=name)
+                rows += [(name, *point) for point in points]
+        if not rows:
+            continue
+        axes.set(xscale="log", xlabel="passes (forward + backward) per image", ylabel="robust images (%)", ylim=(0, 101))
+        axes.legend()
+        caption = f"{_title(own[0][0])}: what is left robust, against the passes spent"
+        pictures.append(Picture(f"convergence_{index}", caption, figure, ("attack", "passes", "robust %"), rows))
+    return pictures
+
+
+def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
+    """Points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
+    if not all(info["trace"] for info in infos):
+        return []
+    moments: dict[tuple[int, int], tuple[float, float]] = {}
+    for info in infos:
+        for row in info["trace"]:
+            spent, fooled = moments.get((row["stage"], row["step"]), (0.0, 0.0))
+            moments[row["stage"], row["step"]] = spent + row["forwards"] + row["backwards"], fooled + row["fooled"]
+    first = [info["trace"][0] for info in infos]
+    points, spent, robust = [], 0.0, float(sum(row["robust"] + row["fooled"] for row in first))
+    for _, (more, fooled) in sorted(moments.items()):
+        spent, robust = spent + more, robust - fooled
+        points.append((spent / n, 100 * robust / n))
+    return points
+
+
+def _by_eps(summary: dict[str, Any]) -> list[Picture]:
+    """The worst case against the radius, where a run has several."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for cell in summary["cells"]:
+        at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
+        lines.setdefault(
+            f"{cell['model']}, {cell['vote']}{seed_said(cell)}", [(0.0, 100 * cell["clean"]["accuracy"])]
+        ).append(at)
+    if all(len(points) < 3 for points in lines.values()):
+        return []
+    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel="eps", ylabel="robust accuracy, worst case (%)", ylim=(0, 101))
+    axes.legend()
+    rows = [(name, *point) for name, points in lines.items() for point in sorted(points)]
+    return [Picture("eps", "Robust accuracy against the radius", figure, ("model", "eps", "robust %"), rows)]
+
+
+def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:
+    best = min(chain[1:], key=lambda unit: float(_read(ledger, unit)["right"].sum()))
+    tensors = _read(ledger, best)
+    index = cells_of(ledger.manifest).index({key: best.content[key] for key in cells_of(ledger.manifest)[0]})
+    pictures = [_gallery(context, tensors, best, index)]
+    linf = context.settings.norm == "Linf"
+    if linf:
+        pictures.append(_surface(context, best, index))
+    if hasattr(context.model, "member_logits"):
+        pictures.append(_members(context, tensors, best, index))
+        if linf:
+            pictures.append(_transfer(context, best, index))
+    return [picture for picture in pictures if picture]
+
+
+def _read(ledger: Ledger, unit: Unit) -> dict[str, Tensor]:
+    result = ledger.read(unit)
+    assert result is not None
+    return result.tensors
+
+
+def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture | None:
+    """Clean, adversarial, and the perturbation magnified."""
+    moved = (tensors["x_adv"] != context.x[tensors["rows"]]).flatten(1).any(1)
+    fooled = torch.nonzero(~tensors["robust"].bool() & moved).squeeze(-1)[:SHOWN]
+    if not len(fooled):
+        return None
+    clean, images = context.x[tensors["rows"][fooled]], tensors["x_adv"][fooled]
+    magnified = 0.5 + 0.5 * (images - clean) / unit.content["eps"]
+    axes = (figure := Figure(figsize=(1.1 * len(fooled), 3.4))).subplots(3, len(fooled), squeeze=False)
+    for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
+        for column, image in enumerate(shown):
+            pixels = image.clamp(0, 1).permute(1, 2, 0).numpy()
+            axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
+            axes[row][column].set(xticks=[], yticks=[])
+        axes[row][0].set_ylabel(name, fontsize=8)
+    caption = (
+        f"{_title(unit)}: images of {unit.content['attack']}; differences magnified {0.5 / unit.content['eps']:.0f} times"
+    )
+    return Picture(f"gallery_{index}", caption, figure)
+
+
+@torch.no_grad()
+def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture:
+    """How many members are wrong where the ensemble is fooled, and where it is not (MORA, figures 1c and 3a)."""
+    device = next(context.model.parameters(), tensors["x_adv"]).device
+    net: Any = context.model
+    wrong = net.member_logits(tensors["x_adv"].to(device)).argmax(-1).cpu() != tensors["labels"]
+    count, robust = wrong.sum(0), tensors["robust"].bool()
+    members = range(len(wrong) + 1)
+    rows = [(m, int((count[~robust] == m).sum()), int((count[robust] == m).sum())) for m in members]
+    axes = (figure := Figure(figsize=(7, 3.2))).subplots()
+    axes.bar([m - 0.2 for m in members], [row[1] for row in rows], 0.4, label="ensemble fooled")
+    axes.bar([m + 0.2 for m in members], [row[2] for row in rows], 0.4, label="ensemble robust")
+    axes.set(xlabel="members that are wrong", ylabel="images", xticks=list(members))
+    axes.legend()
+    caption = (
+        f"{_title(unit)}: members fooled by {unit.content['attack']}, on {len(robust)} of the first {len(context.x)} images"
+    )
+    return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
+
+
+def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
+    """How far adversarial examples carry from one member to another; nothing where members have no gradient."""
+    device = next(context.model.parameters(), context.x).device
+    x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
+    net: Any = context.model
+    with torch.no_grad():
+        count = len(net.member_logits(x[:1]))
+    if not 1 < count <= MOST_MEMBERS:
+        return None
+    members = [Member(net, m) for m in range(count)]
+    right = int(right_for_all(members, x, y).sum())
+    if not right:
+        return None
+    try:
+        shares = transfer_matrix(members, x, y, eps=unit.content["eps"], steps=TRANSFER_STEPS)
+    except RuntimeError as error:  # autograd's, of a member without a gradient
+        logger.warning("no transfer between the members of %s: %s", _title(unit), error)
+        return None
+    axes = (figure := Figure(figsize=(4, 3.4), layout="constrained")).subplots()
+    draw_transfer(axes, shares)
+    rows = [(i, j, share) for i, row in enumerate(shares.tolist()) for j, share in enumerate(row)]
+    caption = (
+        f"{_title(unit)}: of images crafted on a member (PGD-{TRANSFER_STEPS}), those that fool another (%); the {right} of "
+        f"{len(x)} images that all members get right"
+    )
+    return Picture(f"transfer_{index}", caption, figure, ("crafted on", "fooled", "%"), rows)
+
+
+def _surface(context: Context, unit: Unit, index: int) -> Picture:
+    """The margin of the first right image along its gradient's sign and a random one; beside it, of the members' mean."""
+    device = next(context.model.parameters(), context.x).device
+    nets: dict[str, Any] = {"the model": context.model}
+    if hasattr(context.model, "member_logits"):
+        nets["mean of its members' logits"] = Surrogate(context.model, "mean").eval()
+    with torch.no_grad():
+        right = torch.nonzero(context.model(context.x.to(device)).argmax(1).cpu() == context.y).squeeze(-1)
+    first = int(right[0]) if len(right) else 0
+    x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
+    generator = torch.Generator().manual_seed(0)
+    across = (2 * torch.randint(0, 2, x.shape, generator=generator, device="cpu") - 1).to(x)
+    scale = torch.linspace(-1, 1, GRID) * unit.content["eps"]
+    axes = (figure := Figure(figsize=(4.2 * len(nets), 3.4))).subplots(1, len(nets), squeeze=False)
+    rows: list[tuple[Any, ...]] = []
+    for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
+        image = x.clone().requires_grad_()
+        value = margin(net(image), y)
+        (slope,) = torch.autograd.grad(value.sum(), image, allow_unused=True) if value.requires_grad else (None,)
+        gradient = torch.zeros_like(x) if slope is None else slope
+        points = torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]).clamp(0, 1)
+        with torch.no_grad():
+            heights = torch.cat([margin(net(part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
+        drawn = axis.imshow(heights, origin="lower", extent=(scale[0], scale[-1]) * 2, aspect="auto", cmap="cividis")
+        axis.set(title=name, xlabel="along the gradient's sign", ylabel="along random signs")
+        figure.colorbar(drawn, ax=axis)
+        rows += [(name, float(a), float(b), float(heights[i, j])) for i, b in enumerate(scale) for j, a in enumerate(scale)]
+    figure.tight_layout()
+    caption = f"{_title(unit)}: margin around test image {first} (fooled below 0)"
+    return Picture(f"surface_{index}", caption, figure, ("model", "gradient", "random", "margin"), rows)

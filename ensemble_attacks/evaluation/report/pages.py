@@ -1,0 +1,123 @@
+"""A report of a run that a reviewer can check: a page that needs nothing else; the same as Markdown, CSV and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from matplotlib import style
+from tabulate import tabulate
+
+from ensemble_attacks.data import load_dataset
+from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, Diagnosis, diagnose
+from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.chains import Context
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.manifest import warn_of_code
+from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
+from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows, write_csv
+from ensemble_attacks.evaluation.summary import seconds_of, summarise
+from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of
+from ensemble_attacks.models.preserve import private_random_state
+
+STYLE = "tableau-colorblind10"
+
+
+def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
+    """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; returns the page's path.
+
+    Raises:
+        FileNotFoundError, LedgerError: no run, or one that has not finished.
+        FileExistsError: ``out`` is there already.
+    """
+    ledger = Ledger(run)
+    summary = summarise(ledger)
+    if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
+        raise LedgerError(f"{run} is not finished: {missing[0]} is missing, run it again")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder (--out)")
+    warn_of_code(ledger)
+    rows = table_rows(summary, seconds_of(ledger))
+    with style.context(STYLE):
+        pictures = [*_curves(ledger), *_by_eps(summary)]
+        diagnoses: dict[str, Diagnosis] = {}
+        for chain in _first_chains(ledger):
+            context = Context(ledger.manifest, chain[0], device, same_code=False)
+            with private_random_state(context.settings.seed, context.model):
+                pictures += _of_model(ledger, chain, context)
+            linf = context.settings.norm == "Linf"  # what the checks are made for
+            if linf and (diagnosis := _diagnosis(ledger, context)) is not None:
+                diagnoses[_title(chain[0])] = diagnosis
+        out.mkdir(parents=True)
+        (out / "figures").mkdir()
+        for picture in pictures:
+            picture.save(out / "figures")
+        page = _page(ledger, rows, diagnoses, [(picture, picture.png()) for picture in pictures])
+    (out / "report.html").write_text(page)
+    (out / "report.md").write_text(_markdown(ledger, rows, diagnoses, pictures))
+    write_csv(out / "table.csv", COLUMNS, rows)
+    return out / "report.html"
+
+
+def _first_chains(ledger: Ledger) -> list[list[Unit]]:
+    """Of every cell, the units on its first images."""
+    chains = chains_of(ledger.manifest)
+    return chains[:: len(chains) // len(cells_of(ledger.manifest))]
+
+
+def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
+    """Of the first images; ``None`` of too few."""
+    manifest = ledger.manifest
+    n = min(manifest["sweep"]["n"], DIAGNOSED)
+    if n < FEWEST_DIAGNOSED:
+        return None
+    x, y = load_dataset(manifest["sweep"]["dataset"], data_dir=manifest["places"]["data_dir"], n=n)
+    return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
+
+
+TEMPLATES = Path(__file__).parent
+
+
+def render_page(template: Path, **content: Any) -> str:
+    """A self-contained page; the template extends ``page.html.jinja``, and all content is escaped."""
+    loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    return environment.get_template(template.name).render(**content)
+
+
+def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Any]) -> str:
+    return render_page(
+        TEMPLATES / "report.html.jinja",
+        title=_name(ledger),
+        columns=COLUMNS,
+        rows=rows,
+        diagnoses=diagnoses,
+        pictures=pictures,
+        manifest=_manifest(ledger),
+    )
+
+
+def _markdown(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Picture]) -> str:
+    parts = [f"# {_name(ledger)}", tabulate(rows, COLUMNS, tablefmt="github")]
+    for name, diagnosis in diagnoses.items():
+        table = [(c.name, c.verdict, f"{c.figure:.2f}", " ".join(c.meaning.split()), c.source) for c in diagnosis.checks]
+        parts += [f"## Is the gradient masked? {name}", f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
+        parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
+    parts += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in pictures]
+    return "\n\n".join([*parts, "## How to run it again", f"```\n{_manifest(ledger)}\n```"]) + "\n"
+
+
+def _name(ledger: Ledger) -> str:
+    sweep = ledger.manifest["sweep"]
+    return f"{', '.join(sweep['models'])} on {sweep['n']} images of {sweep['dataset']}"
+
+
+def _manifest(ledger: Ledger) -> str:
+    """Settings, hashes and versions, as `sweep`'s file has them."""
+    manifest = ledger.manifest
+    lines = [f"{key} = {value!r}" for key, value in manifest["sweep"].items() if value is not None]
+    lines += [f"weights of {model}: {value}" for model, value in manifest["weights"].items()]
+    versions = f"code {manifest['code']}, torch {torch.__version__}"
+    return "\n".join([*lines, f"images: {manifest['data']}", versions])

@@ -1,0 +1,34 @@
+"""The comparison as rows, and rows as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ensemble_attacks.evaluation.units import CLEAN
+
+COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "passes / image", "seconds")
+
+
+def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple[Any, ...]]:
+    """The comparison, a row for each attack of each cell, in the order of `COLUMNS`."""
+    rows: list[tuple[Any, ...]] = []
+    for cell in summary["cells"]:
+        start = tuple(cell[key] for key in ("model", "vote", "eps", "seed"))
+        for name, row in {CLEAN: cell["clean"], **cell["attacks"], "worst case": cell["worst_case"]}.items():
+            low, high = row["interval"]
+            passes = row.get("forwards_per_image", 0) + row.get("backwards_per_image", 0)
+            spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
+            figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
+            cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
+            rows.append((*start, name, *figures, *cost))
+    return rows
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+    """A table; text that a spreadsheet would take for a formula gets an apostrophe."""
+    safe = lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" and value else value  # noqa: E731
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *([safe(value) for value in row] for row in rows)])

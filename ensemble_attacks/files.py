@@ -1,0 +1,79 @@
+"""Files that are written whole or not at all, files of tensors that are read as tensors or not at all, and digests of
+what models hold.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ensemble_attacks.errors import LedgerError
+
+LARGEST = 4 << 30  # bytes, as they lie and unpacked
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` once it is written and flushed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors, numbers, strings and containers of them, 4 GiB at most.
+
+    Raises:
+        ValueError: it is something else, or larger, also if only once unpacked.
+    """
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    except zipfile.BadZipFile:
+        raise ValueError("it is no torch file, or damaged") from None
+    if size > LARGEST:
+        raise ValueError(f"it holds {size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load and pickle fail in many ways on what is no checkpoint, or holds code
+        raise ValueError(f"it is no torch file, or holds pickled objects ({type(error).__name__})") from None
+
+
+def digest(*values: object) -> str:
+    """A hash of tensors, by types, shapes and values; of whatever else a model's state holds, by what it prints."""
+    state = sha256()
+    for value in values:
+        if not isinstance(value, Tensor):
+            state.update(repr(value).encode())
+            continue
+        tensor = value.int_repr() if value.is_quantized else value
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there entirely or not at all."""
+    try:
+        with whole_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise LedgerError(
+            f"{path} cannot be written ({error.strerror}): mend that and run the same command again: nothing is lost"
+        ) from error

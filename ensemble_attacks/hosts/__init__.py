@@ -1,0 +1,1 @@
+"""The packages that this one works with: AutoAttack and RobustBench."""

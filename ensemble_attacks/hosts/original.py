@@ -1,0 +1,125 @@
+"""AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
+``pyautoattack``.
+
+The two are the same mathematics behind different interfaces. Each attack of the standard suite is run as a segment of its
+own, on the samples that the ones before left robust; that is what the original's loop does, with the same batches and seeds,
+and it lets a caller see what each attack contributes. ``rand`` runs whole, as each segment would draw the clean images'
+predictions anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.validation import check_choice
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND = ("apgd-ce", "apgd-dlr")
+SUITES = {"standard": STANDARD, "rand": RAND}
+
+
+def installed_autoattack() -> ModuleType:
+    """The package that provides AutoAttack.
+
+    Raises:
+        ImportError: neither is installed; says which command installs one.
+    """
+    for name in ("autoattack", "pyautoattack"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise ImportError("no AutoAttack is installed: pip install pyautoattack==0.2.0")
+
+
+def make_adversary(
+    model: nn.Module, version: str, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int
+) -> Any:
+    """An AutoAttack object of that version: one restart, nine targets (or as many as there are), 20 draws (``"rand"``)."""
+    package = installed_autoattack()
+    arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version=version, device=device)
+    if package.__name__ == "autoattack":
+        arguments["verbose"] = False
+    adversary = package.AutoAttack(model, **arguments)
+    targets = min(9, num_classes - 1)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+    return adversary
+
+
+def run_segment(adversary: Any, names: Sequence[str], x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Some of the suite's attacks on all of ``x``; returns the images, clean where none succeeded, and its robust flags."""
+    adversary.attacks_to_run = list(names)
+    if type(adversary).__module__.partition(".")[0] == "autoattack":
+        images, predicted = adversary.run_standard_evaluation(x, y, bs=batch_size, return_labels=True)
+    else:
+        images, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+    return images.to(x.device), predicted.to(y.device) == y
+
+
+def run_autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "Linf",
+    seed: int = 0,
+    batch_size: int = 250,
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    on_attack: Callable[[str], object] = lambda name: None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the suite, or some of its attacks, in order; each on what its own flags say is left robust.
+
+    Args:
+        model: images in [0, 1] -> scores (N, K).
+        x, y: images (N, C, H, W) and labels (N,).
+        eps: radius of the ball, in pixel units of [0, 1].
+        version: ``"standard"`` or ``"rand"``.
+        attacks: of the version's, which; ``None``: all.
+        on_attack: called with each attack's name when it has finished.
+
+    Returns:
+        The images, and by attack name the suite's own robust flags (N,) after it; of ``"rand"`` after its last.
+    """
+    check_choice("version of AutoAttack", version, tuple(SUITES))
+    attacks = SUITES[version] if attacks is None else attacks
+    for name in attacks:
+        check_choice(f"attack of AutoAttack's version {version!r}", name, SUITES[version])
+    device = next((p.device for p in model.parameters()), x.device)
+    tracer = sys.gettrace()
+    x_adv, flags = x.clone(), {}
+    try:
+        with preserved(model), private_random_state(seed, model), torch.enable_grad():
+            evaluating(model)
+            with torch.no_grad():
+                scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
+            if "apgd-t" in attacks and scores_NK.shape[1] < 4:
+                raise ValueError(
+                    f"AutoAttack's apgd-t needs at least 4 classes, the model has {scores_NK.shape[1]}: "
+                    "run its others by name (apgd-ce, fab-t, square)"
+                )
+            robust = scores_NK.argmax(1) == y
+            classes = scores_NK.shape[1]
+            adversary = make_adversary(model, version, norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
+            if version == "rand":
+                robust = torch.ones_like(robust)  # it decides by draws of its own which clean images are right
+            for names in [attacks] if version == "rand" else [[name] for name in attacks]:
+                rows = torch.nonzero(robust).squeeze(-1)
+                if len(rows):
+                    x_adv[rows], still = run_segment(adversary, names, x[rows], y[rows], batch_size)
+                    robust = robust.clone()
+                    robust[rows] = still
+                flags[names[-1]] = robust
+                on_attack(names[-1])
+    finally:
+        sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
+    return x_adv, flags

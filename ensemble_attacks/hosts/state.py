@@ -1,0 +1,87 @@
+"""How far a run of AutoAttack has come, stored so that it can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ensemble_attacks.files import write_whole
+
+SAVE_EVERY = 60.0  # seconds
+TENSORS = ("x_adv", "right", "predicted", "pending")
+
+
+@dataclass(eq=False)
+class State:
+    """How far a run has come. Stored as safetensors, replaced in one piece.
+
+    Attributes:
+        x_adv: images so far, (N, C, H, W): of every sample, those that are right in the fewest draws.
+        right, predicted: the share of right draws, float64, and the last prediction, (N,).
+        pending: what the attack called ``current`` has yet to attack, (N,).
+        stages: the robust samples after each attack that has finished.
+        identity: what a run must have in common with the stored one.
+        flags: those of `AutoAttack` so far.
+    """
+
+    x_adv: Tensor
+    right: Tensor
+    predicted: Tensor
+    pending: Tensor
+    stages: dict[str, Tensor] = field(default_factory=dict)
+    current: str = ""
+    identity: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    flags: list[Any] = field(default_factory=list)
+    saved: float = -math.inf
+
+    @property
+    def robust(self) -> Tensor:
+        """(N,) bool: right in most draws."""
+        return self.right > 0.5
+
+    def save(self, now: bool = False) -> None:
+        """Store, but not more often than every `SAVE_EVERY` seconds, unless ``now``."""
+        if self.path is None or (not now and time.monotonic() - self.saved < SAVE_EVERY):
+            return
+        tensors = {name: getattr(self, name) for name in TENSORS} | {f"stage {n}": s for n, s in self.stages.items()}
+        tensors = {
+            name: (t.to(torch.uint8) if t.dtype == torch.bool else t).cpu().contiguous() for name, t in tensors.items()
+        }
+        about = {key: getattr(self, key) for key in ("identity", "current", "flags")} | {"stages": list(self.stages)}
+        write_whole(self.path, save(tensors, metadata={"state": json.dumps(about)}))
+        self.saved = time.monotonic()
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any], device: torch.device) -> State:
+        """Read the state of the same run.
+
+        Raises:
+            ValueError: not a state, or one of another run.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            x_adv, right, predicted, pending = (tensors[name] for name in TENSORS)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
+        for key, value in json.loads(json.dumps(identity)).items():
+            if about["identity"].get(key) != value:
+                raise ValueError(
+                    f"state_path {str(path)!r} is of a run with {key} = {about['identity'].get(key)!r}, not {value!r}: "
+                    "choose another, or delete it"
+                )
+        stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
+        state = cls(x_adv, right, predicted, pending.bool(), stages, about["current"], identity, path)
+        state.flags = about["flags"]
+        return state

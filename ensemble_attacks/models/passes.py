@@ -1,0 +1,71 @@
+"""Count what an attack spends: forward and backward passes of the model, per image, whoever's attack it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ensemble_attacks.models.ensembles import probabilities_of
+
+
+def passes_per_image(row: dict[str, Any]) -> float:
+    """Forward and backward passes per image, of a summary's row."""
+    return row["forwards_per_image"] + row["backwards_per_image"]
+
+
+class CountingModel(nn.Module):
+    """A model that counts the images put through it, forward and backward."""
+
+    def __init__(self, model: nn.Module, on_pass: Callable[[int], object] | None = None) -> None:
+        super().__init__()
+        self.counted: nn.Module = model
+        self.forwards = self.backwards = 0
+        self._on_pass = on_pass or (lambda images: None)
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._count(len(x), self.counted(x))
+
+    def _count(self, images: int, outputs: Tensor) -> Tensor:
+        self.forwards += images
+        self._on_pass(images)
+        if outputs.requires_grad:
+            outputs.register_hook(lambda gradient: self._count_backward(images))
+        return outputs
+
+    def _count_backward(self, images: int) -> None:
+        self.backwards += images
+        self._on_pass(images)
+
+
+class CountingEnsemble(CountingModel):
+    """The same for an ensemble: one pass is one of all its members."""
+
+    @property
+    def vote(self) -> str | None:
+        return getattr(self.counted, "vote", None)
+
+    counted: Any
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """Of a randomized ensemble (`probabilities_of`)."""
+        return probabilities_of(self.counted)
+
+    @property
+    def own_ties(self) -> bool:
+        """Of an adopted ensemble."""
+        return getattr(self.counted, "own_ties", False)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        return self._count(len(x), self.counted.member_logits(x))
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        return self.counted.aggregate(logits_MNK)
+
+
+def count_passes(model: nn.Module, on_pass: Callable[[int], object] | None = None) -> CountingModel:
+    """Wrap ``model``; ``on_pass`` is called with the number of images of each pass."""
+    return (CountingEnsemble if hasattr(model, "member_logits") else CountingModel)(model, on_pass)

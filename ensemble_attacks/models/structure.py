@@ -1,0 +1,60 @@
+"""What a model is made of, as far as an attack has to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.errors import PartError
+from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.parts import find_parts
+from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.models.votes import VOTES
+from ensemble_attacks.scores import differ
+from ensemble_attacks.validation import check_dtype, check_scores
+
+REPEATS = 5  # forward passes of the same images
+FEW, MORE = 2, 25  # images, and forward passes of these: a model may draw once for a whole batch, and seldom otherwise
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model shows of itself.
+
+    Attributes:
+        members: it has ``member_logits`` and ``aggregate``.
+        own_aggregation: its members are put together otherwise than by mean probability, hard votes or mean logits.
+        frontend: it has parts called ``frontend``.
+        random: the same images got different scores.
+        probabilities: it draws its members, and says how likely.
+        classes: scores of every image.
+    """
+
+    members: bool
+    own_aggregation: bool
+    frontend: bool
+    random: bool
+    probabilities: bool
+    classes: int
+
+
+@torch.no_grad()
+def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
+    """Look at the model, and at its scores of some images (N, C, H, W)."""
+    members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
+    probabilities = probabilities_of(model) is not None
+    try:
+        frontend = bool(find_parts(model, "frontend"))
+    except PartError:
+        frontend = False
+    with preserved(model), private_random_state(seed, model):
+        evaluating(model)
+        check_dtype(model, x)
+        scores = [model(x.clone()) for _ in range(REPEATS)]  # it may work in place
+        few = [model(x[:FEW].clone()) for _ in range(MORE)]
+    check_scores(scores[0], len(x), type(model).__name__)
+    random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
+    own = members and not probabilities and getattr(model, "vote", None) not in VOTES
+    return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])

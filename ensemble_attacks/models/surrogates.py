@@ -1,0 +1,149 @@
+"""What to differentiate instead of the defended model.
+
+A defense whose gradient misleads is attacked through a `Surrogate` that has the same weights and an aggregation that does
+not, or through `straight_through` parts, which are the identity in the backward pass (BPDA; Athalye, Carlini & Wagner,
+"Obfuscated Gradients Give a False Sense of Security", ICML 2018). Success is decided by the defended model all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models.ensembles import check_members, probabilities_of
+from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.models.votes import VOTES, log_expected_softmax, log_mean_softmax
+from ensemble_attacks.scores import per_sample
+from ensemble_attacks.validation import check_count, check_positive
+
+AGGREGATIONS = {"mean": "logits", "probability": "softmax"}  # by the vote that it is
+
+
+class Surrogate(nn.Module):
+    """A model to be attacked in place of ``target``: its members, aggregated otherwise, or any other model.
+
+    Its forward is the surrogate's, so that any attack can craft on it; those of this package also see the target's own
+    prediction, and stop at that one.
+
+    Args:
+        target: the defended model, images in [0, 1] -> scores (N, K).
+        surrogate: ``"mean"`` (mean of the members' raw logits), ``"probability"`` (log of their mean, or for a model that
+            draws members their expected, probability), a function (M, N, K) -> (N, K), or a module (N, C, H, W) -> (N, K).
+
+    Raises:
+        NotAnEnsembleError: an aggregation was given, but ``target`` shows no members to aggregate.
+    """
+
+    def __init__(self, target: nn.Module, surrogate: str | nn.Module | Callable[[Tensor], Tensor] = "mean") -> None:
+        super().__init__()
+        if isinstance(surrogate, str) and surrogate not in AGGREGATIONS:
+            raise unknown_name("surrogate", surrogate, AGGREGATIONS)
+        if not isinstance(surrogate, nn.Module):
+            check_members(target, f"the surrogate {surrogate!r}")
+        self.target: Any = target
+        self.other: Any = surrogate if isinstance(surrogate, nn.Module) else None
+        named = isinstance(surrogate, str)
+        self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
+        self._aggregate: Callable[[Tensor], Tensor] = VOTES[str(self.vote)] if named else surrogate  # type: ignore[assignment]
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) if self.other is not None else self.aggregate(self.member_logits(x))
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """The target's members', (M, N, K), or those of a surrogate that is another ensemble."""
+        return (self.target if self.other is None else self.other).member_logits(x)
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        """(M, N, K) -> (N, K)."""
+        if self.other is not None:
+            return self.other.aggregate(logits_MNK)
+        probabilities = probabilities_of(self.target)
+        if self.vote == "softmax" and probabilities is not None:
+            return log_expected_softmax(logits_MNK, probabilities)
+        return self._aggregate(logits_MNK)
+
+    def look(self, x: Tensor) -> Outputs:
+        """The surrogate's scores and, from the same forward pass if it is an aggregation, the target's."""
+        if self.other is not None:
+            with torch.no_grad():
+                verdict_NK = self.target(x)
+            logits_MNK = self.other.member_logits(x) if hasattr(self.other, "member_logits") else None
+            scores_NK = self.other(x) if logits_MNK is None else self.other.aggregate(logits_MNK)
+            return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
+        logits_MNK = self.target.member_logits(x)
+        scores_NK = self.aggregate(logits_MNK)
+        probabilities = probabilities_of(self.target)
+        if probabilities is not None:
+            return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
+        return Outputs(scores_NK, logits_MNK, self.target.aggregate(logits_MNK.detach()).unsqueeze(0))
+
+
+class _Estimated(torch.autograd.Function):
+    """The model's scores, with a gradient estimated from finite differences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: ZeroOrder) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.model = model
+        return model.target(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, by_scores: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        model: ZeroOrder = ctx.model
+        gradient = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(model.queries):
+                u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator, device="cpu").to(x) - 1
+                ahead, behind = model.target(x + model.sigma * u), model.target(x - model.sigma * u)
+                slope_N = ((ahead - behind) * by_scores).sum(1) / (2 * model.sigma)
+                gradient += per_sample(slope_N, x) * u / model.queries
+        return gradient, None
+
+
+class ZeroOrder(nn.Module):
+    """A model whose gradient is estimated from its scores alone, along random directions of signs (Spall, "Multivariate
+    Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", 1992): a control for gradients that
+    mislead. Any attack on it needs no gradient; PGD on it is zero-order PGD.
+
+    Args:
+        target: images (N, C, H, W) -> scores (N, K). It sees images up to ``sigma`` outside [0, 1].
+        queries: directions of every estimate, two forward passes each.
+        sigma: how far to look along each, in pixel units of [0, 1].
+        seed: of the directions.
+    """
+
+    def __init__(self, target: nn.Module, queries: int = 50, sigma: float = 1e-3, seed: int = 0) -> None:
+        super().__init__()
+        check_count("queries", queries)
+        check_positive("sigma", sigma)
+        self.target, self.queries, self.sigma = target, queries, sigma
+        self.generator = torch.Generator().manual_seed(seed)
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Estimated.apply(x, self)  # type: ignore[no-untyped-call]
+
+
+class Expected(nn.Module):
+    """A random model's expectation: ``log mean softmax`` of its scores over draws. For attacks that know nothing of
+    randomness, such as AutoAttack's Square.
+
+    Args:
+        target: images (N, C, H, W) -> scores (N, K), random.
+        draws: forward passes of every look.
+    """
+
+    def __init__(self, target: nn.Module, draws: int = 20) -> None:
+        super().__init__()
+        check_count("draws", draws)
+        self.target, self.draws = target, draws
+        self.training = target.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return log_mean_softmax(torch.stack([self.target(x) for _ in range(self.draws)]))
