@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks import LedgerError
 from ensemble_attacks.cli.group import main
-from ensemble_attacks.evaluation import chains, manifest, runner
+from ensemble_attacks.evaluation import chains, runner
+from ensemble_attacks.evaluation import manifest as manifests
 from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger, difference
@@ -162,7 +163,7 @@ def test_batches_and_shards_change_nothing(
     load = providers.load_model
     monkeypatch.setattr(providers, "load_model", lambda *args, **kw: load(*args, **kw).double())
     images = chains.load_dataset
-    for module in (chains, manifest):
+    for module in (chains, manifests):
         monkeypatch.setattr(module, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
     attacks = ("mora", "ea-apgd-ce")
     rows = []
@@ -222,7 +223,7 @@ def test_stages_of_ranges_that_skipped_some() -> None:
 
 
 def test_other_code_may_verify(finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    for module in (chains, manifest):
+    for module in (chains, manifests):
         monkeypatch.setattr(module, "code_version", lambda: "another")
     assert all(finding["differ"] == 0 for finding in verify(Ledger(finished)))
     assert "what is computed now may differ" in caplog.text
