@@ -11,6 +11,7 @@ images, which are compared to the last bit.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def cases(n: int, data_dir: str) -> Iterator[tuple[str, Any, str, Any, Any, dict
         return
     for vote in ("softmax", "voting"):
         for name in ("mora", "mora-mt"):
-            model = load_model("gal_resnet20_3" if vote == "softmax" else "trs_resnet20_3", vote=vote)
+            model = load_model("gal_resnet20_3" if vote == "softmax" else "dverge_resnet20_3", vote=vote)
             yield f"cifar10 {vote} {name}", model, name, x, y, {"eps": 0.01}
 
 
@@ -119,13 +120,13 @@ def digest(images: Any) -> str:
     return hashlib.sha256(images.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def measured(n: int, data_dir: str) -> dict[str, list[Any]]:
-    try:
-        from ensemble_attacks.models.twins import prepare
-    except ImportError:
-        from ensemble_attacks.models.twins import prepare  # type: ignore[import-not-found, no-redef, unused-ignore]
+def measured(n: int, data_dir: str, only: str) -> dict[str, list[Any]]:
+    twins = "models.twins" if importlib.util.find_spec("ensemble_attacks.models") else "prepare"  # of older code
+    prepare = importlib.import_module(f"ensemble_attacks.{twins}").prepare
     found: dict[str, list[Any]] = {}
     for label, model, name, x, y, options in cases(n, data_dir):
+        if not label.startswith(only):
+            continue
         settings = Settings(**{"eps": EPS[options.get("norm", "Linf")], **options})
         try:
             done = attack(model, prepare(model, x[:8]), x, y, name, settings)
@@ -136,6 +137,8 @@ def measured(n: int, data_dir: str) -> dict[str, list[Any]]:
         found[label] = [flags, done.forwards, done.backwards, digest(done.images)]
         click.echo(f"{label} {found[label]}", err=True)
     for label, instance, x, y in targeted(n):
+        if not label.startswith(only):
+            continue
         try:
             found[label] = [digest(instance(x, y))]
         except Exception as error:
@@ -151,14 +154,17 @@ def measured(n: int, data_dir: str) -> dict[str, list[Any]]:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--n", default=12, show_default=True)
 @click.option("--data-dir", default="data", show_default=True)
-def main(task: str, file: Path, n: int, data_dir: str) -> None:
+@click.option("--only", default="", help="What labels must begin with.")
+def main(task: str, file: Path, n: int, data_dir: str, only: str) -> None:
     torch.set_num_threads(1)  # sums in one order
-    found = measured(n, data_dir)
+    found = measured(n, data_dir, only)
     if task == "write":
         file.write_text(json.dumps(found, indent=0) + "\n")
         click.echo(f"{len(found)} results")
         return
-    before = json.loads(file.read_text())
+    before = {
+        label: found for label, found in json.loads(file.read_text()).items() if label.startswith(only) or label == "judge"
+    }
     differ = [label for label in sorted(before.keys() | found.keys()) if before.get(label) != found.get(label)]
     for label in differ:
         click.echo(f"{label}: {before.get(label)} -> {found.get(label)}")

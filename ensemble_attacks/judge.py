@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.scores import decided, margin, per_sample
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
+    check_label_range,
     check_labels,
     check_module,
     check_norm,
     check_positive,
-    check_scores,
 )
 
 
@@ -142,7 +143,6 @@ def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf
         )
 
 
-@torch.no_grad()
 def judge(
     model: nn.Module,
     x: Tensor,
@@ -193,14 +193,12 @@ def judge(
 
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
-    with preserved(model), private_random_state(seed, model):
-        evaluating(model)
+    with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x_adv, "x_adv")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
-                scores_NK = model(images.to(parameter.device, copy=True))  # it may work in place
-                check_scores(scores_NK, len(images), type(model).__name__, labels)
-                scores_NK = scores_NK.cpu()
+                scores_NK = ask(model, images.to(parameter.device)).cpu()
+                check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(decided(scores_NK))
                 margins.append(margin(scores_NK, labels.cpu()))

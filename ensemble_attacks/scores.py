@@ -43,6 +43,7 @@ def decided(scores_NK: Tensor) -> Tensor:
     return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
 
 
+SMALLEST_MARGIN = 1e-3  # of the scores' spread, or of 1: no score is divided by less, as at the boundary by 0
 PROBABILITY = 1e-5  # how far their sum may be from 1
 
 
@@ -63,3 +64,10 @@ def are_probabilities(scores_NK: Tensor) -> bool:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """View (N,) as (N, 1, ..., 1), to broadcast over ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def at_least(gaps: Tensor, scores: Tensor) -> Tensor:
+    """Gaps (...) between some of the ``scores`` (..., K), but none so small that dividing by it would end in infinity."""
+    spread = scores.amax(-1) - scores.amin(-1)
+    spread = torch.where(spread > 0, spread.clamp(torch.finfo(scores.dtype).tiny ** 0.5, 1), 1)
+    return gaps.maximum(SMALLEST_MARGIN * spread)

@@ -11,10 +11,11 @@ from helpers import make_ensemble
 from torch import Tensor
 
 from ensemble_attacks import MORA, Ensemble
-from ensemble_attacks.descent import loop as descent
-from ensemble_attacks.descent.loop import attack, closest_class
-from ensemble_attacks.descent.objectives import ce
-from ensemble_attacks.descent.stages import CLOSEST, Stage
+from ensemble_attacks.descent import progress
+from ensemble_attacks.descent.loop import attack
+from ensemble_attacks.descent.objectives import Goal, cross_entropy, of_scores
+from ensemble_attacks.descent.progress import closest_class
+from ensemble_attacks.descent.stages import CLOSEST, Stage, Trace
 from ensemble_attacks.descent.steps import ConstantSteps, CosineSteps
 from ensemble_attacks.models.passes import count_passes
 from ensemble_attacks.models.view import Outputs
@@ -38,17 +39,17 @@ def targets_of(lengths: list[int], images: Tensor) -> tuple[list[Tensor], Tensor
     labels = model(images).argmax(1)
     aimed: list[Tensor] = []
 
-    def objective(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        assert targets is not None
-        aimed.append(targets.sort().values)
-        return -ce(outputs.scores_NK, targets)
+    def objective(outputs: Outputs, goal: Goal) -> Tensor:
+        assert goal.reach is not None
+        aimed.append(goal.reach.sort().values)
+        return cross_entropy(outputs.scores_NK, goal)
 
     stages = [Stage(objective, target_rank=CLOSEST, steps=steps) for steps in lengths]
     attack(
         lambda x: Outputs(model(x)),
         images,
-        labels,
-        lambda num_classes: stages,
+        Goal(labels),
+        stages,
         norm="Linf",
         eps=1e-6,
         steps=99,
@@ -101,7 +102,7 @@ def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[T
     model = Watched(make_ensemble().members).eval()
     start = (images + moved).clamp(0, 1) if moved else None
     attack = MORA(count_passes(model), eps=EPS, steps=40)
-    attack.trace = descent.Trace()
+    attack.trace = Trace()
     attack(images, labels, start)
     begun = images if start is None else start
     few = [len(x) < len(images) for x in model.asked].index(False)  # to check that the model is the ensemble it shows
@@ -111,7 +112,7 @@ def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[T
     robust = model(begun).argmax(1) == labels
     x = begun[robust].requires_grad_()
     outputs = Outputs(model.aggregate(logits := model.member_logits(x)), logits)
-    (gradient,) = torch.autograd.grad(attack._loss(0.5, outputs, labels[robust], None).sum(), x)
+    (gradient,) = torch.autograd.grad(attack._loss(0.5, outputs, Goal(labels[robust])).sum(), x)
     first = (x + 2 * EPS * gradient.sign()).clamp(images[robust] - EPS, images[robust] + EPS).clamp(0, 1)
     second = asked[1 if start is None else 2]
     order = second.flatten(1).sum(1).argsort()
@@ -128,11 +129,10 @@ def run(stages: list[Stage], images: Tensor, labels: Tensor, eps: float, steps: 
     model = make_ensemble()
     step_rule = partial(ConstantSteps, share=0.3)
     arguments = dict(norm="Linf", eps=eps, steps=steps, step_rule=step_rule, seed=0)
-    return attack(lambda x: Outputs(model(x)), images, labels, lambda num_classes: stages, **arguments)
+    return attack(lambda x: Outputs(model(x)), images, Goal(labels), stages, **arguments)
 
 
-def raise_ce(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-    return ce(outputs.scores_NK, labels)
+raise_ce = of_scores(cross_entropy)
 
 
 def test_a_resumed_stage_goes_on_where_the_last_one_ended(batch: tuple[Tensor, Tensor]) -> None:
@@ -146,11 +146,11 @@ def test_a_share_is_that_of_the_smallest_margins(batch: tuple[Tensor, Tensor], m
     images, labels = batch
     seen: list[int] = []
 
-    def objective(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        seen.append(len(labels))
-        return ce(outputs.scores_NK, labels)
+    def objective(outputs: Outputs, goal: Goal) -> Tensor:
+        seen.append(len(goal.leave))
+        return cross_entropy(outputs.scores_NK, goal)
 
-    monkeypatch.setattr(descent, "FEWEST", 10)
+    monkeypatch.setattr(progress, "FEWEST", 10)
     stages = [Stage(objective, share=share) for share in (0.5, 0.1)]
     stages.append(Stage(objective, resume=True))
     moved = run(stages, images, labels, eps=1e-6, steps=1) != images
@@ -170,8 +170,8 @@ def test_directions_are_the_samples_own(batch: tuple[Tensor, Tensor]) -> None:
         seen.append(noise)
         return noise
 
-    def along(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        return (outputs.scores_NK * targets).sum(1)
+    def along(outputs: Outputs, goal: Goal) -> Tensor:
+        return (outputs.scores_NK * goal.direction).sum(1)
 
     for part in (slice(0, 1), slice(0, 5)):
         run([Stage(along, direction=direction)], images[part], labels[part], eps=1e-6, steps=1)
@@ -183,12 +183,12 @@ def test_a_clean_image_without_scores_can_be_attacked(batch: tuple[Tensor, Tenso
     images, labels = batch
     model = make_ensemble()
     scores = lambda x: torch.where((x == images[: len(x)]).all(), torch.nan, model(x))  # noqa: E731
-    trace = descent.Trace()
+    trace = Trace()
     adversarial = attack(
         lambda x: Outputs(scores(x)),
         images,
-        labels,
-        lambda num_classes: [Stage(lambda outputs, y, targets: ce(outputs.scores_NK, y))],
+        Goal(labels),
+        [Stage(of_scores(cross_entropy))],
         norm="Linf",
         eps=0.3,
         steps=10,

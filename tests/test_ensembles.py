@@ -116,7 +116,7 @@ def test_a_claim_that_only_adversarial_images_refute_is_warned_of(batch: tuple[T
     """Right about the clean images, wrong near the boundary: hidden from the first check by claiming it was passed."""
     images, labels = batch
     adopted = as_ensemble(Theirs().eval(), members=["nets.0"], vote="softmax")
-    adopted._verified = True
+    adopted.verified = True
     with pytest.warns(UserWarning, match="adversarial images .* predict another class"):
         MORA(adopted, eps=0.1, steps=5)(images, labels)
 

@@ -8,7 +8,8 @@ from helpers import VOTES
 from torch import Tensor
 
 from ensemble_attacks.attacks.mora import WEIGHT_RULES, log_reweighing, mora, reweigh
-from ensemble_attacks.descent.objectives import ce, dlr, dlr_targeted, normalize_margin
+from ensemble_attacks.descent.objectives import Goal, ce, dlr, dlr_targeted, normalize_margin
+from ensemble_attacks.models.votes import LOGITS, OWN, SOFTMAX, Vote, mean_logits
 from ensemble_attacks.models.votes import VOTES as AGGREGATES
 from ensemble_attacks.scores import best_other, gather, margin
 
@@ -59,7 +60,7 @@ def test_the_gradient_is_that_of_the_reweighed_mixture() -> None:
     logits, labels, others = problem()
     leaf = logits.clone().requires_grad_()
     scores = leaf.softmax(-1).mean(0).log()
-    (gradient,) = torch.autograd.grad(mora(leaf, scores, labels, beta=0.3, vote="softmax").sum(), leaf)
+    (gradient,) = torch.autograd.grad(mora(leaf, scores, Goal(labels), beta=0.3, vote=SOFTMAX).sum(), leaf)
 
     plain = logits.clone().requires_grad_()
     s = logits.softmax(-1)
@@ -113,8 +114,9 @@ def test_no_nan_at_the_edges(vote: str | None, rule: str, beta: float, tau: floa
     split[0, 0, 0], split[1, 0, 1] = 40.0, 40.0
     logits = torch.cat([sure, equal, all_wrong, split], dim=1).requires_grad_()
     labels = torch.zeros(4, dtype=torch.long)
+    chosen = AGGREGATES.get(vote, Vote(OWN, mean_logits))
     for targets in (None, torch.ones(4, dtype=torch.long)):
-        loss = mora(logits, logits.mean(0), labels, targets, beta=beta, vote=vote, tau=tau, rule=rule)
+        loss = mora(logits, logits.mean(0), Goal(labels, targets), beta=beta, vote=chosen, tau=tau, rule=rule)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient).all()
@@ -122,10 +124,10 @@ def test_no_nan_at_the_edges(vote: str | None, rule: str, beta: float, tau: floa
 
 def test_with_mean_logits_every_member_weighs_the_same() -> None:
     logits, labels, _ = problem()
-    losses = [mora(logits, logits.mean(0), labels, beta=beta, vote="logits") for beta in (0.0, 0.5, 1.0)]
+    losses = [mora(logits, logits.mean(0), Goal(labels), beta=beta, vote=LOGITS) for beta in (0.0, 0.5, 1.0)]
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
-    other = mora(logits, logits.mean(0), labels, beta=1.0, vote="logits", rule="published")
+    other = mora(logits, logits.mean(0), Goal(labels), beta=1.0, vote=LOGITS, rule="published")
     assert not torch.allclose(other, losses[0])
 
 
@@ -135,7 +137,7 @@ def test_the_scale_of_the_logits_does_not_turn_the_gradient(vote: str) -> None:
 
     def direction(scale: float) -> Tensor:
         leaf = (scale * logits).requires_grad_()
-        loss = mora(leaf, AGGREGATES[vote](leaf), labels, beta=0.5, vote=vote)
+        loss = mora(leaf, AGGREGATES[vote].aggregate(leaf), Goal(labels), beta=0.5, vote=AGGREGATES[vote])
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return gradient / gradient.abs().max()
 
@@ -147,7 +149,7 @@ def test_targeted_mora_climbs_towards_the_target_not_the_runner_up() -> None:
     targets = (others + 1) % 5
     targets = torch.where(targets == labels, (targets + 1) % 5, targets)
     leaf = logits.clone().requires_grad_()
-    loss = mora(leaf, leaf.softmax(-1).mean(0).log(), labels, targets, beta=0.5, vote="softmax")
+    loss = mora(leaf, leaf.softmax(-1).mean(0).log(), Goal(labels, targets), beta=0.5, vote=SOFTMAX)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     moved = logits + 1e-3 * gradient.sign()
     gap = lambda z: gather(z.softmax(-1).mean(0).log(), targets) - gather(z.softmax(-1).mean(0).log(), labels)  # noqa: E731

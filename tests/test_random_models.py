@@ -11,12 +11,13 @@ from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, ARC, EOTAPGD, MORA, PGD, Expected, NotAnEnsembleError, Surrogate, judge
 from ensemble_attacks.attacks.mora import mora
 from ensemble_attacks.descent.look import CONFIRMING, Draws, expected_margin, look
-from ensemble_attacks.descent.objectives import ce
+from ensemble_attacks.descent.objectives import Goal, cross_entropy, of_scores
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.models.votes import OWN, SOFTMAX, Vote
 
 EPS = 0.1
 
@@ -121,7 +122,8 @@ def test_the_expected_vote_is_what_mora_attacks(batch: tuple[Tensor, Tensor]) ->
     model = make_randomized()
     logits = model.member_logits(x)
     arguments = dict(beta=0.0, probabilities=model.probabilities)
-    losses = [mora(logits, model.aggregate(logits), y, vote=vote, **arguments) for vote in ("softmax", None)]
+    votes = (SOFTMAX, Vote(OWN, model.aggregate))
+    losses = [mora(logits, model.aggregate(logits), Goal(y), vote=vote, **arguments) for vote in votes]
     assert torch.equal(*losses)
 
 
@@ -146,7 +148,7 @@ def test_a_point_is_the_mean_over_draws(images: tuple[Tensor, Tensor]) -> None:
         scores = torch.stack([batch.mean((1, 2, 3)) * len(calls), torch.zeros(len(batch))], dim=1)
         return Outputs(scores)
 
-    point = look(forward, x, y, None, False, lambda o, labels, targets: ce(o.scores_NK, labels), Draws(3))
+    point = look(forward, x, Goal(y), of_scores(cross_entropy), Draws(3))
     means = x.mean((1, 2, 3))
     torch.testing.assert_close(point.scores_NK[:, 0], means * 2)  # the mean of one, two and three times
     expected = torch.stack([nn.functional.softplus(-means * k) for k in (1, 2, 3)]).mean(0)
@@ -168,7 +170,7 @@ def test_a_sample_leaves_when_no_draw_is_right(images: tuple[Tensor, Tensor]) ->
     x, y = images
     always = Flipping(rate=1.0)
     assert torch.equal(EOTAPGD(always, eps=EPS, steps=20, eot_iter=3)(x, y), x)
-    assert always.passes == 3 + CONFIRMING
+    assert always.passes == 1 + 3 + CONFIRMING  # one tells how many classes there are
 
 
 def make_randomized(**options: object) -> RandomizedEnsemble:

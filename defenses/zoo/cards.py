@@ -23,7 +23,7 @@ from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
 from ensemble_attacks.errors import WeightsError, unknown_name
 from ensemble_attacks.files import whole_file
 from ensemble_attacks.models.ensembles import Ensemble
-from ensemble_attacks.models.votes import VOTES
+from ensemble_attacks.models.votes import VOTES, Vote
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
 NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type
@@ -121,10 +121,10 @@ def clean_accuracies(ensemble: Any, images: Tensor, labels: Tensor, device: str 
     ensemble.eval()
     batches = [ensemble.member_logits(batch.to(device)).cpu() for batch in images.split(500)]
     logits_MNK = torch.cat(batches, dim=1)
-    votes = VOTES if isinstance(ensemble, Ensemble) else {"crossmax": ensemble.aggregate}
+    votes = VOTES.values() if isinstance(ensemble, Ensemble) else [Vote("crossmax", ensemble.aggregate)]
     percent = lambda predicted: round(100 * (predicted == labels).double().mean().item(), 2)  # noqa: E731
     return {
         "n": len(labels),
         "members": [percent(logits_NK.argmax(1)) for logits_NK in logits_MNK],
-        **{vote: percent(aggregate(logits_MNK).argmax(1)) for vote, aggregate in votes.items()},
+        **{vote.name: percent(vote.aggregate(logits_MNK).argmax(1)) for vote in votes},
     }

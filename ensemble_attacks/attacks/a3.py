@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import lead
+from ensemble_attacks.descent.objectives import Goal, lead, of_scores
 from ensemble_attacks.descent.stages import Direction, Stage
 from ensemble_attacks.descent.steps import ConstantSteps, DecayingSteps
 from ensemble_attacks.models.view import Outputs
@@ -49,10 +49,10 @@ def towards_class(rank: int) -> Direction:
     return direction
 
 
-def along(outputs: Outputs, labels: Tensor, directions: Tensor | None) -> Tensor:
+def along(outputs: Outputs, goal: Goal) -> Tensor:
     """``w . z``, (N,)."""
-    assert directions is not None
-    return (directions * outputs.scores_NK).sum(1)
+    assert goal.direction is not None
+    return (goal.direction * outputs.scores_NK).sum(1)
 
 
 class A3(DescentAttack):
@@ -115,5 +115,5 @@ class A3(DescentAttack):
                         share=share,
                     )
                 )
-            stages.append(Stage(lead, restart=restart, steps=steps, resume=restart > 0))
+            stages.append(Stage(of_scores(lead), restart=restart, steps=steps, resume=restart > 0))
         return stages

@@ -10,10 +10,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import ce, dlr, dlr_targeted
+from ensemble_attacks.descent.objectives import cross_entropy, of_scores, ratio
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import CheckpointSteps
-from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.validation import check_choice, check_count, check_fractions
 
 LOSSES = ("ce", "dlr", "dlr-targeted")
@@ -86,16 +85,8 @@ class APGD(DescentAttack):
         if self.loss == "dlr-targeted" and not self.targeted:
             ranks = list(range(1, min(self.targets, num_classes - 1) + 1))
         stages = [(restart, rank) for restart in range(self.n_restarts) for rank in ranks]
-        return [Stage(self._objective, target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
-
-    def _objective(self, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        if self.targeted:
-            labels = self.rivals(outputs, targets)
-        if self.loss.startswith("dlr") and targets is not None:
-            return dlr_targeted(outputs.scores_NK, labels, targets)
-        if self.loss == "dlr":
-            return dlr(outputs.scores_NK, labels)
-        return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)
+        objective = of_scores(cross_entropy if self.loss == "ce" else ratio)
+        return [Stage(objective, target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
 
 
 class EOTAPGD(APGD):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.descent.balls import Ball
 from ensemble_attacks.descent.look import TIE
+from ensemble_attacks.descent.objectives import Goal
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.errors import NotAnEnsembleError
@@ -79,12 +80,14 @@ class MemberSteps(StepRule):
         return step * per_sample(self.eps / norm, step)
 
 
-def member_lead(member: int, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """By how much another class leads the label's logit in one member, (N,): the nearest by logits, or the one aimed at."""
+def member_lead(turn: Turn, outputs: Outputs, goal: Goal) -> Tensor:
+    """By how much another class leads the label's logit in the member whose turn it is, (N,): the nearest by logits, or the
+    one aimed at.
+    """
     assert outputs.logits_MNK is not None
-    logits_NK = outputs.logits_MNK[member]
-    others = best_other(logits_NK.detach(), labels) if targets is None else targets
-    return gather(logits_NK, others) - gather(logits_NK, labels)
+    logits_NK, leave = outputs.logits_MNK[turn.member], goal.overtaken(outputs.scores_NK)
+    others = best_other(logits_NK.detach(), leave) if goal.reach is None else goal.reach
+    return gather(logits_NK, others) - gather(logits_NK, leave)
 
 
 def check_probabilities(model: nn.Module) -> None:
@@ -147,22 +150,13 @@ class ARC(DescentAttack):
         super().set_model(model)
         check_probabilities(model)
 
-    def _opening(self) -> Stage:
-        return self._restart(0)
-
     def _stages(self, num_classes: int) -> list[Stage]:
-        return [self._restart(restart) for restart in range(1, self.n_restarts)]
+        return [self._restart(restart) for restart in range(self.n_restarts)]
 
     def _restart(self, restart: int) -> Stage:
         probabilities = probabilities_of(self.model)
         assert probabilities is not None
         turn = Turn(probabilities.argsort(descending=True, stable=True).tolist())
         rule = partial(MemberSteps, turn=turn, norm=self.norm, beyond=self.beyond)
-        objective = partial(self._objective, turn)
         steps = 2 * len(turn.order) * self.steps
-        return Stage(objective, restart=restart, steps=steps, step_rule=rule)
-
-    def _objective(self, turn: Turn, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        if self.targeted:
-            labels = self.rivals(outputs, targets)
-        return member_lead(turn.member, outputs, labels, targets)
+        return Stage(partial(member_lead, turn), restart=restart, steps=steps, step_rule=rule, opening=not restart)

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.descent import loop as descent
+from ensemble_attacks.descent import loop
 from ensemble_attacks.descent.balls import make_ball
 from ensemble_attacks.descent.look import Draws
 from ensemble_attacks.descent.noise import generator_for, sample_keys
-from ensemble_attacks.descent.stages import Objective, Stage, Trace
+from ensemble_attacks.descent.objectives import Goal, expected
+from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, probabilities_of
-from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.passes import uncounted
+from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.models.surrogates import Surrogate
-from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.models.votes import log_expected_softmax
-from ensemble_attacks.scores import best_other, differ
+from ensemble_attacks.models.view import Outputs, is_exact, look
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
@@ -31,7 +33,6 @@ from ensemble_attacks.validation import (
     check_module,
     check_norm,
     check_positive,
-    check_scores,
     check_seed,
 )
 
@@ -64,6 +65,10 @@ class CarefulAttack(Attack):
         """Images in [0, 1] as the model takes them: normalised as `get_logits` does."""
         return self.normalize(images) if self._normalization_applied is False else images
 
+    def get_logits(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's scores (N, K) of images in [0, 1], which are normalised where the model takes them so."""
+        return ask(self.model, self._as_taken(inputs))
+
     def set_model(self, model: nn.Module) -> None:
         check_module(model)
         if self.needs_members:
@@ -82,11 +87,7 @@ class CarefulAttack(Attack):
         self._check()
         normalized = self._normalization_applied
         try:
-            with (
-                preserved(self.model),
-                private_random_state(getattr(self, "seed", 0) or 0, self.model),
-                differentiable(),
-            ):
+            with guarded(self.model, seed=getattr(self, "seed", 0) or 0, evaluate=False):
                 return super().__call__(inputs, labels, *args, **kwargs)
         finally:
             self._set_normalization_applied(normalized)
@@ -142,75 +143,28 @@ class DescentAttack(CarefulAttack):
         check_count("draws_per_pass", self.draws_per_pass)
 
     def _stages(self, num_classes: int) -> list[Stage]:
+        """What to run. The first stage may be an opening (`Stage`)."""
         raise NotImplementedError
-
-    def _opening(self) -> Stage | None:
-        """A stage before these, from the clean images (`descent.attack`)."""
-        return None
 
     def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
         return self.step_rule(x, eps=eps, steps=steps)
 
     def outputs(self, images: Tensor) -> Outputs:
         """What the loop sees of images in [0, 1]; normalises as `get_logits` does."""
-        images = self._as_taken(images)
-        if isinstance(self.model, Surrogate):
-            return self.model.look(images)
-        probabilities = self._probabilities()
-        if not self.needs_members and probabilities is None:
-            scores_NK = self.model(images)
-            check_scores(scores_NK, len(images), type(self.model).__name__)
-            return Outputs(scores_NK)
-        logits_MNK = self.model.member_logits(images)
-        if probabilities is None:
-            verdict_ENK = None
-            if getattr(self.model, "own_ties", False):
-                with torch.no_grad():
-                    verdict_ENK = self.model(images).unsqueeze(0)
-            return Outputs(self.model.aggregate(logits_MNK), logits_MNK, verdict_ENK)
-        return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
-
-    def _probabilities(self) -> Tensor | None:
-        """Of the members, if the expectation over them can be taken exactly and the attack is one that takes it."""
-        return probabilities_of(self.model) if self.needs_members or self.eot_iter is not None else None
+        return look(self.model, self._as_taken(images), inside=self.needs_members, expected=self.eot_iter is not None)
 
     def _draws(self, image: Tensor) -> Draws | None:
-        """How to look at the model; where the expectation over members is exact, also in a surrogate that aggregates them,
-        no draws are needed, unless the members themselves are random on an image (1, C, H, W).
-        """
-        if self.eot_iter is None:
+        """How to look at the model; where the expectation over its members is exact, no draws are needed."""
+        if self.eot_iter is None or is_exact(self.model, self.outputs, image):
             return None
-        model = self.model
-        known = probabilities_of(model.target) if isinstance(model, Surrogate) and model.other is None else None
-        if known is not None or self._probabilities() is not None:
-            with torch.no_grad():
-                first, second = (self.outputs(image).logits_MNK for _ in range(2))
-            assert first is not None
-            assert second is not None
-            if not differ(first.flatten(1), second.flatten(1)):
-                return None
         return Draws(self.eot_iter, self.draws_per_pass)
 
-    def _expected_stages(self, num_classes: int) -> list[Stage]:
-        return [replace(stage, objective=self._expected(stage.objective)) for stage in self._stages(num_classes)]
-
-    @staticmethod
-    def _expected(objective: Objective) -> Objective:
-        """The mean of a loss over the members that the model draws from."""
-
-        def mean(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-            assert outputs.logits_MNK is not None
-            assert outputs.weights_E is not None
-            losses = [objective(Outputs(logits_NK), labels, targets) for logits_NK in outputs.logits_MNK]
-            return torch.einsum("m,mn->n", outputs.weights_E.to(losses[0]), torch.stack(losses))
-
-        return mean
-
-    @staticmethod
-    def rivals(outputs: Outputs, aim: Tensor | None) -> Tensor:
-        """What a targeted attack has to overtake: the best class that is not the one aimed at, (N,)."""
-        assert aim is not None
-        return best_other(outputs.scores_NK.detach(), aim)
+    def _plan(self, num_classes: int) -> list[Stage]:
+        """`_stages`; of a model that draws its members, the mean over these where the attack does not look inside itself."""
+        stages = self._stages(num_classes)
+        if self.needs_members or self.eot_iter is None or probabilities_of(self.model) is None:
+            return stages
+        return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 
     def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """A wrong class, uniformly at random for each image, by (seed, image)."""
@@ -250,28 +204,28 @@ class DescentAttack(CarefulAttack):
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
             start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
         if self.needs_members and not isinstance(self.model, Surrogate):
-            check_protocol(getattr(self.model, "counted", self.model), self._as_taken(images[:8]))
-        exact = self._probabilities() is not None
-        aim = None
+            with uncounted(self.model):
+                check_protocol(self.model, self._as_taken(images))
+        with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
+            num_classes = self.outputs(images[:1]).scores_NK.shape[1]
+        check_label_range(labels, num_classes)
+        goal = Goal(labels)
         if self.targeted:
-            with torch.no_grad():
-                check_label_range(labels, self.get_logits(images[:1]).shape[-1])
             aim = self.get_target_label(images, labels)
             self._change_model_mode(None)  # torchattacks' target functions may end in model.train()
             check_labels(aim, images, "target labels")
-            aim = aim.to(device).long()
-        adversarial = descent.attack(
+            goal = Goal(labels, aim.to(device).long(), only=True)
+            check_label_range(aim, num_classes, "target labels")
+        adversarial = loop.attack(
             self.outputs,
             images,
-            labels,
-            self._expected_stages if exact and not self.needs_members else self._stages,
-            opening=self._opening(),
+            goal,
+            self._plan(num_classes),
             norm=self.norm,
             eps=self.eps,
             steps=self.steps,
             step_rule=self._step_rule,
             seed=self.seed,
-            aim=aim,
             start=start,
             draws=self._draws(images[:1]),
             batch_size=self.batch_size,
@@ -290,5 +244,5 @@ def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -
     if isinstance(attack, CarefulAttack):
         return attack(x, y).to(x.device)
     parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    with preserved(attack.model), private_random_state(seed, attack.model), torch.enable_grad():
+    with guarded(attack.model, seed=seed, evaluate=False):
         return torch.cat([attack(images, labels).detach().to(x) for images, labels in parts])

@@ -12,7 +12,7 @@ from itertools import product
 from torch import nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import lead
+from ensemble_attacks.descent.objectives import lead, of_scores
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import CheckpointSteps
 
@@ -53,5 +53,5 @@ class CAA(DescentAttack):
     def _stages(self, num_classes: int) -> list[Stage]:
         ranks = range(1, min(TARGETS, num_classes - 1) + 1)
         aimed = enumerate(product((50, 25), ranks))
-        stages = [Stage(lead, target_rank=rank, steps=steps, resume=index > 0) for index, (steps, rank) in aimed]
-        return [*stages, Stage(lead, resume=True)]
+        stages = [Stage(of_scores(lead), target_rank=rank, steps=steps, resume=index > 0) for index, (steps, rank) in aimed]
+        return [*stages, Stage(of_scores(lead), resume=True)]

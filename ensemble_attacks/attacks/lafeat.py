@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import ce, normalize_margin
+from ensemble_attacks.descent.objectives import Goal, cross_entropy, normalize_margin
 from ensemble_attacks.descent.stages import CLOSEST, Stage
 from ensemble_attacks.descent.steps import CosineSteps
 from ensemble_attacks.models.view import Outputs
@@ -93,13 +93,11 @@ class LAFEAT(DescentAttack):
             for r, pair in enumerate(pairs)
         ]
 
-    def _loss(self, probe: int, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+    def _loss(self, probe: int, beta: float, outputs: Outputs, goal: Goal) -> Tensor:
         """``CE(beta m z^l / gap_l + (1 - beta m) z / gap, y)`` with m = 1 where the probe l is right (LAFEAT, eq. 6)."""
         assert outputs.logits_MNK is not None
-        if self.targeted:
-            labels = self.rivals(outputs, targets)
-        latent_NK = outputs.logits_MNK[probe]
-        share_N1 = beta * (margin(latent_NK.detach(), labels) > 0).to(latent_NK).unsqueeze(-1)
-        mixture_NK = share_N1 * normalize_margin(latent_NK, labels, targets)
-        mixture_NK = mixture_NK + (1 - share_N1) * normalize_margin(outputs.scores_NK, labels, targets)
-        return ce(mixture_NK, labels) if targets is None else -ce(mixture_NK, targets)
+        leave, latent_NK = goal.overtaken(outputs.scores_NK), outputs.logits_MNK[probe]
+        share_N1 = beta * (margin(latent_NK.detach(), leave) > 0).to(latent_NK).unsqueeze(-1)
+        mixture_NK = share_N1 * normalize_margin(latent_NK, leave, goal.reach)
+        mixture_NK = mixture_NK + (1 - share_N1) * normalize_margin(outputs.scores_NK, leave, goal.reach)
+        return cross_entropy(mixture_NK, Goal(leave, goal.reach))

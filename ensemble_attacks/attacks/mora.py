@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import at_least, ce, normalize_margin
+from ensemble_attacks.descent.objectives import Goal, cross_entropy, normalize_margin
 from ensemble_attacks.descent.stages import CLOSEST, Stage
 from ensemble_attacks.descent.steps import CosineSteps
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.models.votes import log_mean_softmax, mean_logits
+from ensemble_attacks.models.votes import Vote, log_mean_softmax, vote_of
 from ensemble_attacks.scores import best_other, gather, margin, mask_class
 from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
 
@@ -90,11 +90,10 @@ def reweigh(
 def mora(
     logits_MNK: Tensor,
     scores_NK: Tensor,
-    labels: Tensor,
-    targets: Tensor | None = None,
+    goal: Goal,
     *,
     beta: float,
-    vote: str | None,
+    vote: Vote,
     tau: float | None = None,
     rule: str = "derivative",
     probabilities: Tensor | None = None,
@@ -105,43 +104,29 @@ def mora(
     Args:
         logits_MNK: the members' logits.
         scores_NK: the ensemble's scores; used for an aggregation that is none of the three votes (``vote=None``).
-        labels: the classes to leave, (N,).
-        targets: the classes to reach instead, (N,); ``None`` is the ensemble's best other class, at every step anew.
-        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's. With ``vote="logits"`` and the true
+        goal: the classes to leave, and those to reach instead; where there are none, the ensemble's best other class, at
+            every step anew.
+        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's. Of mean logits and with the true
             derivative it makes no difference: every member moves the mean by 1 / M.
-        vote: the ensemble's vote, which decides temperature, indicator and ensemble term.
-        tau: temperature of the members' softmax. ``None``: 1, but for ``"voting"`` each member's own top-1 minus top-2
-            gap, per sample, which follows the hard vote more closely than any fixed temperature.
+        vote: the ensemble's vote, which decides temperature, indicator and ensemble term (`Vote`).
+        tau: temperature of the members' softmax; ``None``: the vote's.
         probabilities: with which the model draws each member, (M,), if it is a random one.
     """
+    leave, reach = goal.overtaken(scores_NK), goal.reach
     detached_MNK = logits_MNK.detach()
-    temperature: float | Tensor
-    if tau is not None:
-        temperature = tau
-    elif vote == "voting":
-        top_MN2 = detached_MNK.topk(2, -1).values
-        temperature = at_least(top_MN2[..., 0] - top_MN2[..., 1], detached_MNK).unsqueeze(-1)
-    else:
-        temperature = 1.0
-
-    if vote == "logits":
-        ensemble_NK = mean_logits(logits_MNK)
-    elif vote in ("softmax", "voting") and probabilities is None:
-        ensemble_NK = log_mean_softmax(logits_MNK / temperature)
-    else:
-        ensemble_NK = scores_NK
-    others = best_other(ensemble_NK.detach(), labels) if targets is None else targets
-    if vote == "logits" and rule == "derivative":
+    temperature = vote.temperature(detached_MNK) if tau is None else tau
+    ensemble_NK = scores_NK if vote.soft is None or probabilities is not None else vote.soft(logits_MNK / temperature)
+    others = best_other(ensemble_NK.detach(), leave) if reach is None else reach
+    if vote.linear and rule == "derivative":
         members_NK = ensemble_NK  # E is the mean of the logits: its derivative by k^m is 1 / M for every member
     else:
         weights_MN = reweigh(
-            detached_MNK / temperature, labels, others, masked=vote != "logits", rule=rule, probabilities=probabilities
+            detached_MNK / temperature, leave, others, masked=vote.masked, rule=rule, probabilities=probabilities
         )
-        members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)
+        members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)  # eq. 11
 
-    mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, labels, targets)
-    mixture_NK = mixture_NK + beta * normalize_margin(members_NK, labels, targets)
-    return ce(mixture_NK, labels) if targets is None else -ce(mixture_NK, targets)
+    mixture_NK = (1 - beta) * normalize_margin(ensemble_NK, leave, reach) + beta * normalize_margin(members_NK, leave, reach)
+    return cross_entropy(mixture_NK, Goal(leave, reach))
 
 
 class MORA(DescentAttack):
@@ -230,31 +215,30 @@ class MORA(DescentAttack):
     def _aims(self) -> bool:
         return self.aimed and not self.targeted
 
-    def _opening(self) -> Stage | None:
-        beta, steps = self.sweep()[0]
-        return Stage(partial(self._loss, beta), steps=steps) if self._aims else None
-
     def _stages(self, num_classes: int) -> list[Stage]:
-        sweep = self.sweep()
-        untargeted = 0 if self._aims else len(sweep)
+        sweep = [(partial(self._loss, beta), steps) for beta, steps in self.sweep()]
         targets = 0 if self.targeted else min(self.targets, num_classes - 1)
-        descents = [*sweep[self._aims :], *[(TARGETED_BETA, self.steps)] * targets]
+        aimed = [(partial(self._loss, TARGETED_BETA), self.steps)] * targets
+        opening: list[Stage] = []
+        if self._aims:
+            (loss, steps), *others = sweep
+            opening, sweep, aimed = [Stage(loss, steps=steps, opening=True)], [], [*others, *aimed]
+        untargeted = [Stage(loss, restart=r, steps=steps) for r, (loss, steps) in enumerate(sweep)]
+        restarts = enumerate(aimed, start=len(sweep))
         return [
-            Stage(partial(self._loss, beta), target_rank=None if r < untargeted else CLOSEST, restart=r, steps=steps)
-            for r, (beta, steps) in enumerate(descents)
+            *opening,
+            *untargeted,
+            *(Stage(loss, target_rank=CLOSEST, restart=r, steps=steps) for r, (loss, steps) in restarts),
         ]
 
-    def _loss(self, beta: float, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
+    def _loss(self, beta: float, outputs: Outputs, goal: Goal) -> Tensor:
         assert outputs.logits_MNK is not None
-        if self.targeted:
-            labels = self.rivals(outputs, targets)
         return mora(
             outputs.logits_MNK,
             outputs.scores_NK,
-            labels,
-            targets,
+            goal,
             beta=beta,
-            vote=getattr(self.model, "vote", None),
+            vote=vote_of(self.model),
             probabilities=outputs.weights_E,
             tau=self.tau,
             rule=self.weight_rule,

@@ -8,10 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import ce, lead
+from ensemble_attacks.descent.objectives import cross_entropy, lead, of_scores
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import ConstantSteps
-from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.validation import check_choice, check_count, check_positive
 
 LOSSES = ("ce", "margin")
@@ -67,11 +66,5 @@ class PGD(DescentAttack):
         return ConstantSteps(x, eps=eps, steps=steps, share=0.25 if self.alpha is None else self.alpha / eps)
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        return [Stage(self._objective, restart=restart) for restart in range(self.n_restarts)]
-
-    def _objective(self, outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-        if self.targeted:
-            labels = self.rivals(outputs, targets)
-        if self.loss == "margin":
-            return lead(outputs, labels, targets)
-        return ce(outputs.scores_NK, labels) if targets is None else -ce(outputs.scores_NK, targets)
+        objective = of_scores(cross_entropy if self.loss == "ce" else lead)
+        return [Stage(objective, restart=restart) for restart in range(self.n_restarts)]

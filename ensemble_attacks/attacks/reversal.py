@@ -20,6 +20,7 @@ from ensemble_attacks.attacks.composed import ComposedAttack
 from ensemble_attacks.descent.balls import make_ball
 from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
+from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import find_parts, not_called
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
@@ -45,7 +46,7 @@ class Behind(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         with _forward_of(self.part, lambda *_, **__: REACH * (2 * v - 1)):
-            return self.model(v.new_zeros(len(v), *self.image_shape))
+            return ask(self.model, v.new_zeros(len(v), *self.image_shape))
 
     @torch.no_grad()
     def seen(self, x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class Behind(nn.Module):
         kept: list[Tensor] = []
         handle = self.part.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
-            self.model(x)
+            ask(self.model, x)
         finally:
             handle.remove()
         if not kept:

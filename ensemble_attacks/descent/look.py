@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ensemble_attacks.descent.stages import Objective
+from ensemble_attacks.descent.objectives import Goal, Objective
 from ensemble_attacks.models.view import Forward, Outputs
-from ensemble_attacks.scores import margin, targeted_margin
 
 CONFIRMING = 20  # further draws of a sample that no draw has been right on, before it leaves
 NO_GRADIENT = (
@@ -63,37 +62,24 @@ class Point(NamedTuple):
         return Point(self.scores_NK[rows], self.margin_N[rows], self.loss_N[rows], gradient, 0, 0)
 
 
-def success_margin(scores: Tensor, labels: Tensor, aim: Tensor | None) -> Tensor:
-    """Negative where the prediction is wrong or, with ``aim``, where it is the class aimed at; (..., N)."""
-    return margin(scores, labels) if aim is None else targeted_margin(scores, aim)
-
-
 def expected_margin(right_N: Tensor, margin_N: Tensor) -> Tensor:
     """Orders samples by the probability of being right, then by mean margin; negative where that probability is 0."""
     closeness_N = 0.5 + margin_N.atan() / math.pi
     return torch.where(right_N > 0, right_N, -1.0) + TIE * closeness_N
 
 
-def verdict(outputs: Outputs, labels: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
+def verdict(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
     """The probability of being right, or of not being where an attack aims, and the mean margin; (N,), (N,)."""
     if outputs.verdict_ENK is None:
-        margin_N = success_margin(outputs.scores_NK.detach(), labels, aim)
+        margin_N = goal.margin(outputs.scores_NK.detach())
         return (~(margin_N < 0)).to(margin_N), margin_N
-    margin_EN = success_margin(outputs.verdict_ENK.detach(), labels, aim)
+    margin_EN = goal.margin(outputs.verdict_ENK.detach())
     weights_E = torch.ones(1) if outputs.weights_E is None else outputs.weights_E
     weights_E = weights_E.to(margin_EN)
     return weights_E @ (~(margin_EN < 0)).to(margin_EN), weights_E @ margin_EN
 
 
-def look(
-    forward: Forward,
-    x: Tensor,
-    labels: Tensor,
-    targets: Tensor | None,
-    targeted: bool,
-    objective: Objective | None,
-    draws: Draws | None,
-) -> Point:
+def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, draws: Draws | None) -> Point:
     """Scores, success and, with an ``objective``, its loss and gradient at ``x``: one forward pass serves all three.
 
     The draws of a random model are accumulated, so that memory does not grow with their number.
@@ -105,17 +91,17 @@ def look(
     gradient: Tensor | None = None
     random, backwards = draws is not None, 0
     for copies in _chunks(count, at_once):
-        at, to = tile(labels, copies), None if targets is None else tile(targets, copies)
+        own = goal.tile(copies)
         with torch.set_grad_enabled(objective is not None):
             outputs = forward(tile(x, copies))
-        right, lead = verdict(outputs, at, to if targeted else None)
+        right, lead = verdict(outputs, own)
         right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
         scores_NK = scores_NK + total(outputs.scores_NK.detach(), copies)
         random = random or outputs.weights_E is not None
         if objective is None or (draws is None and not right.any()):
             continue
         with torch.enable_grad():
-            loss = objective(outputs, at, to)
+            loss = objective(outputs, own)
         (part,) = torch.autograd.grad(loss.sum(), x, allow_unused=True) if loss.requires_grad else (None,)
         if part is None:
             raise ValueError(NO_GRADIENT)
@@ -125,20 +111,28 @@ def look(
     if objective is not None and gradient is None:
         gradient = torch.zeros_like(x)  # all are fooled
     forwards, seen = count * len(x), torch.full_like(right_N, count)
-    doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else ()
+    doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else torch.arange(0)
     if len(doubtful):  # before a sample leaves on these draws, others have to confirm them
         forwards += CONFIRMING * len(doubtful)
         seen[doubtful] += CONFIRMING
-        aim = targets[doubtful] if targeted and targets is not None else None
-        for copies in _chunks(CONFIRMING, at_once):
-            with torch.no_grad():
-                outputs = forward(tile(x.detach()[doubtful], copies))
-            again = verdict(outputs, tile(labels[doubtful], copies), None if aim is None else tile(aim, copies))
-            right_N[doubtful] += total(again[0], copies)
-            margin_N[doubtful] += total(again[1], copies)
+        sums = right_N[doubtful], margin_N[doubtful]
+        right_N[doubtful], margin_N[doubtful] = confirmed(
+            forward, x.detach()[doubtful], goal.select(doubtful), at_once, *sums
+        )
     if random:
         margin_N = expected_margin(right_N / seen, margin_N / seen)
     return Point(scores_NK / count, margin_N, loss_N / count, gradient, forwards, backwards)
+
+
+@torch.no_grad()
+def confirmed(
+    forward: Forward, x: Tensor, goal: Goal, at_once: int, right_N: Tensor, margin_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """These sums of `verdict`, with those over `CONFIRMING` further draws; (N,), (N,)."""
+    for copies in _chunks(CONFIRMING, at_once):
+        right, lead = verdict(forward(tile(x, copies)), goal.tile(copies))
+        right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
+    return right_N, margin_N
 
 
 def tile(t: Tensor, copies: int) -> Tensor:

@@ -1,23 +1,101 @@
-"""What attacks maximise: one value per sample.
+"""What an attack is after, and what it maximises to get there: one value per sample.
 
 Shape suffixes: M members, N samples, K classes. ``scores_NK`` are a model's outputs, ``logits_MNK`` its members'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.scores import gather, margin
+from ensemble_attacks.scores import at_least, best_other, gather, margin
 
-SMALLEST_MARGIN = 1e-3  # of the scores' spread, or of 1: no score is divided by less, as at the boundary by 0
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What counts as success, and what a descent is after, sample by sample.
+
+    Attributes:
+        leave: the classes to leave, (N,).
+        reach: the classes that descents aim at, (N,); ``None``: any other than ``leave``.
+        only: whether nothing but the prediction of ``reach`` is a success (a targeted attack).
+        direction: a direction in the space of scores to go along instead, (N, K).
+    """
+
+    leave: Tensor
+    reach: Tensor | None = None
+    only: bool = False
+    direction: Tensor | None = None
+
+    def margin(self, scores: Tensor) -> Tensor:
+        """Negative where ``scores`` (..., N, K) are a success; (..., N)."""
+        if self.only:
+            assert self.reach is not None
+            return -margin(scores, self.reach)
+        return margin(scores, self.leave)
+
+    def overtaken(self, scores_NK: Tensor) -> Tensor:
+        """The classes whose scores stand in the way, (N,): those to leave; where one alone will do, the best other."""
+        if self.only:
+            assert self.reach is not None
+            return best_other(scores_NK.detach(), self.reach)
+        return self.leave
+
+    def towards(self, classes: Tensor) -> Goal:
+        """The same success, by way of these classes (N,)."""
+        return replace(self, reach=classes)
+
+    def along(self, direction: Tensor) -> Goal:
+        """The same success, by way of a direction (N, K)."""
+        return replace(self, direction=direction)
+
+    def settled(self, clean_NK: Tensor) -> Goal:
+        """With the best other class as the one to leave, where a caller named the one to reach for both."""
+        if not self.only:
+            return self
+        assert self.reach is not None
+        return replace(self, leave=torch.where(self.leave == self.reach, best_other(clean_NK, self.reach), self.leave))
+
+    def select(self, rows: Tensor) -> Goal:
+        """Of some of the samples."""
+        reach, direction = (None if t is None else t[rows] for t in (self.reach, self.direction))
+        return replace(self, leave=self.leave[rows], reach=reach, direction=direction)
+
+    def tile(self, copies: int) -> Goal:
+        """Of ``copies`` of all samples, one after another."""
+        if copies == 1:
+            return self
+        reach = None if self.reach is None else self.reach.repeat(copies)
+        direction = None if self.direction is None else self.direction.repeat(copies, 1)
+        return replace(self, leave=self.leave.repeat(copies), reach=reach, direction=direction)
+
+
+Objective = Callable[[Outputs, Goal], Tensor]  # -> loss (N,), to be maximised
 
 
 def ce(scores_NK: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, (N,), in nats."""
     return F.cross_entropy(scores_NK, labels, reduction="none")
+
+
+def cross_entropy(scores_NK: Tensor, goal: Goal) -> Tensor:
+    """``CE(z, y)``, or ``-CE(z, t)`` towards a class t, (N,), in nats."""
+    return ce(scores_NK, goal.leave) if goal.reach is None else -ce(scores_NK, goal.reach)
+
+
+def lead(scores_NK: Tensor, goal: Goal) -> Tensor:
+    """By how much the best other class, or the one aimed at, leads the one to leave, (N,): ``max_{j != y} z_j - z_y`` or
+    ``z_t - z_y``.
+    """
+    leave = goal.overtaken(scores_NK)
+    if goal.reach is None:
+        return -margin(scores_NK, leave)
+    return gather(scores_NK, goal.reach) - gather(scores_NK, leave)
 
 
 def dlr(scores_NK: Tensor, labels: Tensor) -> Tensor:
@@ -33,11 +111,28 @@ def dlr_targeted(scores_NK: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return -(gather(scores_NK, labels) - gather(scores_NK, targets)) / spread_N
 
 
-def at_least(gaps: Tensor, scores: Tensor) -> Tensor:
-    """Gaps (...) between some of the ``scores`` (..., K), but none so small that dividing by it would end in infinity."""
-    spread = scores.amax(-1) - scores.amin(-1)
-    spread = torch.where(spread > 0, spread.clamp(torch.finfo(scores.dtype).tiny ** 0.5, 1), 1)
-    return gaps.maximum(SMALLEST_MARGIN * spread)
+def ratio(scores_NK: Tensor, goal: Goal) -> Tensor:
+    """`dlr`, or `dlr_targeted` towards a class, (N,)."""
+    if goal.reach is None:
+        return dlr(scores_NK, goal.leave)
+    return dlr_targeted(scores_NK, goal.overtaken(scores_NK), goal.reach)
+
+
+def of_scores(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:
+    """The loss of the model's own scores."""
+    return lambda outputs, goal: loss(outputs.scores_NK, goal)
+
+
+def expected(objective: Objective) -> Objective:
+    """The mean of a loss over the members that a model draws from."""
+
+    def mean(outputs: Outputs, goal: Goal) -> Tensor:
+        assert outputs.logits_MNK is not None
+        assert outputs.weights_E is not None
+        losses = [objective(Outputs(logits_NK), goal) for logits_NK in outputs.logits_MNK]
+        return torch.einsum("m,mn->n", outputs.weights_E.to(losses[0]), torch.stack(losses))
+
+    return mean
 
 
 def normalize_margin(scores_NK: Tensor, labels: Tensor, others: Tensor | None = None) -> Tensor:
@@ -48,12 +143,3 @@ def normalize_margin(scores_NK: Tensor, labels: Tensor, others: Tensor | None = 
     detached = scores_NK.detach()
     lead_N = margin(detached, labels) if others is None else gather(detached, labels) - gather(detached, others)
     return scores_NK / at_least(lead_N.abs(), detached).unsqueeze(-1)
-
-
-def lead(outputs: Outputs, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """By how much the best other class, or the one aimed at, leads the label's score, (N,): ``max_{j != y} z_j - z_y`` or
-    ``z_t - z_y``.
-    """
-    if targets is None:
-        return -margin(outputs.scores_NK, labels)
-    return gather(outputs.scores_NK, targets) - gather(outputs.scores_NK, labels)

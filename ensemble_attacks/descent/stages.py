@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ensemble_attacks.descent.look import Point
+from ensemble_attacks.descent.objectives import Objective
 from ensemble_attacks.descent.steps import StepRule
-from ensemble_attacks.models.view import Outputs
 
 NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
 FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
 CLOSEST = 0  # target rank of the class that has come closest so far
-Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]  # (outputs, labels, targets) -> loss (N,)
 Direction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noise, labels, ranked classes) -> direction (N, K)
 
 
@@ -34,6 +34,7 @@ class Stage:
         steps, step_rule: where they are not the attack's.
         resume: go on where the stage before ended, on the samples that it took.
         share: of the robust samples, those of the smallest margin that are worth the passes; `FEWEST` at least.
+        opening: begin at the clean images, or at the caller's, whose first look serves this descent, too; of a first stage.
     """
 
     objective: Objective
@@ -44,6 +45,7 @@ class Stage:
     step_rule: Callable[..., StepRule] | None = None
     resume: bool = False
     share: float = 1.0
+    opening: bool = False
 
 
 @dataclass(eq=False)
@@ -61,6 +63,12 @@ class Trace:
 
     _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
     fooled_in: list[Tensor] = field(default_factory=list, repr=False)
+
+    def begin(self, fooled_in: Tensor, seen: Sequence[Point]) -> None:
+        """Book the looks before the first stage: at the clean images and, if there is one, at a start."""
+        self.fooled_in.append(fooled_in)
+        forwards = sum(point.forwards for point in seen)
+        self.add(-1, 0, int((fooled_in < 0).sum()), forwards, seen[-1].backwards, seen[-1].loss_N.sum())
 
     def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
         sums = self._sums[stage, step]

@@ -17,7 +17,8 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean
-from ensemble_attacks.models.preserve import differentiable, private_random_state
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.validation import check_count, check_images, check_positive
 
 INNER = 50  # points around the image, of class 0
@@ -71,7 +72,7 @@ def binarization(
     check_images(x, "x")
     check_positive("eps", eps)
     check_count("the number of images", len(x))
-    with differentiable(), private_random_state(seed, model):
+    with guarded(model, seed=seed, evaluate=False):
         x = x.detach().clone().to(next(model.parameters(), x).device)
         binary = _Binary(model, x[:1])
         generator = torch.Generator().manual_seed(seed)
@@ -109,7 +110,7 @@ class _Binary:
         except Exception as error:  # not everything that a model may hold can be copied
             raise ValueError(f"model {type(model).__name__} cannot be copied: {error}") from error
         with torch.no_grad():
-            classes = self.model(x).shape[1]
+            classes = ask(self.model, x).shape[1]
         linear = {name: net for name, net in self.model.named_modules() if isinstance(net, nn.Linear)}
         self.heads = {name: net for name, net in linear.items() if net.out_features == classes}
         if not self.heads:
@@ -130,7 +131,7 @@ class _Binary:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        return self.model(images).argmax(1)
+        return ask(self.model, images).argmax(1)
 
     @torch.no_grad()
     def fit(self, image: Tensor, eps: float, generator: torch.Generator) -> bool:
@@ -155,7 +156,7 @@ class _Binary:
 
         hooks = [head.register_forward_pre_hook(note(name)) for name, head in self.heads.items()]
         try:
-            self.model(points)
+            ask(self.model, points)
         finally:
             for hook in hooks:
                 hook.remove()

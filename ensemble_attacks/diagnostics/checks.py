@@ -24,10 +24,12 @@ from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, Diagnos
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
 from ensemble_attacks.errors import AggregateMismatchError
 from ensemble_attacks.judge import judge
+from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.ensembles import check_protocol
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import premise, straight_through
 from ensemble_attacks.models.passes import count_passes
-from ensemble_attacks.models.preserve import differentiable, evaluating, in_training, preserved, private_random_state
+from ensemble_attacks.models.preserve import in_training, private_random_state
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.twins import prepare
@@ -36,10 +38,10 @@ from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
+    check_label_range,
     check_labels,
     check_module,
     check_positive,
-    check_scores,
 )
 
 STEPS = 20  # of the attacks below
@@ -76,14 +78,12 @@ def diagnose(
     check_positive("eps", eps)
     check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
     device = next(model.parameters(), x).device
-    with differentiable(), preserved(model), private_random_state(seed, model):
+    was_training = in_training(model)
+    with guarded(model, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
-        was_training = in_training(model)
-        evaluating(model)
         check_dtype(model, x, "x")
         with torch.no_grad():
-            scores_NK = model(x)
-        check_scores(scores_NK, len(y), type(model).__name__, y)
+            check_label_range(y, ask(model, x).shape[1], "y")
         examination = _Examination(model, x, y, eps, seed, attack)
         checks = [*examination.of_structure(was_training), *examination.of_gradients()]
         checks += [*examination.of_attacks(), *examination.of_one_attack()]
@@ -135,7 +135,7 @@ class _Examination:
         said = "an image's scores depend on the others in the batch"
         yield _flag_if(not structure.random and self._depends_on_batch(), "batch_dependence", said)
         with torch.no_grad():
-            scores_NK = self.original(self.x)
+            scores_NK = ask(self.original, self.x)
         probabilities = are_probabilities(scores_NK)
         yield _flag_if(
             probabilities, "probabilities", "the scores are probabilities, whose logarithm underflows", "", "[CH20]"
@@ -153,7 +153,7 @@ class _Examination:
         states = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            self.original(self.x[:2])
+            ask(self.original, self.x[:2])
             states.append(torch.get_rng_state())
         return torch.equal(*states)
 
@@ -162,13 +162,13 @@ class _Examination:
         scores = []
         for _ in range(4):
             with private_random_state(self.seed, self.original):
-                scores.append(self.original(self.x))
+                scores.append(ask(self.original, self.x))
         return any(differ(other, scores[0]) for other in scores[1:])
 
     @torch.no_grad()
     def _depends_on_batch(self) -> bool:
         half = len(self.x) // 2
-        return differ(self.original(self.x)[:half], self.original(self.x[:half]))
+        return differ(ask(self.original, self.x)[:half], ask(self.original, self.x[:half]))
 
     # -- gradients
 
@@ -181,7 +181,7 @@ class _Examination:
             return
         noisy = (self.x + self.eps * self._noise(1)).clamp(0, 1)
         with torch.no_grad():
-            finite = torch.stack([decided(self.model(images)) for images in (self.x, noisy)])
+            finite = torch.stack([decided(ask(self.model, images)) for images in (self.x, noisy)])
         broken = _share(~finite.all(0) | ~torch.isfinite(gradient).flatten(1).all(1))
         yield _measure("non_finite", broken, 0.0, "of so many images scores or gradients are NaN or infinite", "", "[P22]")
         saturated = self._gradient(self.model, self.x, F.cross_entropy)
@@ -217,7 +217,7 @@ class _Examination:
     def _of_members(self) -> Iterator[Check]:
         images = self.x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits_MNK = self.model.member_logits(images)
+            logits_MNK = ask_members(self.model, images)
         gradients = []
         for logits_NK in logits_MNK:
             own = None
@@ -276,7 +276,7 @@ class _Examination:
         I1 is ``zero_gradients``; I5, of attacks on another model than the target, is left to `indicators`.
         """
         with torch.no_grad():
-            right = self.original(self.x).argmax(1) == self.y
+            right = ask(self.original, self.x).argmax(1) == self.y
         x, y = self.x[right][:ALONE], self.y[right][:ALONE]
         if not len(x):
             yield Check("attack", NOTE, 0.0, None, "no image is classified rightly: no attack is looked into")
@@ -344,7 +344,7 @@ class _Examination:
         images = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             try:
-                scores_NK = model(images)
+                scores_NK = ask(model, images)
             except RuntimeError:  # of an operation that has no gradient, such as numpy's
                 return None
             if not scores_NK.requires_grad:

@@ -16,15 +16,16 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean, outside
-from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
+from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.scores import margin
 from ensemble_attacks.validation import (
     check_count,
     check_images,
+    check_label_range,
     check_labels,
     check_module,
     check_positive,
-    check_scores,
 )
 
 NEIGHBOURS = 100  # gamma
@@ -69,13 +70,13 @@ class _Recorder(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        scores_NK = self.model(x)
+        scores_NK = ask(self.model, x)
         self._note(x, scores_NK)
         return scores_NK
 
     def _member_logits(self, x: Tensor) -> Tensor:
         net: Any = self.model
-        logits_MNK = net.member_logits(x)
+        logits_MNK = ask_members(net, x)
         self._note(x, net.aggregate(logits_MNK.detach()))
         return logits_MNK
 
@@ -134,12 +135,10 @@ def indicators(
     check_count("the number of images", len(x))
     target = model if target is None else target
     device = next(model.parameters(), x).device
-    with differentiable(), preserved(model), preserved(target), private_random_state(seed, model):
+    with guarded(model, target, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
-        evaluating(model)
-        evaluating(target)
         with torch.no_grad():
-            check_scores(model(x), len(y), type(model).__name__, y)
+            check_label_range(y, ask(model, x).shape[1], "y")
         rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]
     return Indicators(*torch.tensor(rows).T)
 
@@ -181,7 +180,7 @@ def _gradient_is_missing(model: nn.Module, x: Tensor, y: Tensor) -> tuple[bool, 
     images = x.clone().requires_grad_()
     try:
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(margin(model(images), y).sum(), images, allow_unused=True)
+            (gradient,) = torch.autograd.grad(margin(ask(model, images), y).sum(), images, allow_unused=True)
     except RuntimeError:  # of a graph that was cut, or of an operation that has no gradient
         return True, False
     return gradient is None or not bool(gradient.any()), True
@@ -192,8 +191,8 @@ def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int, radius: floa
     """``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side ``radius``."""
     generator = torch.Generator().manual_seed(seed)
     directions = radius * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator, device="cpu") - 0.5)
-    at_x = margin(model(x), y)
-    around = margin(model(x + directions.to(x)), y.expand(NEIGHBOURS))
+    at_x = margin(ask(model, x), y)
+    around = margin(ask(model, x + directions.to(x)), y.expand(NEIGHBOURS))
     size = at_x.abs() if at_x.abs().item() > 0 else 1.0
     return min(1.0, ((around - at_x).abs() / size).mean().item())
 

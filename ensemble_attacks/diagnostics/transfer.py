@@ -9,6 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
+from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.scores import decided
 
 BATCH = 250
@@ -40,12 +41,12 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
 @torch.no_grad()
 def right_for_all(members: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
     """(N,) bool: what every member classifies rightly."""
-    return torch.stack([member(x).argmax(1) == y for member in members]).all(0)
+    return torch.stack([ask(member, x).argmax(1) == y for member in members]).all(0)
 
 
 @torch.no_grad()
 def _fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    scores_NK = member(x)
+    scores_NK = ask(member, x)
     return (scores_NK.argmax(1) != y) & decided(scores_NK)
 
 
@@ -59,7 +60,7 @@ class Member(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         net: Any = self.ensemble
-        return net.member_logits(x)[self.index]
+        return ask_members(net, x)[self.index]
 
 
 def draw_transfer(axes: Any, shares: Tensor) -> None:

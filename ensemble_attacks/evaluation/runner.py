@@ -19,19 +19,20 @@ from tqdm import tqdm
 from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
+from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.ensembles import check_members, check_protocol
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
-from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
     check_images,
+    check_label_range,
     check_labels,
     check_norm,
     check_positive,
-    check_scores,
     check_seed,
 )
 
@@ -76,10 +77,9 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
             check_members(model, name)
         entry.check(model, settings)
     few = x[:2].to(next(model.parameters(), x).device)
-    with torch.no_grad(), preserved(model), private_random_state(settings.seed, model):
-        evaluating(model)
+    with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        check_scores(model(few), len(few), type(model).__name__, y)
+        check_label_range(y, ask(model, few).shape[1], "y")
         if any(entry.needs_members for entry in entries.values()):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
@@ -211,8 +211,9 @@ def _recraft(
     device = next(model.parameters(), x).device
 
     def predict(net: nn.Module) -> Tensor:
-        with preserved(net), private_random_state(settings.seed, net):
-            return torch.cat([net(batch.to(device)).argmax(1).cpu() for batch in crafted.images.split(settings.batch_size)])
+        with guarded(net, seed=settings.seed, evaluate=False), torch.no_grad():
+            parts = crafted.images.split(settings.batch_size)
+            return torch.cat([ask(net, batch.to(device)).argmax(1).cpu() for batch in parts])
 
     rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
     if not len(rows):

@@ -30,8 +30,10 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.ensembles import check_members
-from ensemble_attacks.models.preserve import differentiable, evaluating, in_training, preserved, private_random_state
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.norms import NORMS as BALLS
@@ -324,9 +326,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         images = x.detach().clone().requires_grad_()
         with private_random_state(self.seed or 0, self.model):
             try:
-                scores_NK = self.model(images)
+                scores_NK = ask(self.model, images)
             except RuntimeError:  # of an operation that has no gradient, such as numpy's
-                scores_NK = self.model(images.detach())
+                scores_NK = ask(self.model, images.detach())
         if are_probabilities(scores_NK):
             self._flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
         gradient = None
@@ -371,7 +373,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     @torch.no_grad()
     def _scores(self, x: Tensor) -> Tensor:
         with private_random_state(0, self.model):
-            return self.model(x.to(self.device)).cpu()
+            return ask(self.model, x.to(self.device)).cpu()
 
     def _run(self, called: str, name: Name, x: Tensor, y: Tensor, bs: int, state: State) -> None:
         if called != state.current:
@@ -429,10 +431,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of every sample: the share of right draws, what is predicted (last), and are the scores finite; each (N,)."""
         if not self.random:
-            scores_NK = self.model(images.to(self.device)).to(labels.device)
+            scores_NK = ask(self.model, images.to(self.device)).to(labels.device)
             return (scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), decided(scores_NK)
         with private_random_state(JUDGING_SEED, self.model):  # no draw that an attack saw
-            scores_DNK = torch.stack([self.model(images.to(self.device)).to(labels.device) for _ in range(self.draws)])
+            scores_DNK = torch.stack([ask(self.model, images.to(self.device)).to(labels.device) for _ in range(self.draws)])
         right_DN = scores_DNK.argmax(-1) == labels
         return (
             right_DN.double().mean(0),
@@ -470,11 +472,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     def _untouched(self) -> Iterator[None]:
         tracer = sys.gettrace()
         try:
-            with (
-                preserved(self.model),
-                private_random_state(self.seed or 0, self.model),
-                differentiable(),
-            ):
+            with guarded(self.model, seed=self.seed or 0, evaluate=False):
                 yield
         finally:
             sys.settrace(tracer)

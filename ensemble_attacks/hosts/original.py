@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.validation import check_choice
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -98,10 +99,9 @@ def run_autoattack(
     tracer = sys.gettrace()
     x_adv, flags = x.clone(), {}
     try:
-        with preserved(model), private_random_state(seed, model), torch.enable_grad():
-            evaluating(model)
+        with guarded(model, seed=seed):
             with torch.no_grad():
-                scores_NK = torch.cat([model(b.to(device)).to(x.device) for b in x.split(batch_size)])
+                scores_NK = torch.cat([ask(model, b.to(device)).to(x.device) for b in x.split(batch_size)])
             if "apgd-t" in attacks and scores_NK.shape[1] < 4:
                 raise ValueError(
                     f"AutoAttack's apgd-t needs at least 4 classes, the model has {scores_NK.shape[1]}: "

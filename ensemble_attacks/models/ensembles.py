@@ -10,16 +10,19 @@ Shape suffixes: M members, N samples, K classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
-from ensemble_attacks.models.preserve import preserved
-from ensemble_attacks.models.votes import VOTES, _tied, check_vote
-from ensemble_attacks.validation import check_member_logits, check_module, check_scores
+from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, check_vote, vote_of
+from ensemble_attacks.validation import check_module
+
+FEW = 8  # images on which an ensemble is compared with what it shows
 
 
 class Ensemble(nn.Module):
@@ -27,7 +30,8 @@ class Ensemble(nn.Module):
 
     Args:
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
-        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits).
+        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits), or a
+            `Vote` of your own.
 
     Raises:
         TypeError: a member that is not an ``nn.Module``.
@@ -39,7 +43,7 @@ class Ensemble(nn.Module):
     (torch.Size([2, 5, 3]), torch.Size([5, 3]))
     """
 
-    def __init__(self, members: Sequence[nn.Module], vote: str = "softmax") -> None:
+    def __init__(self, members: Sequence[nn.Module], vote: str | Vote = "softmax") -> None:
         super().__init__()
         members = list(members)
         if not members:
@@ -48,18 +52,17 @@ class Ensemble(nn.Module):
             if not isinstance(member, nn.Module):
                 raise TypeError(f"members[{index}] is a {type(member).__name__}: every member must be a torch.nn.Module")
         self.members = nn.ModuleList(members)
-        self.vote: str | None = check_vote(vote)
+        self.vote: str | Vote | None = vote
+        check_vote(vote)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Logits of every member, (M, N, K)."""
-        logits = [member(x) for member in self.members]
-        for index, logits_NK in enumerate(logits):
-            check_scores(logits_NK, len(x), f"members[{index}]")
-        return torch.stack(logits)
+        return torch.stack([ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)])
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """The ensemble's scores, (N, K), from its members' logits."""
-        return VOTES[str(self.vote)](logits_MNK)
+        assert self.vote is not None
+        return check_vote(self.vote).aggregate(logits_MNK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.aggregate(self.member_logits(x))
@@ -75,26 +78,31 @@ class AdoptedEnsemble(Ensemble):
     are less of one mind; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
     """
 
-    def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Callable[[Tensor], Tensor]) -> None:
-        super().__init__(members, "softmax" if callable(vote) else vote)
+    def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Vote | Aggregate) -> None:
+        claimed = as_vote(vote)
+        super().__init__(members, claimed)
         self.original = original
-        self._aggregate = vote if callable(vote) else VOTES[vote]
-        if callable(vote):
-            self.vote = None
-        self._verified = False
+        self.vote = None if claimed.name == OWN else claimed.name if isinstance(vote, str) else claimed
+        self.claimed = claimed
+        self.verified = False
         self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
         self.training = self.members.training = original.training
+
+    @property
+    def vote_said(self) -> str:
+        """The claimed vote, for people."""
+        return "callable" if self.claimed.name == OWN else self.claimed.name
 
     def forward(self, x: Tensor) -> Tensor:
         return self.original(x)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        if not self._verified:
+        if not self.verified:
             self.verify(x)
         return super().member_logits(x)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        return self._aggregate(logits_MNK)
+        return self.claimed.aggregate(logits_MNK)
 
     @torch.no_grad()
     def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +110,8 @@ class AdoptedEnsemble(Ensemble):
         where they do as these tie; each (N,) bool.
         """
         logits_MNK = super().member_logits(x)
-        differ = _predict_otherwise(self.original(x), self.aggregate(logits_MNK))
-        tied = _tied(logits_MNK, self.vote)
+        differ = _predict_otherwise(ask(self.original, x), self.aggregate(logits_MNK))
+        tied = self.claimed.tied(logits_MNK)
         return differ & ~tied, differ & tied
 
     def verify(self, x: Tensor) -> None:
@@ -115,13 +123,13 @@ class AdoptedEnsemble(Ensemble):
         differ, ties = (torch.cat(parts) for parts in zip(*map(self._compare, mixtures), strict=True))
         if differ.any():
             raise AggregateMismatchError(
-                f"the claimed members and vote={self.vote or 'callable'!r} predict another class than the model itself on "
+                f"the claimed members and vote={self.vote_said!r} predict another class than the model itself on "
                 f"{int(differ[: len(x)].sum())} of {len(x)} images and {int(differ[len(x) :].sum())} of "
                 f"{len(differ) - len(x)} mixtures of them: name the right vote ({', '.join(VOTES)}, or a callable "
                 "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
                 "random model differs from itself: freeze its draws"
             )
-        self._verified, self.own_ties = True, bool(ties.any())
+        self.verified, self.own_ties = True, bool(ties.any())
 
     def warn_of_mismatch(self, x_adv: Tensor) -> None:
         """Warn where the claim, true of the clean images, fails on adversarial ones."""
@@ -130,7 +138,7 @@ class AdoptedEnsemble(Ensemble):
         if differ:
             warnings.warn(
                 f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
-                f"vote={self.vote or 'callable'!r} predict another class than the model itself: the vote claimed for it is "
+                f"vote={self.vote_said!r} predict another class than the model itself: the vote claimed for it is "
                 "not quite its own, and the attack was misled",
                 stacklevel=2,
             )
@@ -139,15 +147,19 @@ class AdoptedEnsemble(Ensemble):
 @torch.no_grad()
 def check_protocol(model: Any, x: Tensor) -> None:
     """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself, votes
-    that tie apart; not of an adopted ensemble, which looks itself, or of a random model, which differs from itself.
+    that tie apart; not of a random model, which differs from itself. An adopted ensemble is looked at on all images, and
+    once; another on the first few.
     """
-    if isinstance(model, AdoptedEnsemble) or probabilities_of(model) is not None:
+    adopted = getattr(model, "counted", model)
+    if isinstance(adopted, AdoptedEnsemble) and not adopted.verified:
+        adopted.verify(x)
+    if isinstance(adopted, AdoptedEnsemble) or probabilities_of(model) is not None:
         return
-    own_NK, logits_MNK = model(x), model.member_logits(x)
-    check_member_logits(logits_MNK, len(x), type(model).__name__)
+    x = x[:FEW]
+    logits_MNK, own_NK = ask_members(model, x), ask(model, x)
     differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
-    differ &= ~_tied(logits_MNK, getattr(model, "vote", None))
-    if differ.any() and torch.equal(model(x), own_NK):
+    differ &= ~vote_of(model).tied(logits_MNK)
+    if differ.any() and torch.equal(ask(model, x), own_NK):
         raise AggregateMismatchError(
             f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
             f"{int(differ.sum())} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
@@ -167,7 +179,7 @@ def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
 def as_ensemble(
     model: nn.Module,
     members: Sequence[nn.Module | str] | None = None,
-    vote: str | Callable[[Tensor], Tensor] = "softmax",
+    vote: str | Vote | Aggregate = "softmax",
     *,
     inputs: Tensor | None = None,
 ) -> nn.Module:
@@ -199,8 +211,7 @@ def as_ensemble(
     if members is None:
         check_members(model, "as_ensemble")
         if inputs is not None:
-            with preserved(model):
-                model.eval()
+            with guarded(model):
                 check_protocol(model, inputs)
         return model
     known, members = dict(model.named_modules()), list(members)
@@ -209,8 +220,7 @@ def as_ensemble(
             raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
     ensemble = AdoptedEnsemble(model, [known[m] if isinstance(m, str) else m for m in members], vote)
     if inputs is not None:
-        with preserved(ensemble):
-            ensemble.eval()
+        with guarded(ensemble):
             ensemble.verify(inputs)
     return ensemble
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.preserve import evaluating, preserved
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.guard import guarded
 
 
 class _Identity(torch.autograd.Function):
@@ -122,12 +123,11 @@ def premise(
     def gradient() -> Tensor:
         images = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+            loss = nn.functional.cross_entropy(ask(model, images), labels, reduction="sum")
             (slope,) = torch.autograd.grad(loss, images, allow_unused=True) if loss.requires_grad else (None,)
         return (torch.zeros_like(images) if slope is None else slope).flatten(1)
 
-    with preserved(model):
-        evaluating(model)
+    with guarded(model):
         with _hooked(model, parts, keep):
             own = gradient()
         if not seen:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,18 @@ class CountingModel(nn.Module):
     def _count_backward(self, images: int) -> None:
         self.backwards += images
         self._on_pass(images)
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Within it, passes do not count: those of checks, which are no part of an attack."""
+    counters = [part for part in model.modules() if isinstance(part, CountingModel)]
+    before = [(counter.forwards, counter.backwards) for counter in counters]
+    try:
+        yield
+    finally:
+        for counter, (forwards, backwards) in zip(counters, before, strict=True):
+            counter.forwards, counter.backwards = forwards, backwards
 
 
 class CountingEnsemble(CountingModel):

@@ -70,13 +70,14 @@ def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def private_random_state(seed: int, model: nn.Module) -> Iterator[None]:
-    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of the model hold as attributes,
+def private_random_state(seed: int, *models: nn.Module) -> Iterator[None]:
+    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of models hold as attributes,
     and put them back afterwards.
 
     Only models with randomness of their own see the difference: attacks draw from generators of their own.
     """
-    owned = [held for module in model.modules() for held in vars(module).values() if isinstance(held, OWN)]
+    modules = [module for model in models for module in model.modules()]
+    owned = [held for module in modules for held in vars(module).values() if isinstance(held, OWN)]
     states = [_state(generator) for generator in owned]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

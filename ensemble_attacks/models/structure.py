@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
+from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
-from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
-from ensemble_attacks.models.votes import VOTES
+from ensemble_attacks.models.votes import OWN, vote_of
 from ensemble_attacks.scores import differ
-from ensemble_attacks.validation import check_dtype, check_scores
+from ensemble_attacks.validation import check_dtype
 
 REPEATS = 5  # forward passes of the same images
 FEW, MORE = 2, 25  # images, and forward passes of these: a model may draw once for a whole batch, and seldom otherwise
@@ -40,7 +41,6 @@ class Structure:
     classes: int
 
 
-@torch.no_grad()
 def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     """Look at the model, and at its scores of some images (N, C, H, W)."""
     members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
@@ -49,12 +49,10 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         frontend = bool(find_parts(model, "frontend"))
     except PartError:
         frontend = False
-    with preserved(model), private_random_state(seed, model):
-        evaluating(model)
+    with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x)
-        scores = [model(x.clone()) for _ in range(REPEATS)]  # it may work in place
-        few = [model(x[:FEW].clone()) for _ in range(MORE)]
-    check_scores(scores[0], len(x), type(model).__name__)
+        scores = [ask(model, x) for _ in range(REPEATS)]
+        few = [ask(model, x[:FEW]) for _ in range(MORE)]
     random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
-    own = members and not probabilities and getattr(model, "vote", None) not in VOTES
+    own = members and not probabilities and vote_of(model).name == OWN
     return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])

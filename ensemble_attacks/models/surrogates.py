@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.ensembles import check_members, probabilities_of
-from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.models.votes import VOTES, log_expected_softmax, log_mean_softmax
+from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, log_expected_softmax, log_mean_softmax
 from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
@@ -48,39 +48,24 @@ class Surrogate(nn.Module):
         self.other: Any = surrogate if isinstance(surrogate, nn.Module) else None
         named = isinstance(surrogate, str)
         self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
-        self._aggregate: Callable[[Tensor], Tensor] = VOTES[str(self.vote)] if named else surrogate  # type: ignore[assignment]
+        self._aggregate: Aggregate = VOTES[str(self.vote)].aggregate if named else surrogate  # type: ignore[assignment]
         self.training = target.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.other(x) if self.other is not None else self.aggregate(self.member_logits(x))
+        return ask(self.other, x) if self.other is not None else self.aggregate(self.member_logits(x))
 
     def member_logits(self, x: Tensor) -> Tensor:
         """The target's members', (M, N, K), or those of a surrogate that is another ensemble."""
-        return (self.target if self.other is None else self.other).member_logits(x)
+        return ask_members(self.target if self.other is None else self.other, x)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """(M, N, K) -> (N, K)."""
         if self.other is not None:
             return self.other.aggregate(logits_MNK)
         probabilities = probabilities_of(self.target)
-        if self.vote == "softmax" and probabilities is not None:
+        if probabilities is not None and self.vote == SOFTMAX.name:
             return log_expected_softmax(logits_MNK, probabilities)
         return self._aggregate(logits_MNK)
-
-    def look(self, x: Tensor) -> Outputs:
-        """The surrogate's scores and, from the same forward pass if it is an aggregation, the target's."""
-        if self.other is not None:
-            with torch.no_grad():
-                verdict_NK = self.target(x)
-            logits_MNK = self.other.member_logits(x) if hasattr(self.other, "member_logits") else None
-            scores_NK = self.other(x) if logits_MNK is None else self.other.aggregate(logits_MNK)
-            return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
-        logits_MNK = self.target.member_logits(x)
-        scores_NK = self.aggregate(logits_MNK)
-        probabilities = probabilities_of(self.target)
-        if probabilities is not None:
-            return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
-        return Outputs(scores_NK, logits_MNK, self.target.aggregate(logits_MNK.detach()).unsqueeze(0))
 
 
 class _Estimated(torch.autograd.Function):
@@ -90,7 +75,7 @@ class _Estimated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, model: ZeroOrder) -> Tensor:
         ctx.save_for_backward(x)
         ctx.model = model
-        return model.target(x).detach()
+        return ask(model.target, x).detach()
 
     @staticmethod
     def backward(ctx: Any, by_scores: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -100,7 +85,7 @@ class _Estimated(torch.autograd.Function):
         with torch.no_grad():
             for _ in range(model.queries):
                 u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator, device="cpu").to(x) - 1
-                ahead, behind = model.target(x + model.sigma * u), model.target(x - model.sigma * u)
+                ahead, behind = ask(model.target, x + model.sigma * u), ask(model.target, x - model.sigma * u)
                 slope_N = ((ahead - behind) * by_scores).sum(1) / (2 * model.sigma)
                 gradient += per_sample(slope_N, x) * u / model.queries
         return gradient, None
@@ -146,4 +131,4 @@ class Expected(nn.Module):
         self.training = target.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return log_mean_softmax(torch.stack([self.target(x) for _ in range(self.draws)]))
+        return log_mean_softmax(torch.stack([ask(self.target, x) for _ in range(self.draws)]))

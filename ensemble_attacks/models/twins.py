@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
+from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel
-from ensemble_attacks.models.preserve import differentiable, preserved, private_random_state
+from ensemble_attacks.models.preserve import differentiable, private_random_state
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3, 0.05  # of the folded model's scores, relative to the largest, and of its gradient, relative to its length
@@ -134,5 +136,5 @@ def _gradient(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scores(net: Any, x: Tensor, seed: int) -> Tensor:
-    with preserved(net), private_random_state(seed, net):
-        return net.member_logits(x) if hasattr(net, "member_logits") else net(x)
+    with guarded(net, seed=seed, evaluate=False):
+        return ask_members(net, x) if hasattr(net, "member_logits") else ask(net, x)

@@ -1,11 +1,21 @@
-"""What one look at a model shows."""
+"""What one look at a model shows, whatever kind of model it is.
+
+Shape suffixes: M members, N samples, K classes, E outcomes of a random model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.models.votes import log_expected_softmax
+from ensemble_attacks.scores import differ
 
 
 class Outputs(NamedTuple):
@@ -25,3 +35,56 @@ class Outputs(NamedTuple):
 
 
 Forward = Callable[[Tensor], Outputs]
+
+
+def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False) -> Outputs:
+    """One forward pass of images (N, ...).
+
+    Args:
+        inside: whether the members of an ensemble are asked for.
+        expected: whether, of a model that draws its members with known probabilities, the expectation is taken over them.
+    """
+    if isinstance(model, Surrogate):
+        return _stand_in(model, x)
+    probabilities = probabilities_of(model) if inside or expected else None
+    if not inside and probabilities is None:
+        return Outputs(ask(model, x))
+    logits_MNK = ask_members(model, x)
+    if probabilities is not None:
+        return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
+    verdict_ENK = None
+    if getattr(model, "own_ties", False):
+        with torch.no_grad():
+            verdict_ENK = ask(model, x).unsqueeze(0)
+    return Outputs(model.aggregate(logits_MNK), logits_MNK, verdict_ENK)
+
+
+def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
+    """The surrogate's scores and, from the same forward pass if it is an aggregation, those of the model it stands for."""
+    target, other = surrogate.target, surrogate.other
+    if other is not None:
+        with torch.no_grad():
+            verdict_NK = ask(target, x)
+        logits_MNK = ask_members(other, x) if hasattr(other, "member_logits") else None
+        scores_NK = ask(other, x) if logits_MNK is None else other.aggregate(logits_MNK)
+        return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
+    logits_MNK = ask_members(target, x)
+    scores_NK = surrogate.aggregate(logits_MNK)
+    probabilities = probabilities_of(target)
+    if probabilities is not None:
+        return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
+    return Outputs(scores_NK, logits_MNK, target.aggregate(logits_MNK.detach()).unsqueeze(0))
+
+
+@torch.no_grad()
+def is_exact(model: nn.Module, forward: Forward, image: Tensor) -> bool:
+    """Can the expectation over a random model be taken exactly: does it name its members' probabilities, also behind a
+    surrogate that aggregates them, and are the members themselves not random on an image (1, ...)?
+    """
+    known: Any = model.target if isinstance(model, Surrogate) and model.other is None else model
+    if probabilities_of(known) is None:
+        return False
+    first, second = (forward(image).logits_MNK for _ in range(2))
+    if first is None or second is None:
+        return False
+    return not differ(first.flatten(1), second.flatten(1))

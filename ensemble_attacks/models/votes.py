@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.scores import at_least
 
 VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
+Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
 
 
 def log_mean_softmax(logits_MNK: Tensor) -> Tensor:
@@ -52,23 +56,68 @@ def log_votes(logits_MNK: Tensor) -> Tensor:
     return hard_NK + (soft_NK - soft_NK.detach())
 
 
-VOTES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": log_mean_softmax,
-    "voting": log_votes,
-    "logits": mean_logits,
-}
+@dataclass(frozen=True, eq=False)
+class Vote:
+    """A way to put members together, and what an attack has to know of it.
+
+    Attributes:
+        name: by which it is asked for.
+        aggregate: the members' logits (M, N, K) -> the ensemble's scores (N, K).
+        soft: what is differentiated in its place, of logits divided by a temperature; ``None``: the scores themselves.
+        own_gaps: whether that temperature is each member's gap between its two best logits, sample by sample, which follows
+            a hard vote more closely than any fixed one; else it is 1.
+        masked: whether members that prefer another class already cannot change the vote (MORA, the indicator of eq. 11).
+        linear: whether every member moves the scores alike, by 1 / M.
+        counted: whether answers are counted, so that counts may tie.
+    """
+
+    name: str
+    aggregate: Aggregate
+    soft: Aggregate | None = None
+    own_gaps: bool = False
+    masked: bool = True
+    linear: bool = False
+    counted: bool = False
+
+    def temperature(self, logits_MNK: Tensor) -> float | Tensor:
+        """Of the members' softmax (MORA, eq. 10: tau): a number, or one for each member and sample, (M, N, 1)."""
+        if not self.own_gaps:
+            return 1.0
+        top_MN2 = logits_MNK.topk(2, -1).values
+        return at_least(top_MN2[..., 0] - top_MN2[..., 1], logits_MNK).unsqueeze(-1)
+
+    def tied(self, logits_MNK: Tensor) -> Tensor:
+        """(N,) bool: where counts tie."""
+        if not self.counted:
+            return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
+        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
+        return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
 
 
-def check_vote(vote: str) -> str:
-    """Return ``vote``, or raise a ValueError that names the nearest known one."""
+SOFTMAX = Vote("softmax", log_mean_softmax, soft=log_mean_softmax)
+VOTING = Vote("voting", log_votes, soft=log_mean_softmax, own_gaps=True, counted=True)
+LOGITS = Vote("logits", mean_logits, masked=False, linear=True)
+VOTES: dict[str, Vote] = {vote.name: vote for vote in (SOFTMAX, VOTING, LOGITS)}
+OWN = "own"  # the name of a vote that has none
+
+
+def check_vote(vote: str | Vote) -> Vote:
+    """The vote of that name; ValueError that names the nearest known one."""
+    if isinstance(vote, Vote):
+        return vote
     if vote not in VOTES:
         raise unknown_name("vote", vote, VOTES)
-    return vote
+    return VOTES[vote]
 
 
-def _tied(logits_MNK: Tensor, vote: str | None) -> Tensor:
-    """(N,) bool: where hard votes tie."""
-    if vote != "voting":
-        return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
-    counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
-    return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
+def as_vote(vote: str | Vote | Aggregate) -> Vote:
+    """A vote, by its name, or as the function (M, N, K) -> (N, K) that it is."""
+    return Vote(OWN, vote) if callable(vote) else check_vote(vote)
+
+
+def vote_of(model: Any) -> Vote:
+    """How a model with ``aggregate`` puts its members together: the vote that it names, or an aggregation of its own."""
+    vote = getattr(model, "vote", None)
+    if isinstance(vote, Vote):
+        return vote
+    return VOTES[vote] if isinstance(vote, str) and vote in VOTES else Vote(OWN, model.aggregate)

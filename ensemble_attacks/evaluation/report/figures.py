@@ -19,6 +19,7 @@ from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.report.tables import write_csv
 from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of, seed_said
+from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.scores import margin
 
@@ -165,7 +166,7 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     """How many members are wrong where the ensemble is fooled, and where it is not (MORA, figures 1c and 3a)."""
     device = next(context.model.parameters(), tensors["x_adv"]).device
     net: Any = context.model
-    wrong = net.member_logits(tensors["x_adv"].to(device)).argmax(-1).cpu() != tensors["labels"]
+    wrong = ask_members(net, tensors["x_adv"].to(device)).argmax(-1).cpu() != tensors["labels"]
     count, robust = wrong.sum(0), tensors["robust"].bool()
     members = range(len(wrong) + 1)
     rows = [(m, int((count[~robust] == m).sum()), int((count[robust] == m).sum())) for m in members]
@@ -186,7 +187,7 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
     x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
     net: Any = context.model
     with torch.no_grad():
-        count = len(net.member_logits(x[:1]))
+        count = len(ask_members(net, x[:1]))
     if not 1 < count <= MOST_MEMBERS:
         return None
     members = [Member(net, m) for m in range(count)]
@@ -215,7 +216,7 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     if hasattr(context.model, "member_logits"):
         nets["mean of its members' logits"] = Surrogate(context.model, "mean").eval()
     with torch.no_grad():
-        right = torch.nonzero(context.model(context.x.to(device)).argmax(1).cpu() == context.y).squeeze(-1)
+        right = torch.nonzero(ask(context.model, context.x.to(device)).argmax(1).cpu() == context.y).squeeze(-1)
     first = int(right[0]) if len(right) else 0
     x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
     generator = torch.Generator().manual_seed(0)
@@ -225,12 +226,14 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     rows: list[tuple[Any, ...]] = []
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
         image = x.clone().requires_grad_()
-        value = margin(net(image), y)
+        value = margin(ask(net, image), y)
         (slope,) = torch.autograd.grad(value.sum(), image, allow_unused=True) if value.requires_grad else (None,)
         gradient = torch.zeros_like(x) if slope is None else slope
         points = torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]).clamp(0, 1)
         with torch.no_grad():
-            heights = torch.cat([margin(net(part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
+            heights = (
+                torch.cat([margin(ask(net, part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
+            )
         drawn = axis.imshow(heights, origin="lower", extent=(scale[0], scale[-1]) * 2, aspect="auto", cmap="cividis")
         axis.set(title=name, xlabel="along the gradient's sign", ylabel="along random signs")
         figure.colorbar(drawn, ax=axis)

@@ -1,0 +1,36 @@
+"""The door through which every tool of this package goes to anybody's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
+
+
+@contextmanager
+def guarded(*models: nn.Module, seed: int = 0, evaluate: bool = True) -> Iterator[None]:
+    """Within it, models can be asked whatever a tool needs to know; afterwards, whatever happened, all is as it was found.
+
+    What it promises, and with it attacks, judge, hosts, diagnostics and evaluation:
+
+    - Within, the models are in eval mode (``evaluate``), but for what is meant to be active in it (`evaluating`).
+    - Their randomness, and that of the process (torch's, CUDA's, numpy's, Python's), starts at ``seed``: the same call gives
+      the same result.
+    - Gradients can be had, whatever mode the caller is in, ``torch.inference_mode`` included.
+    - Afterwards the training flag of every single module, every buffer, the parameters' gradients, and every random
+      generator, the models' own included, are as they were; also after an exception or an interrupt.
+
+    What goes into a model and comes back is `ask`'s affair, what is seen of it `look`'s.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(preserved(model))
+        stack.enter_context(private_random_state(seed, *models))
+        stack.enter_context(differentiable())
+        if evaluate:
+            for model in models:
+                evaluating(model)
+        yield
