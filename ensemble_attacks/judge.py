@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.scores import decided, margin, per_sample
 from ensemble_attacks.validation import (
     check_count,
@@ -92,7 +93,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """Size of every sample's perturbation, (N,), in float64."""
     delta = (x_adv.double() - x.double()).flatten(1)
-    return delta.norm({"Linf": float("inf"), "L2": 2, "L1": 1}[norm], dim=1)
+    return delta.norm(NORMS[norm].order, dim=1)
 
 
 def rounding(images: Tensor) -> float:
@@ -103,25 +104,25 @@ def rounding(images: Tensor) -> float:
 def allowed(x_adv: Tensor, norm: str) -> float:
     """By how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
     pixels = x_adv[0].numel()
-    return rounding(x_adv) * {"Linf": 1, "L2": pixels**0.5, "L1": pixels}[norm]
+    return rounding(x_adv) * pixels ** (1 / NORMS[norm].order)
 
 
-def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> Tensor:
+def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
     """Which samples (N,) `check_adversarial` would raise an error for; also in the norm L1."""
     if not len(x):
         return torch.zeros(0, dtype=torch.bool)
     exact = x_adv.double().flatten(1)
-    beyond = torch.maximum(-exact, exact - 1).amax(1) > rounding(x_adv)
+    beyond = box.excess(exact) > rounding(x_adv)
     return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm))
 
 
-def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> Tensor:
+def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
     """``x_adv``, with the clean image in place of every one `outside`: no success, and no error either."""
-    return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm), x), x, x_adv)
+    return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm, box=box), x), x, x_adv)
 
 
-def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf") -> None:
-    """Raise `OutOfBallError` unless every image is finite, in [0, 1] and within ``eps`` of its clean image.
+def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> None:
+    """Raise `OutOfBallError` unless every image is finite, in the box and within ``eps`` of its clean image.
 
     Measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit in the last place
     of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
@@ -129,11 +130,10 @@ def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf
     bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
-    exact = x_adv.double().flatten(1)
-    beyond = torch.maximum(-exact, exact - 1).amax(1)
+    beyond = box.excess(x_adv.double())
     bad = torch.nonzero(beyond > rounding(x_adv)).squeeze(-1)
     if len(bad):
-        raise OutOfBallError(f"x_adv[{bad[0]}] leaves [0, 1] by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
+        raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
     excess = distances(x, x_adv, norm) - eps
     bad = torch.nonzero(excess > allowed(x_adv, norm)).squeeze(-1)
     if len(bad):
@@ -154,13 +154,14 @@ def judge(
     draws: int = 1,
     batch_size: int = 250,
     seed: int = 2**31 - 1,
+    box: Box = UNIT,
 ) -> Judgement:
     """Decide, for every sample, whether ``x_adv`` fools ``model``.
 
     Args:
         model: images in [0, 1] -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
         x, y, x_adv: clean images, their classes, and the images to judge; (N, C, H, W), (N,), (N, C, H, W).
-        eps, norm: the ball; eps in pixel units of [0, 1].
+        eps, norm, box: the ball, and the values that images can take; eps in their units.
         draws: fresh forward passes of each image, for a model that is random.
         seed: of the model's own randomness; apart from the seeds that attacks use, so that no draw is one they saw.
 
@@ -178,7 +179,7 @@ def judge(
     check_positive("eps", eps)
     check_count("draws", draws)
     check_count("batch_size", batch_size)
-    check_images(x, "x")
+    check_images(x, "x", box=box)
     check_labels(y, x, "y")
     if not len(x):
         raise ValueError("x holds no images: there is nothing to judge")
@@ -187,9 +188,9 @@ def judge(
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():
-        raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in [0, 1]")
+        raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in {box}")
     x_adv, y = x_adv.detach(), y.long()
-    check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm)
+    check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm, box=box)
 
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []

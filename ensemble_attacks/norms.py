@@ -1,6 +1,73 @@
-"""The norms that threat models are measured in."""
+"""The threat model's norm, and the box that images live in."""
 
 from __future__ import annotations
 
-NORMS = ("Linf", "L2")
-DUAL = {"Linf": 1, "L2": 2}  # the order of the norm that a linear function's slope is measured in
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that perturbations are measured in.
+
+    Attributes:
+        name: by which it is asked for.
+        order: as PyTorch's ``norm`` takes it.
+        dual: the order of the norm that slopes are measured in: no linear function grows faster than its slope's dual norm.
+        gaussian: whether random starts are normal noise; else it is uniform in [-1, 1].
+        attacked: whether this package's attacks know it; AutoAttack's know all.
+    """
+
+    name: str
+    order: float
+    dual: float
+    gaussian: bool = True
+    attacked: bool = True
+
+    def size(self, delta: Tensor) -> Tensor:
+        """Of every sample's perturbation (N, ...), (N,)."""
+        return delta.flatten(1).norm(self.order, dim=1)
+
+    def dual_size(self, slope: Tensor) -> Tensor:
+        """Of every sample's slope (N, ...), in the dual norm, (N,)."""
+        return slope.flatten(1).norm(self.dual, dim=1)
+
+
+LINF = Norm("Linf", float("inf"), 1, gaussian=False)
+L2 = Norm("L2", 2, 2)
+L1 = Norm("L1", 1, float("inf"), attacked=False)
+NORMS: dict[str, Norm] = {norm.name: norm for norm in (LINF, L2, L1)}
+
+
+def attacked_norms() -> list[str]:
+    """The names of the norms that this package's attacks know."""
+    return [name for name, norm in NORMS.items() if norm.attacked]
+
+
+@dataclass(frozen=True)
+class Box:
+    """The values that images can take, ``low <= x <= high``."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """``x`` with what lies outside put on the edge."""
+        return x.clamp(self.low, self.high)
+
+    def excess(self, x: Tensor) -> Tensor:
+        """By how much each sample (N, ...) leaves the box, (N,); not above 0 where it does not."""
+        flat = x.flatten(1)
+        return torch.maximum(self.low - flat, flat - self.high).amax(1)
+
+    def __str__(self) -> str:
+        return f"[{self.low:g}, {self.high:g}]"
+
+
+UNIT = Box()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.norms import NORMS
+from ensemble_attacks.norms import UNIT, Box, attacked_norms
 
 
-def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0) -> None:
-    """Floating point, (N, C, H, W), finite, in [0, 1] (give or take ``slack``)."""
+def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
+    """Floating point, (N, C, H, W), finite, in the box (give or take ``slack``)."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
     if not images.is_floating_point():
@@ -27,9 +27,9 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0) ->
         raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
     if images.numel():
         low, high = images.min().item(), images.max().item()
-        if low < -slack or high > 1 + slack:
+        if low < box.low - slack or high > box.high + slack:
             raise ValueError(
-                f"{name} spans [{low:.4g}, {high:.4g}]: expected values in [0, 1]. Divide 8-bit images by 255; for "
+                f"{name} spans [{low:.4g}, {high:.4g}]: expected values in {box}. Divide 8-bit images by 255; for "
                 "normalised inputs call set_normalization_used(mean, std) first, or normalise inside the model"
             )
 
@@ -108,8 +108,9 @@ def check_module(model: object) -> None:
 
 
 def check_norm(norm: str) -> None:
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, NORMS)
+    known = attacked_norms()
+    if norm not in known:
+        raise unknown_name("norm", norm, known)
 
 
 def check_positive(name: str, value: float) -> None:

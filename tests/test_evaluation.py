@@ -139,10 +139,10 @@ def test_an_attack_that_leaves_the_ball_is_not_believed(
     monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor]
 ) -> None:
     cheat = lambda model, x, y, settings: Crafted(1 - x)  # noqa: E731
-    monkeypatch.setitem(suite.SUITES, "cheat", suite.Entry(cheat, "inverts the image"))
+    monkeypatch.setitem(suite.PIPELINES, "eot-square", cheat)
     model = load_model("adp_convnet_3", dataset="digits")
     with pytest.raises(OutOfBallError):
-        evaluate(model, *digits, ["cheat"], Settings(eps=0.1))
+        evaluate(model, *digits, ["eot-square"], Settings(eps=0.1))
 
 
 def test_images_of_others_that_leave_the_ball_are_told(

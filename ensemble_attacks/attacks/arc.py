@@ -24,7 +24,7 @@ from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.errors import NotAnEnsembleError
 from ensemble_attacks.models.ensembles import probabilities_of
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.norms import DUAL
+from ensemble_attacks.norms import NORMS, Norm
 from ensemble_attacks.scores import best_other, gather, per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
@@ -46,7 +46,7 @@ class MemberSteps(StepRule):
     one member, and ``b + local``, for the verdict on its step.
     """
 
-    def __init__(self, x: Tensor, *, eps: float, steps: int, turn: Turn, norm: str, beyond: float) -> None:
+    def __init__(self, x: Tensor, *, eps: float, steps: int, turn: Turn, norm: Norm, beyond: float) -> None:
         super().__init__(x, eps=eps, steps=steps)
         self.turn, self.norm, self.beyond = turn, norm, beyond
         turn.step = 0
@@ -69,15 +69,14 @@ class MemberSteps(StepRule):
 
     def _propose(self, ball: Ball, gradient: Tensor, lead: Tensor) -> Tensor:
         """The local step with a member's added: far enough to cross its boundary, as linearised, and of length eps."""
-        slope = gradient.flatten(1).norm(DUAL[self.norm], dim=1).clamp_min(1e-12)
+        slope = self.norm.dual_size(gradient).clamp_min(1e-12)
         distance = (-lead).clamp_min(0) / slope
         gone = (gradient * self.local).flatten(1).sum(1) / slope
         near = self.eps / (self.eps - distance).clamp_min(1e-12) * (distance - gone).abs() + self.beyond * self.eps
         first = self.local.flatten(1).abs().amax(1) == 0
         length = torch.where((distance < self.eps) & ~first, near, self.eps)
         step = self.local + per_sample(length, gradient) * ball.steepest(gradient)
-        norm = step.flatten(1).norm(float("inf") if self.norm == "Linf" else 2, dim=1).clamp_min(1e-12)
-        return step * per_sample(self.eps / norm, step)
+        return step * per_sample(self.eps / self.norm.size(step).clamp_min(1e-12), step)
 
 
 def member_lead(turn: Turn, outputs: Outputs, goal: Goal) -> Tensor:
@@ -157,6 +156,6 @@ class ARC(DescentAttack):
         probabilities = probabilities_of(self.model)
         assert probabilities is not None
         turn = Turn(probabilities.argsort(descending=True, stable=True).tolist())
-        rule = partial(MemberSteps, turn=turn, norm=self.norm, beyond=self.beyond)
+        rule = partial(MemberSteps, turn=turn, norm=NORMS[self.norm], beyond=self.beyond)
         steps = 2 * len(turn.order) * self.steps
         return Stage(partial(member_lead, turn), restart=restart, steps=steps, step_rule=rule, opening=not restart)

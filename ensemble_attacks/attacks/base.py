@@ -24,6 +24,7 @@ from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.view import Outputs, is_exact, look
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import (
     check_count,
     check_dtype,
@@ -46,13 +47,14 @@ class CarefulAttack(Attack):
 
     needs_members = False
     seed: int
+    box: Box = UNIT
 
     def _check(self) -> None:
         """Raise on a setting that cannot be run. Called on construction and, as settings may be changed, at each call."""
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         """Raise on images in [0, 1] or labels that cannot be attacked."""
-        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK)
+        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK, box=self.box)
         check_labels(labels, images)
         if len(images):
             check_dtype(self.model, images)
@@ -173,7 +175,7 @@ class DescentAttack(CarefulAttack):
         num_classes = scores_NK.shape[1]
         shifts = [
             torch.randint(1, num_classes, (), generator=generator_for(key, self.seed, -1), device="cpu")
-            for key in sample_keys(inputs)
+            for key in sample_keys(inputs, self.box)
         ]
         return (labels + torch.stack(shifts).to(labels)) % num_classes
 
@@ -194,15 +196,15 @@ class DescentAttack(CarefulAttack):
         """
         self._check_inputs(images, labels)
         device = images.device if self.device is None else self.device
-        images = images.detach().clone().to(device).clamp(0, 1)
+        images = self.box.clamp(images.detach().clone().to(device))
         labels = labels.detach().clone().to(device).long()
         if not len(images):
             return images
         if start is not None:
-            check_images(start, "start")
+            check_images(start, "start", box=self.box)
             if start.shape != images.shape:
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
-            start = make_ball(self.norm, images, self.eps).project(start.detach().to(images))
+            start = make_ball(self.norm, images, self.eps, self.box).project(start.detach().to(images))
         if self.needs_members and not isinstance(self.model, Surrogate):
             with uncounted(self.model):
                 check_protocol(self.model, self._as_taken(images))
@@ -230,6 +232,7 @@ class DescentAttack(CarefulAttack):
             draws=self._draws(images[:1]),
             batch_size=self.batch_size,
             trace=self.trace,
+            box=self.box,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self._as_taken(adversarial))

@@ -1,4 +1,5 @@
-"""Attacks by name: this package's, torchattacks' (``torchattacks:PGD?steps=50``), and those that other packages register.
+"""Attacks by name, each one record: this package's, AutoAttack's, torchattacks' (``torchattacks:PGD?steps=50``), and those
+that other packages register.
 
 Another package registers an attack as an entry point of the group ``ensemble_attacks.attacks``: a name, and a torchattacks
 ``Attack`` class or any function of a model that makes one. Of ``norm``, ``eps``, ``seed``, ``batch_size`` and ``eot_iter``,
@@ -25,32 +26,60 @@ from ensemble_attacks.attacks.arc import ARC, check_probabilities
 from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
+from ensemble_attacks.attacks.lafeat import LAFEAT
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.surrogates import ZeroOrder
 
 GROUP = "ensemble_attacks.attacks"
 PEER = "torchattacks:"
 EOT_ITER = 20  # draws of every iterate, where the user does not say
+MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
+NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
+    MEMBERS: check_members,
+    FRONTEND: lambda model, name: find_parts(model, "frontend"),
+    PROBABILITIES: lambda model, name: check_probabilities(model),
+}
+CROCE = "Croce & Hein, ICML 2020"
+BOYTSOV = "arXiv:2402.17018"
 
 
 @dataclass(frozen=True, eq=False)
 class NamedAttack:
-    """How to make an attack of a model.
+    """All that is known of an attack.
 
     Attributes:
-        make: (model, norm, eps, seed, batch_size, eot_iter) -> a torchattacks ``Attack``.
-        needs_members: it looks inside an ensemble.
-        check: raises on a model that the attack cannot be run on.
+        summary: what it does, in one line.
+        make: (model, norm, eps, seed, batch_size, eot_iter) -> a torchattacks ``Attack``; ``None``: AutoAttack's own, or a
+            pipeline of several.
+        needs: of a model, keys of `NEEDS`.
+        norms: that it is defined for.
+        fewest_classes: that it is defined for.
+        cost: forward and backward passes of an image that holds out, at most; of a random model, times its draws.
+        source: the paper.
     """
 
-    make: Callable[..., Attack]
     summary: str
-    needs_members: bool = False
-    check: Callable[[nn.Module], object] = lambda model: None
+    make: Callable[..., Attack] | None = None
+    needs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("Linf", "L2")
+    fewest_classes: int = 2
+    cost: int | None = None
+    source: str = ""
+
+    @property
+    def needs_members(self) -> bool:
+        """Does it look inside an ensemble?"""
+        return MEMBERS in self.needs
+
+    def check(self, model: nn.Module, name: str = "the attack") -> None:
+        """Raise on a model that it cannot be run on."""
+        for need in self.needs:
+            NEEDS[need](model, name)
 
 
 def _ours(attack: Callable[..., Attack], /, **arguments: Any) -> Callable[..., Attack]:
@@ -70,66 +99,149 @@ def _zero_order(model: nn.Module, **settings: Any) -> Attack:
     return PGD(ZeroOrder(model), steps=20, n_restarts=1, **settings)
 
 
-def _has_frontend(model: nn.Module) -> None:
-    find_parts(model, "frontend")
-
-
-OURS: dict[str, NamedAttack] = {
-    "mora": NamedAttack(_ours(MORA), "MORA: five betas, 100 steps each", needs_members=True),
-    "mora-mt": NamedAttack(
-        _ours(MORA, targets=9), "MORA, then its multi-targeted stage: 9 targets x 100 steps", needs_members=True
+RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
+    "bpda": NamedAttack(
+        "BPDAIdentity: APGD with the parts called frontend replaced by the identity in the backward pass",
+        _ours(BPDAIdentity),
+        needs=(FRONTEND,),
+        cost=200,
+        source="Athalye et al., ICML 2018",
     ),
-    "pgd": NamedAttack(_ours(PGD), "PGD, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it"),
-    "cw": NamedAttack(_ours(PGD, loss="margin"), "CW (the margin of the logits), 5 restarts x 100 steps of eps / 4"),
-    "a3": NamedAttack(_ours(A3), "A3 (Liu et al. 2022), 28 restarts of up to 60 steps"),
-    "caa": NamedAttack(_ours(CAA), "CAA's Linf policy: 9 targets x (50 + 25), then 125 steps"),
-    "eot-apgd": NamedAttack(_eot, "EOTAPGD: APGD of the mean over 20 draws (or --eot-iter), 100 steps"),
-    "zero-order-pgd": NamedAttack(_ours(_zero_order), "PGD, 20 steps, on gradients estimated from 50 pairs of scores"),
-    "bpda": NamedAttack(_ours(BPDAIdentity), "BPDAIdentity: APGD past the parts called frontend", check=_has_frontend),
     "bpda-mora": NamedAttack(
-        _ours(BPDAIdentity, attack=MORA), "MORA past the parts called frontend", needs_members=True, check=_has_frontend
+        "MORA past the parts called frontend",
+        _ours(BPDAIdentity, attack=MORA),
+        needs=(MEMBERS, FRONTEND),
+        cost=1000,
+        source="Athalye et al., ICML 2018",
     ),
-    "front-end-reversal": NamedAttack(
-        _ours(FrontEndReversal),
-        "APGD on what lies behind the part called frontend, carried back through it",
-        check=_has_frontend,
+    "mora": NamedAttack(
+        "MORA: beta 0.5 (28 steps from the clean image, six times 12 at single classes), 0, 0.25, 0.75, 1 (100 each)",
+        _ours(MORA),
+        needs=(MEMBERS,),
+        cost=1000,
+        source="Yu et al., NeurIPS 2022",
+    ),
+    "mora-mt": NamedAttack(
+        "MORA, then nine more descents towards single classes, each 100 steps",
+        _ours(MORA, targets=9),
+        needs=(MEMBERS,),
+        cost=2800,
+        source="Yu et al., NeurIPS 2022",
     ),
     "crossmax-transfer": NamedAttack(
-        _ours(CrossMaxTransfer), "APGD on the mean of the members' logits, refined on the model itself", needs_members=True
+        "CrossMaxTransfer: APGD on the mean of the members' logits, refined on the model itself",
+        _ours(CrossMaxTransfer),
+        needs=(MEMBERS,),
+        cost=400,
+        source="arXiv:2411.14834",
+    ),
+    "eot-apgd": NamedAttack(
+        "EOTAPGD: APGD of the expectation over draws, 100 steps", _eot, cost=200, source="Athalye et al., ICML 2018"
+    ),
+    "pgd": NamedAttack(
+        "PGD on cross-entropy, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it",
+        _ours(PGD),
+        cost=1000,
+        source="Madry et al., ICLR 2018",
+    ),
+    "cw": NamedAttack(
+        "PGD on the margin (CW), 5 restarts x 100 steps of eps / 4",
+        _ours(PGD, loss="margin"),
+        cost=1000,
+        source="Carlini & Wagner, S&P 2017",
+    ),
+    "lafeat": NamedAttack(
+        "LAFEAT: through each of a network's probes, 100 steps each",
+        _ours(LAFEAT),
+        needs=(MEMBERS,),
+        source="Yu et al., CVPR 2021",
     ),
     "arc": NamedAttack(
-        _ours(ARC), "ARC, 20 rounds over the members of a randomized ensemble", needs_members=True, check=check_probabilities
+        "ARC, 20 rounds over the members of a randomized ensemble",
+        _ours(ARC),
+        needs=(MEMBERS, PROBABILITIES),
+        source="Dbouk & Shanbhag, ICML 2022",
     ),
-    "ea-apgd-ce": NamedAttack(_ours(APGD), "this package's APGD on cross-entropy, 100 steps"),
-    "ea-apgd-dlr": NamedAttack(_ours(APGD, loss="dlr"), "this package's APGD on DLR, 100 steps"),
-    "ea-apgd-t": NamedAttack(_ours(APGD, loss="dlr-targeted"), "this package's targeted APGD on DLR, 9 targets x 100 steps"),
-}
-
-
-HOSTS = {  # AutoAttack's own names, which nobody may take
-    "apgd-ce": "AutoAttack's APGD on cross-entropy, 100 steps",
-    "apgd-dlr": "AutoAttack's APGD on DLR, 100 steps",
-    "apgd-t": "AutoAttack's targeted APGD on DLR, 9 targets x 100 steps",
-    "fab": "AutoAttack's FAB, 100 steps",
-    "fab-t": "AutoAttack's targeted FAB, 9 targets x 100 steps",
-    "square": "AutoAttack's Square, 5000 queries",
+    "a3": NamedAttack(
+        "A3: 28 restarts of up to 60 steps, on ever fewer images", _ours(A3), cost=2980, source="Liu et al., CVPR 2022"
+    ),
+    "caa": NamedAttack(
+        "the Linf policy of CAA: 9 targets x (50 + 25), then 125 steps",
+        _ours(CAA),
+        cost=1600,
+        source="Mao et al., AAAI 2021",
+    ),
+    "ea-apgd-ce": NamedAttack(
+        "APGD on cross-entropy in this package's loop, where fooled images stop costing passes",
+        _ours(APGD),
+        cost=200,
+        source=CROCE,
+    ),
+    "ea-apgd-dlr": NamedAttack(
+        "APGD on DLR in this package's loop", _ours(APGD, loss="dlr"), fewest_classes=3, cost=200, source=CROCE
+    ),
+    "ea-apgd-t": NamedAttack(
+        "targeted APGD on DLR in this package's loop, 9 targets x 100 steps",
+        _ours(APGD, loss="dlr-targeted"),
+        fewest_classes=4,
+        cost=1800,
+        source=CROCE,
+    ),
+    "front-end-reversal": NamedAttack(
+        "APGD on what lies behind the part called frontend, carried back through it",
+        _ours(FrontEndReversal),
+        needs=(FRONTEND,),
+        cost=630,
+        source=BOYTSOV,
+    ),
+    "zero-order-pgd": NamedAttack(
+        "PGD, 20 steps, on gradients estimated from 50 pairs of scores: no gradients",
+        _ours(_zero_order),
+        cost=2020,
+        source="Spall, IEEE TAC 1992",
+    ),
+    **{
+        name: NamedAttack(
+            f"AutoAttack's {summary}", norms=("Linf", "L2", "L1"), fewest_classes=classes, cost=cost, source=CROCE
+        )
+        for name, summary, classes, cost in (
+            ("apgd-ce", "APGD on cross-entropy, 100 steps", 2, 200),
+            ("apgd-dlr", "APGD on DLR, 100 steps", 3, 200),
+            ("apgd-t", "targeted APGD on DLR, 9 targets x 100 steps", 4, 1800),
+            ("fab", "FAB, 100 steps", 2, 2000),
+            ("fab-t", "targeted FAB, 9 targets x 100 steps", 2, 2900),
+            ("square", "Square, 5000 queries, no gradients", 2, 5000),
+        )
+    },
+    "autoattack": NamedAttack(
+        "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square", fewest_classes=4, cost=9900, source=CROCE
+    ),
+    "autoattack-rand": NamedAttack(
+        "AutoAttack's version for random models: apgd-ce, apgd-dlr, 20 draws", fewest_classes=3, cost=8000, source=CROCE
+    ),
+    "autoattack-ensemble": NamedAttack(
+        "AutoAttack(version='ensemble'): mora-mt, then the standard suite on what is left", needs=(MEMBERS,), cost=12700
+    ),
+    "autoattack-adaptive": NamedAttack("AutoAttack(version='adaptive'): what the model's structure asks for"),
+    "auto": NamedAttack("AutoAttack(version='auto'): what a diagnosis asks for, until nothing moves"),
+    "eot-square": NamedAttack("AutoAttack's Square on the mean over draws, no gradients", cost=5000, source=CROCE),
 }
 
 
 @cache
 def registered() -> dict[str, NamedAttack]:
-    """The attacks of this package and of every installed package that registers some.
+    """The attacks of this package, of AutoAttack, and of every installed package that registers some.
 
     Raises:
         ValueError: two have the same name.
     """
-    found, owners = dict(OURS), dict.fromkeys([*OURS, *HOSTS], "ensemble-attacks")
+    found, owners = dict(RECORDS), dict.fromkeys(RECORDS, "ensemble-attacks")
     for entry in entry_points(group=GROUP):
         owner = entry.dist.name if entry.dist else entry.value
         if entry.name in owners:
             raise ValueError(f"attack {entry.name!r} is registered by both {owners[entry.name]} and {owner}: uninstall one")
         owners[entry.name] = owner
-        found[entry.name] = NamedAttack(_adapted(entry.name, entry.load), f"{owner}'s")
+        found[entry.name] = NamedAttack(f"{owner}'s", _adapted(entry.name, entry.load))
     return found
 
 
@@ -139,8 +251,17 @@ def find_attack(name: str) -> NamedAttack:
         return _peer(name)
     known = registered()
     if name not in known:
-        raise unknown_name("attack", name, [*known, *HOSTS])
+        raise unknown_name("attack", name, known)
     return known[name]
+
+
+def find_maker(name: str) -> Callable[..., Attack]:
+    """How to make the attack of that name; ValueError for one that cannot be made by itself."""
+    make = find_attack(name).make
+    if make is None:
+        own = [known for known, record in registered().items() if record.make is not None]
+        raise ValueError(f"attack {name!r} is AutoAttack's own: choose from {', '.join(own)}, or {PEER}NAME")
+    return make
 
 
 def _adapted(name: str, load: Callable[[], Callable[..., Attack]], **options: Any) -> Callable[..., Attack]:
@@ -183,7 +304,7 @@ def _peer(name: str) -> NamedAttack:
     for key in options:
         if key not in takes:
             raise unknown_name(f"option of torchattacks' {kind}", key, takes)
-    return NamedAttack(_adapted(kind, lambda: attack, **options), f"torchattacks' {kind}")
+    return NamedAttack(f"torchattacks' {kind}", _adapted(kind, lambda: attack, **options))
 
 
 def _literal(text: str) -> Any:

@@ -22,6 +22,7 @@ from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import find_parts, not_called
+from ensemble_attacks.norms import NORMS
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
 
@@ -142,12 +143,12 @@ class FrontEndReversal(ComposedAttack):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
         self._check_inputs(images, labels)
-        clean = images.detach().clone().to(self.device).clamp(0, 1)
+        clean = self.box.clamp(images.detach().clone().to(self.device))
         labels = labels.to(self.device).long()
         if not len(clean):
             return clean
         self.inner._set_normalization_applied(None)  # what it sees are no images
-        ball = make_ball(self.norm, clean, self.eps)
+        ball = make_ball(self.norm, clean, self.eps, self.box)
         best, robust, start = clean.clone(), self._right(clean, labels), clean
         own_eps = self.inner.eps
         amplification = self.amplification or self._amplification(clean)
@@ -184,11 +185,11 @@ class FrontEndReversal(ComposedAttack):
 
     def _amplification(self, x: Tensor) -> float:
         """``E |F(x + d) - F(x)| / |d|`` over random ``d`` on the sphere."""
-        order = float("inf") if self.norm == "Linf" else 2
-        noise = start_noise(sample_keys(x), x, seed=getattr(self, "seed", 0), restart=0, norm=self.norm)
-        delta = make_ball(self.norm, x, self.eps).start(noise) - x
+        norm = NORMS[self.norm]
+        noise = start_noise(sample_keys(x, self.box), x, seed=getattr(self, "seed", 0), restart=0, norm=self.norm)
+        delta = make_ball(self.norm, x, self.eps, self.box).start(noise) - x
         change = (self._seen(x + delta) - self._seen(x)) * 2 * REACH
-        ratio = change.flatten(1).norm(order, dim=1) / delta.flatten(1).norm(order, dim=1).clamp_min(1e-12)
+        ratio = norm.size(change) / norm.size(delta).clamp_min(1e-12)
         return max(ratio.mean().item(), 1e-6)
 
     def _as_image(self, step: Tensor, like: Tensor) -> Tensor:

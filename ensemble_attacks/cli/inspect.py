@@ -15,13 +15,12 @@ from torch import nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks import diagnostics
-from ensemble_attacks.attacks.registry import HOSTS, OURS, find_attack
+from ensemble_attacks.attacks.registry import find_attack, find_maker
 from ensemble_attacks.cli.options import console, places, radius
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.evaluation.audit import verify as verify_run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
-from ensemble_attacks.evaluation.suite import SUITES
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.structure import structure_of
@@ -61,12 +60,10 @@ def diagnose(
     net = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
     make = None
     if attack is not None:
-        if attack in HOSTS or attack in SUITES:
-            raise ValueError(f"attack {attack!r} is AutoAttack's own: choose from {', '.join(OURS)}, or torchattacks:NAME")
-        named = find_attack(attack)
-        named.check(net)
+        maker = find_maker(attack)
+        find_attack(attack).check(net, attack)
         eot_iter = diagnostics.EOT_ITER if structure_of(net, x[:8].to(device), seed).random else None
-        make = partial(_of_radius, named.make, seed, eot_iter)
+        make = partial(_of_radius, maker, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
     table = Table(title=f"{model}, {vote}, {dataset}, Linf {eps:g}, {n} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):

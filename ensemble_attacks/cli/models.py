@@ -1,4 +1,4 @@
-"""train, convert, models, doctor."""
+"""train, convert, attacks, models, doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
+from rich.table import Column, Table
 
+from ensemble_attacks.attacks.registry import PEER, registered
 from ensemble_attacks.cli.options import console
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
@@ -68,6 +71,22 @@ def models(dataset: str | None) -> None:
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
             click.echo(f"{name}\t{model}")
+
+
+@click.command()
+def attacks() -> None:
+    """List the attacks: what each does, needs and costs.
+
+    The cost is in forward and backward passes of an image that holds out; of a random model, times its draws.
+    """
+    table = Table(Column("name", no_wrap=True), "what it does", "norms", "needs", Column("passes", justify="right"))
+    for name, record in registered().items():
+        needs = [*record.needs, *([f"{record.fewest_classes} classes"] if record.fewest_classes > 2 else [])]
+        cost = "" if record.cost is None else f"{record.cost:,}"
+        meaning = record.summary + (f" ({record.source})" if record.source else "")
+        table.add_row(name, escape(meaning), ", ".join(record.norms), ", ".join(needs), cost)
+    table.add_row(f"{PEER}NAME", "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002")
+    console.print(table)
 
 
 @click.command()

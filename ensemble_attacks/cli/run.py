@@ -10,19 +10,18 @@ import click
 from rich.table import Table
 from tqdm import tqdm
 
-from ensemble_attacks.attacks.registry import OURS
+from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.options import check_machine, console, key_value, machines, places
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import Sweep, manifest_of, run_identity
-from ensemble_attacks.evaluation.suite import SUITES
+from ensemble_attacks.evaluation.suite import PIPELINES
 from ensemble_attacks.evaluation.summary import seconds_of
 from ensemble_attacks.evaluation.units import CLEAN, chains_of, seed_said
-from ensemble_attacks.hosts.original import STANDARD
 
-ATTACKS = (*SUITES, *STANDARD, *OURS)  # in the help, and whatever other packages register
+ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
 
 
 @click.command()

@@ -1,13 +1,16 @@
-"""The threat model's ball, intersected with the [0, 1] box, around clean images.
+"""The threat model's ball, intersected with the box, around clean images.
 
-A projected image is inside the ball to the last bit: measured in float64, ``|x_adv - x| <= eps`` and ``0 <= x_adv <= 1``.
+A projected image is inside both to the last bit: measured in float64, ``|x_adv - x| <= eps`` and ``low <= x_adv <= high``.
 """
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import per_sample
 
 ROUNDINGS = 4  # tries to come as close to the boundary as half precision can
@@ -18,14 +21,51 @@ def l2_norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-class LinfBall:
+class Ball:
+    """``|x - clean| <= eps`` in a norm, whose name subclasses give, within a box.
+
+    Args:
+        clean: the centres, (N, ...), in the box.
+        eps: the radius, in the units of the images.
+    """
+
+    known: ClassVar[dict[str, type[Ball]]] = {}  # by the norm's name
+
+    def __init_subclass__(cls, norm: str, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.known[norm] = cls
+
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
+        self.clean, self.eps, self.box = clean, eps, box
+
+    def project(self, x: Tensor) -> Tensor:
+        """The points (N, ...) put into the ball and the box."""
+        raise NotImplementedError
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Direction of unit norm along which a linear function with this gradient grows fastest."""
+        raise NotImplementedError
+
+    def start(self, noise: Tensor) -> Tensor:
+        """A point on the sphere from noise of the norm's kind, (N, ...)."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> Ball:
+        """The ball of some of the samples."""
+        part = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(part, name, value[rows] if isinstance(value, Tensor) else value)
+        return part
+
+
+class LinfBall(Ball, norm="Linf"):
     """``max |x - clean| <= eps``. Projection is one clamp: box and ball are both intervals."""
 
-    def __init__(self, clean: Tensor, eps: float) -> None:
-        self.clean, self.eps = clean, eps
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
+        super().__init__(clean, eps, box)
         exact = clean.double()
-        lower = (exact - eps).clamp_min(0).to(clean.dtype)
-        upper = (exact + eps).clamp_max(1).to(clean.dtype)
+        lower = (exact - eps).clamp_min(box.low).to(clean.dtype)
+        upper = (exact + eps).clamp_max(box.high).to(clean.dtype)
         # Rounding to the images' dtype may step outside: then take the neighbour inside.
         self.lower = torch.where(exact - lower.double() > eps, _neighbour(lower, +1), lower)
         self.upper = torch.where(upper.double() - exact > eps, _neighbour(upper, -1), upper)
@@ -34,26 +74,19 @@ class LinfBall:
         return torch.clamp(x, self.lower, self.upper)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of unit Linf norm along which a linear function with this gradient grows fastest."""
         return gradient.sign()
 
     def start(self, noise: Tensor) -> Tensor:
-        """A point on the sphere from uniform noise in [-1, 1]: ``P(clean + eps * t / max |t|)``."""
+        """``P(clean + eps * t / max |t|)``, of uniform noise in [-1, 1]."""
         largest = noise.flatten(1).abs().amax(1)
         return self.project(self.clean + self.eps * noise / per_sample(largest, noise))
 
-    def select(self, rows: Tensor) -> LinfBall:
-        """The ball of some of the samples."""
-        part = object.__new__(LinfBall)
-        part.clean, part.eps, part.lower, part.upper = self.clean[rows], self.eps, self.lower[rows], self.upper[rows]
-        return part
 
-
-class L2Ball:
+class L2Ball(Ball, norm="L2"):
     """``|x - clean|_2 <= eps``. The box is convex and holds the centre, so clamping to it never leaves the ball."""
 
-    def __init__(self, clean: Tensor, eps: float) -> None:
-        self.clean, self.eps = clean, eps
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
+        super().__init__(clean, eps, box)
         # Room for the rounding of every pixel of clean + delta and of the norm itself.
         unit = torch.finfo(clean.dtype).eps / 2
         self.radius = eps * (1 - 16 * unit) - unit * clean[0].numel() ** 0.5
@@ -76,38 +109,28 @@ class L2Ball:
         safe = self._shrunk(x, self.clean, x.new_full((len(x),), self.radius))
         return torch.where(per_sample(size > self.eps, x), safe, rounded)
 
-    @staticmethod
-    def _shrunk(x: Tensor, clean: Tensor, radius_N: Tensor) -> Tensor:
+    def _shrunk(self, x: Tensor, clean: Tensor, radius_N: Tensor) -> Tensor:
         delta = x - clean
         scale = radius_N / l2_norm(delta).maximum(radius_N)
-        return (clean + delta * per_sample(scale, delta)).clamp(0, 1)
+        return self.box.clamp(clean + delta * per_sample(scale, delta))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of unit L2 norm along which a linear function with this gradient grows fastest."""
         largest = gradient.flatten(1).abs().amax(1)  # taken out first: the squares of a tiny gradient are 0
         scaled = gradient / per_sample(torch.where(largest > 0, largest, 1), gradient)
         return scaled / per_sample(l2_norm(scaled).clamp_min(1), gradient)
 
     def start(self, noise: Tensor) -> Tensor:
-        """A point on the sphere from normal noise: ``P(clean + eps * t / |t|_2)``."""
+        """``P(clean + eps * t / |t|_2)``, of normal noise."""
         return self.project(self.clean + self.eps * self.steepest(noise))
 
-    def select(self, rows: Tensor) -> L2Ball:
-        """The ball of some of the samples."""
-        part = object.__new__(L2Ball)
-        part.clean, part.eps, part.radius = self.clean[rows], self.eps, self.radius
-        return part
 
-
-Ball = LinfBall | L2Ball
-
-
-def make_ball(norm: str, clean: Tensor, eps: float) -> Ball:
-    """The ball of radius ``eps`` (pixel units of [0, 1]) in ``norm`` around ``clean`` (N, ...)."""
-    return LinfBall(clean, eps) if norm == "Linf" else L2Ball(clean, eps)
+def make_ball(norm: str, clean: Tensor, eps: float, box: Box = UNIT) -> Ball:
+    """The ball of radius ``eps`` in ``norm``, within ``box``, around ``clean`` (N, ...)."""
+    return Ball.known[norm](clean, eps, box)
 
 
 def _neighbour(x: Tensor, step: int) -> Tensor:
-    """The next representable number above (+1) or below (-1); ``x`` is non-negative, so its bits are ordered."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return (x.view(bits) + step).view(x.dtype)
+    """The next representable number above (+1) or below (-1): the bits, but for the sign, are ordered."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.view(kind)
+    return torch.where(bits < 0, bits - step, bits + step).view(x.dtype)

@@ -23,6 +23,7 @@ from ensemble_attacks.descent.progress import Descent, Progress, Start
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.models.view import Forward
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import gather
 
 Record = Callable[[int, int, int, int, Tensor | float], None]  # (step, fooled, forwards, backwards, summed loss)
@@ -43,15 +44,16 @@ def attack(
     draws: Draws | None = None,
     batch_size: int | None = None,
     trace: Trace | None = None,
+    box: Box = UNIT,
 ) -> Tensor:
     """Run the stages one after another, each on the samples that the ones before it left robust, cheapest first.
 
     Args:
         forward: images (N, C, H, W) -> `Outputs`.
-        images: clean images in [0, 1].
+        images: clean images in the ``box``.
         goal: the classes to leave, or to reach.
         plan: what to run. The first stage may be an opening, which shares the pass that shows the clean images' scores.
-        norm, eps: the ball; eps in pixel units of [0, 1].
+        norm, eps: the ball; eps in the images' units.
         steps: gradient steps of each stage.
         start: where the opening, or the first restart, starts, (N, C, H, W), in the ball, if not at the clean images, or at
             random.
@@ -74,7 +76,7 @@ def attack(
     if start is not None:
         seen.append(survey(start, opening))
     goal = goal.settled(seen[0].scores_NK)
-    progress = Progress(images, start, goal, seen, plan, norm=norm, eps=eps, seed=seed, steps=steps)
+    progress = Progress(images, start, goal, seen, plan, norm=norm, eps=eps, seed=seed, steps=steps, box=box)
     if trace is not None:
         trace.begin(progress.fooled_in, seen)
     for index, stage in enumerate(plan):

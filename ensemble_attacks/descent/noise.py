@@ -8,17 +8,28 @@ identified by its content, since an attack called as ``attack(images, labels)`` 
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ensemble_attacks.norms import NORMS, UNIT, Box
 
-def sample_keys(images: Tensor) -> list[bytes]:
-    """One key per image (N, ...) in [0, 1]: a digest of its content in 8 bits, so that rounding does not change it.
+
+def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
+    """One key per image (N, ...) in the box: a digest of its content in 8 bits, so that rounding does not change it.
 
     The levels are cut where neither k/255 nor k/16, the values of 8-bit images and of the digits, come near.
     """
-    pixels = (images.detach().double() * 255 + 0.47).floor().clamp(0, 255).to(torch.uint8).flatten(1).cpu().numpy()
+    pixels = (
+        ((images.detach().double() - box.low) / box.width * 255 + 0.47)
+        .floor()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .flatten(1)
+        .cpu()
+        .numpy()
+    )
     return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
 
 
@@ -30,18 +41,11 @@ def generator_for(key: bytes, seed: int, *counters: int) -> torch.Generator:
 
 
 def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, norm: str) -> Tensor:
-    """Noise shaped ``like`` (N, ...): uniform in [-1, 1] for Linf, standard normal for L2."""
-    shape = like.shape[1:]
-    draws = []
-    for key in keys:
-        generator = generator_for(key, seed, restart)
-        draws.append(
-            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-            if norm == "Linf"
-            else torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        )
-    noise = torch.stack(draws).to(like.device, like.dtype)
-    return 2 * noise - 1 if norm == "Linf" else noise
+    """Noise shaped ``like`` (N, ...), of the norm's kind: standard normal, or uniform in [-1, 1]."""
+    gaussian = NORMS[norm].gaussian
+    draw = partial(torch.randn if gaussian else torch.rand, like.shape[1:], dtype=torch.float32, device="cpu")
+    noise = torch.stack([draw(generator=generator_for(key, seed, restart)) for key in keys]).to(like.device, like.dtype)
+    return noise if gaussian else 2 * noise - 1
 
 
 def direction_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int) -> Tensor:

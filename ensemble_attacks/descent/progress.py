@@ -15,6 +15,7 @@ from ensemble_attacks.descent.look import Point
 from ensemble_attacks.descent.noise import direction_noise, sample_keys, start_noise
 from ensemble_attacks.descent.objectives import Goal
 from ensemble_attacks.descent.stages import CLOSEST, FEWEST, NEVER, Stage
+from ensemble_attacks.norms import Box
 from ensemble_attacks.scores import gather, mask_class
 
 
@@ -80,9 +81,10 @@ class Progress:
         eps: float,
         seed: int,
         steps: int,
+        box: Box,
     ) -> None:
         self.images, self.start, self.goal, self.seen_at_start = images, start, goal, seen[-1]
-        self.norm, self.eps, self.seed, self.steps = norm, eps, seed, steps
+        self.norm, self.eps, self.seed, self.steps, self.box = norm, eps, seed, steps, box
         self.clean_NK = clean_NK = seen[0].scores_NK
         self.ranked_NK = mask_class(clean_NK, goal.leave).argsort(dim=-1, descending=True, stable=True)
         self.adversarial, self.ended = images.clone(), images.clone()
@@ -95,7 +97,7 @@ class Progress:
         never_NK = F.one_hot(goal.leave, clean_NK.shape[1]) * NEVER
         self.aims = {self.steps_of(stage): never_NK.clone() for stage in plan}  # at each class, by as many steps or more
         self.fooled_in = torch.full_like(goal.leave, NEVER).masked_fill(margin_N < 0, -1)
-        self.keys = sample_keys(images)
+        self.keys = sample_keys(images, box)
         self.chosen = torch.arange(0)
 
     def steps_of(self, stage: Stage) -> int:
@@ -119,7 +121,7 @@ class Progress:
 
     def begin(self, stage: Stage, rows: Tensor) -> Start:
         """Where the stage's descent of some samples begins, and what it is after."""
-        ball = make_ball(self.norm, self.images[rows], self.eps)
+        ball = make_ball(self.norm, self.images[rows], self.eps, self.box)
         keys = [self.keys[row] for row in rows.tolist()]
         if stage.resume:
             x = self.ended[rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.diagnostics.findings import Check
 from ensemble_attacks.models.structure import Structure
 
@@ -22,19 +23,8 @@ def adaptive_attacks(structure: Structure) -> list[str]:
     return [*names, "apgd-ce", *targeted, "fab-t", "square"]
 
 
-NEED_MEMBERS = {"mora", "mora-mt", "bpda-mora", "crossmax-transfer"}
-
-
-CHEAPEST_FIRST = (
-    *("bpda", "bpda-mora", "mora", "mora-mt", "crossmax-transfer", "eot-apgd"),
-    *("pgd", "apgd-ce", "apgd-t", "fab-t", "square"),
-)
-
-
 def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
     """The adaptive suite that a structure and its flags call for, cheapest first."""
     asked = {flag.next for flag in flags if flag.next}
     chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
-    if not structure.members:
-        chosen -= NEED_MEMBERS
-    return [name for name in CHEAPEST_FIRST if name in chosen]
+    return [name for name, record in RECORDS.items() if name in chosen and (structure.members or not record.needs_members)]

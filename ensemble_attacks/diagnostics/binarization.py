@@ -19,6 +19,7 @@ from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.norms import UNIT
 from ensemble_attacks.validation import check_count, check_images, check_positive
 
 INNER = 50  # points around the image, of class 0
@@ -98,7 +99,7 @@ def _boundary(image: Tensor, eps: float, count: int, generator: torch.Generator)
     furthest = directions.flatten(1).abs().argmax(1, keepdim=True)
     inwards = torch.where(image.flatten(1).expand(count, -1).gather(1, furthest) > 0.5, -1.0, 1.0).to(image)
     directions = directions.flatten(1).scatter(1, furthest, inwards).view_as(directions)
-    return (image + eps * directions).clamp(0, 1)
+    return UNIT.clamp(image + eps * directions)
 
 
 class _Binary:
@@ -136,7 +137,7 @@ class _Binary:
     @torch.no_grad()
     def fit(self, image: Tensor, eps: float, generator: torch.Generator) -> bool:
         """Read-outs that divide the image and inner points (class 0) from one boundary point (class 1), if there are any."""
-        inner = (image + ETA * eps * _uniform(image, INNER, generator)).clamp(0, 1)
+        inner = UNIT.clamp(image + ETA * eps * _uniform(image, INNER, generator))
         points = torch.cat([image, inner, _boundary(image, eps, 1, generator)])
         for name, features in self._features(points).items():
             if features.dim() != 2 or len(features) != len(points):

@@ -33,6 +33,7 @@ from ensemble_attacks.models.preserve import in_training, private_random_state
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.norms import UNIT
 from ensemble_attacks.scores import are_probabilities, decided, differ, margin
 from ensemble_attacks.validation import (
     check_count,
@@ -179,7 +180,7 @@ class _Examination:
         yield _measure("zero_gradients", zero, 0.02, said, self._surrogate() or "square", "[P22] I1")
         if gradient is None:
             return
-        noisy = (self.x + self.eps * self._noise(1)).clamp(0, 1)
+        noisy = UNIT.clamp(self.x + self.eps * self._noise(1))
         with torch.no_grad():
             finite = torch.stack([decided(ask(self.model, images)) for images in (self.x, noisy)])
         broken = _share(~finite.all(0) | ~torch.isfinite(gradient).flatten(1).all(1))
@@ -239,7 +240,7 @@ class _Examination:
         step = self._accuracy(self._pgd(self.model, 1, self.eps, step_size=self.eps))
         white = self._accuracy(self._pgd(self.model, STEPS, self.eps))
         longer = self._accuracy(self._pgd(self.model, 2 * STEPS, self.eps))
-        noise = min(self._accuracy((self.x + self.eps * self._noise(k).sign()).clamp(0, 1)) for k in range(3, 6))
+        noise = min(self._accuracy(UNIT.clamp(self.x + self.eps * self._noise(k).sign())) for k in range(3, 6))
         at_all = self._accuracy(self._pgd(self.model, 2 * STEPS, UNBOUNDED))
         slack = max(0.05, 2 / n)
         next_ = self._surrogate() or "apgd-t"
@@ -333,7 +334,7 @@ class _Examination:
             return PGD(model, n_restarts=1, loss=loss, **arguments)(self.x, self.y)
         gradient = self._gradient(model, self.x, F.cross_entropy)
         assert gradient is not None
-        return (self.x + step_size * gradient.nan_to_num().sign()).clamp(0, 1)
+        return UNIT.clamp(self.x + step_size * gradient.nan_to_num().sign())
 
     def _accuracy(self, images: Tensor) -> float:
         draws = DRAWS if self.structure.random else 1

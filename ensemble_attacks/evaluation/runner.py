@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ensemble_attacks.evaluation.suite import Crafted, Entry, Settings, find_attack
+from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, crafting
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import check_members, check_protocol
+from ensemble_attacks.models.ensembles import check_protocol
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.structure import structure_of
@@ -71,16 +72,13 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_count("draws", settings.draws)
     if settings.eot_iter is not None:
         check_count("eot_iter", settings.eot_iter)
-    entries = {name: find_attack(name) for name in attacks}
-    for name, entry in entries.items():
-        if entry.needs_members:
-            check_members(model, name)
-        entry.check(model, settings)
+    for name in attacks:
+        check_attack(name, model, settings)
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
         check_label_range(y, ask(model, few).shape[1], "y")
-        if any(entry.needs_members for entry in entries.values()):
+        if any(find_attack(name).needs_members for name in attacks):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
         logger.warning(
@@ -118,14 +116,14 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
-    entry = find_attack(name)
+    craft = crafting(name)
     logger.info("running %s on %d images", name, len(x))
     with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
         counted = count_passes(twin, bar.update)
         began = time.perf_counter()
-        crafted = entry.craft(counted, x, y, settings)
+        crafted = craft(counted, x, y, settings)
         if twin is not model:
-            crafted = _recraft(model, counted, x, y, crafted, entry, settings)
+            crafted = _recraft(model, counted, x, y, crafted, craft, settings)
         seconds = time.perf_counter() - began
     judgement = judged(model, x, y, crafted.images, settings)
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
@@ -205,7 +203,7 @@ def evaluate(
 
 @torch.no_grad()
 def _recraft(
-    model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, entry: Entry, settings: Settings
+    model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, craft: Craft, settings: Settings
 ) -> Crafted:
     """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
     device = next(model.parameters(), x).device
@@ -220,7 +218,7 @@ def _recraft(
         return crafted
     counted.counted = model
     images = crafted.images.clone()
-    images[rows] = entry.craft(counted, x[rows], y[rows], settings).images
+    images[rows] = craft(counted, x[rows], y[rows], settings).images
     return replace(crafted, images=images)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks import registry
 from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack, craft
 from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.mora import MORA
-from ensemble_attacks.attacks.registry import EOT_ITER, HOSTS, PEER, NamedAttack, registered
+from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.hosts.autoattack import AutoAttack
@@ -66,21 +66,6 @@ class Crafted:
 Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What ``evaluate`` runs under a name.
-
-    Attributes:
-        needs_members: it looks inside an ensemble.
-        check: raises on a model that the attack cannot be run on.
-    """
-
-    craft: Craft
-    summary: str
-    needs_members: bool = False
-    check: Callable[[nn.Module, Settings], object] = lambda model, settings: None
-
-
 def _original(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         passes: dict[str, tuple[int, int]] = {}
@@ -117,14 +102,14 @@ def _ours(version: str) -> Craft:
     return run
 
 
-def _make(attack: NamedAttack, model: nn.Module, settings: Settings) -> Any:
+def _make(make: Callable[..., Attack], model: nn.Module, settings: Settings) -> Any:
     given = {key: getattr(settings, key) for key in ("norm", "eps", "seed", "batch_size", "eot_iter")}
-    return attack.make(model, **given)
+    return make(model, **given)
 
 
-def _named(attack: NamedAttack) -> Craft:
+def _named(make: Callable[..., Attack]) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
-        made = _make(attack, model, settings)
+        made = _make(make, model, settings)
         if not isinstance(made, CarefulAttack):
             images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
             left = int(outside(x, images.to(x), eps=settings.eps, norm=settings.norm).sum())
@@ -149,39 +134,36 @@ def _named(attack: NamedAttack) -> Craft:
     return run
 
 
-SUITES: dict[str, Entry] = {
-    "autoattack": Entry(_original(*STANDARD), "the standard AutoAttack: apgd-ce, apgd-t, fab-t, square"),
-    "autoattack-rand": Entry(
-        _original(*RAND, version="rand"), "AutoAttack's version for random models: apgd-ce, apgd-dlr, 20 draws"
-    ),
-    "autoattack-ensemble": Entry(
-        _ours("ensemble"), "AutoAttack(version='ensemble'): mora-mt, then the standard suite", needs_members=True
-    ),
-    "autoattack-adaptive": Entry(_ours("adaptive"), "AutoAttack(version='adaptive'): what the model's structure asks for"),
-    "auto": Entry(_ours("auto"), "AutoAttack(version='auto'): what a diagnosis asks for, until nothing moves"),
-    "eot-square": Entry(
-        _original("square", expectation=True), "AutoAttack's Square on the mean over 20 draws (or --eot-iter), no gradients"
-    ),
+PIPELINES: dict[str, Craft] = {  # of the records that are no attack that could be made by itself
+    **{name: _original(name) for name in STANDARD},
+    "autoattack": _original(*STANDARD),
+    "autoattack-rand": _original(*RAND, version="rand"),
+    "autoattack-ensemble": _ours("ensemble"),
+    "autoattack-adaptive": _ours("adaptive"),
+    "auto": _ours("auto"),
+    "eot-square": _original("square", expectation=True),
 }
 
 
 def attack_names() -> list[str]:
-    """What `find_attack` knows, but for torchattacks'."""
-    return [*SUITES, *STANDARD, *registered()]
+    """What ``evaluate`` runs, but for torchattacks'."""
+    return [name for name, record in registered().items() if record.make is not None or name in PIPELINES]
 
 
-def find_attack(name: str) -> Entry:
-    """The attack of that name; ValueError with the nearest one otherwise."""
-    if name in SUITES:
-        return SUITES[name]
-    if name in STANDARD:
-        return Entry(_original(name), HOSTS[name])
-    if not name.startswith(PEER) and name not in registered():
+def crafting(name: str) -> Craft:
+    """How the attack of that name is run; ValueError with the nearest one otherwise."""
+    record = find_attack(name)
+    if name in PIPELINES:
+        return PIPELINES[name]
+    if record.make is None:
         raise unknown_name("attack", name, attack_names())
-    attack = registry.find_attack(name)
+    return _named(record.make)
 
-    def check(model: nn.Module, settings: Settings) -> None:
-        attack.check(model)
-        _make(attack, model, settings)
 
-    return Entry(_named(attack), attack.summary, attack.needs_members, check)
+def check_attack(name: str, model: nn.Module, settings: Settings) -> None:
+    """Raise where the attack of that name cannot be run on a model, with these settings."""
+    record = find_attack(name)
+    crafting(name)
+    record.check(model, name)
+    if record.make is not None:
+        _make(record.make, model, settings)

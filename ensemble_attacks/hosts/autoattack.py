@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import craft
-from ensemble_attacks.attacks.registry import EOT_ITER, find_attack
+from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, find_maker
 from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, diagnose
 from ensemble_attacks.diagnostics.advice import adaptive_attacks
 from ensemble_attacks.files import digest
@@ -31,12 +31,11 @@ from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of
 from ensemble_attacks.models.twins import prepare
-from ensemble_attacks.norms import NORMS as BALLS
+from ensemble_attacks.norms import NORMS
 from ensemble_attacks.scores import are_probabilities, decided, margin
 from ensemble_attacks.validation import (
     check_choice,
@@ -55,7 +54,6 @@ ORIGINAL = ("standard", "plus", "rand")
 VERSIONS = (*ORIGINAL, "ensemble", "adaptive", "auto", "custom")
 LOOKING = ("adaptive", "auto")  # versions that look at the model before they choose
 ENSEMBLE = ("mora-mt", *STANDARD)
-NORMS = ("Linf", "L2", "L1")  # of the original's attacks
 SEEN = 8  # images whose scores tell models apart
 SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, and what its loop sets before every use
     "apgd-ce": ("apgd", {"loss": "ce"}),
@@ -65,7 +63,6 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, an
     "fab-t": ("fab", {"targeted": True, "n_restarts": 1}),
     "square": ("square", {}),
 }
-FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for which the DLR loss is defined
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
 DIAGNOSED = 64  # images that a diagnosis looks at
 DRAWS = 20  # by which the images of a random model are judged
@@ -166,7 +163,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if attacks_to_run and version != "custom":
             raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
         check_positive("eps", eps)
-        check_choice("norm", norm, NORMS)
+        check_choice("norm", norm, tuple(NORMS))
         self._ready = False
         self.verbose, self.log_path = verbose, log_path
         model = model if isinstance(model, nn.Module) else Function(model)
@@ -182,7 +179,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         }.get(version, self.attacks_to_run)
         for name in self.attacks_to_run:
             if isinstance(name, str) and name not in SLOTS:
-                find_attack(name)
+                find_maker(name)
         self.draws, self.eot_iter = DRAWS, EOT_ITER
         self.on_attack: Callable[[str], object] = lambda name: None
         self.flags: list[Flag] = []
@@ -288,16 +285,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.fab.n_target_classes = min(self.fab.n_target_classes, structure.classes - 1)
         chosen: dict[str, Name] = {}
         for name in self._choose(structure, x, y):
-            if structure.classes < FEWEST_CLASSES.get(str(name), 2):
+            if isinstance(name, str) and name in SLOTS and structure.classes < find_attack(name).fewest_classes:
                 self._flag("few_classes", structure.classes, f"{name} is left out: DLR is not defined for so few classes")
                 continue
             if isinstance(name, str) and name not in SLOTS:
-                if self.norm not in BALLS:
-                    raise ValueError(f"attack {name!r} knows the norms {', '.join(BALLS)}, not {self.norm}")
-                entry = find_attack(name)
-                if entry.needs_members:
-                    check_members(self.model, name)
-                entry.check(self.model)
+                record = find_attack(name)
+                if self.norm not in record.norms:
+                    raise ValueError(f"attack {name!r} knows the norms {', '.join(record.norms)}, not {self.norm}")
+                record.check(self.model, name)
                 self._make(name, len(images))
             called = name.attack if isinstance(name, Attack) else name
             twins = sum(other.partition("#")[0] == called for other in chosen)
@@ -425,7 +420,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """An attack of the registry, on the twin."""
         draws = self.eot_iter if self.random else None
         settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
-        return find_attack(name).make(self._twin, **settings)
+        return find_maker(name)(self._twin, **settings)
 
     @torch.no_grad()
     def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -452,7 +447,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 message = "Square, which needs no gradient, lowered the accuracy: the gradients mislead, attack adaptively"
                 self._flag("square_helped", helped, message)
         self.robust_accuracy = self.robust.double().mean().item()
-        if self.random and self.norm != "L1":
+        if self.random and NORMS[self.norm].attacked:
             settings = dict(eps=self.epsilon, norm=self.norm, draws=self.draws, batch_size=bs)
             self.robust_accuracy = judge(self.model, x, y, state.x_adv, **settings).accuracy
         self._say(f"robust accuracy: {self.robust_accuracy:.2%}")

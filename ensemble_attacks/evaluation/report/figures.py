@@ -21,6 +21,7 @@ from ensemble_attacks.evaluation.report.tables import write_csv
 from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of, seed_said
 from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.norms import UNIT
 from ensemble_attacks.scores import margin
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     axes = (figure := Figure(figsize=(1.1 * len(fooled), 3.4))).subplots(3, len(fooled), squeeze=False)
     for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
         for column, image in enumerate(shown):
-            pixels = image.clamp(0, 1).permute(1, 2, 0).numpy()
+            pixels = UNIT.clamp(image).permute(1, 2, 0).numpy()
             axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
             axes[row][column].set(xticks=[], yticks=[])
         axes[row][0].set_ylabel(name, fontsize=8)
@@ -229,7 +230,7 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
         value = margin(ask(net, image), y)
         (slope,) = torch.autograd.grad(value.sum(), image, allow_unused=True) if value.requires_grad else (None,)
         gradient = torch.zeros_like(x) if slope is None else slope
-        points = torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]).clamp(0, 1)
+        points = UNIT.clamp(torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]))
         with torch.no_grad():
             heights = (
                 torch.cat([margin(ask(net, part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
