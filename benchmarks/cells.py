@@ -20,8 +20,9 @@ from options import named
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.manifest import code_version
-from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.runner import Attacked, evaluate
 from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.files import write_whole
 
 SHARD = 250
 
@@ -82,25 +83,20 @@ class Run:
                 continue
             part = slice(shard * self.shard, (shard + 1) * self.shard)
             model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote).to(self.device)
-            evaluate(
+            left: list[Attacked] = []
+            found = evaluate(
                 model,
                 images[part],
                 labels[part],
                 [attack],
                 Settings(cell.eps, seed=self.seed, batch_size=SHARD, draws=self.draws, eot_iter=self.eot_iter),
-                describe={
-                    "model": cell.model,
-                    "vote": cell.vote,
-                    "dataset": self.dataset,
-                    "first": shard * self.shard,
-                    "weights": self._weights(cell),
-                    "code": code_version(),
-                },
-                out=where,
+                keep=lambda name, attacked, left=left: left.append(attacked),
                 report=lambda name, row, at=f"{cell.name} {shard}": click.echo(
                     f"{at} {name}: {100 * row['accuracy']:.1f}", err=True
                 ),
             )
+            about = {"model": cell.model, "vote": cell.vote, "dataset": self.dataset, "first": shard * self.shard}
+            record(where, about | {"weights": self._weights(cell), "code": code_version()} | found, left[0])
 
     def _weights(self, cell: Cell) -> str:
         return model_card(cell.model, self.model_dir, self.dataset)["sha256"]
@@ -127,6 +123,16 @@ class Run:
             for where in folders.values():
                 self._checked(where, cell, shard)
         return list(done.values())
+
+
+def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:
+    """Store what an attack found in a folder: ``summary.json``, with every image's flag, last, and its trace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if left.trace:
+        write_whole(folder / f"{folder.name.partition('_')[2]}.trace.json", json.dumps(left.trace).encode() + b"\n")
+    flags = "".join("01"[robust] for robust in left.judgement.robust.tolist())
+    content = found | {"seconds": round(left.seconds, 1), "flags": flags}
+    write_whole(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from defenses.architectures import ARCHITECTURES, MIXED
 from defenses.draws import seed_draws
 from defenses.frontend import FRONT_ENDED, FrontEnded
 from defenses.multiresolution import SELF_ENSEMBLES
-from defenses.training import Recipe, Settings, train
+from defenses.training import Plan, Recipe, Settings, train
 from defenses.training.trainer import finite
 from defenses.zoo.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
 from defenses.zoo.load import list_models, load_model, model_card
@@ -120,33 +120,10 @@ def train_model(
     if start_from is not None:
         _start(ensemble, start_from, model_dir or out, dataset, chosen)
     stem = Path(model_dir or out) / dataset / "Linf" / f"{recipe}_{network}_{members}"
-    settings = {
-        "recipe": recipe,
-        "start_from": start_from,
-        "max_lr": chosen.max_lr,
-        "schedule": "one cycle, peak at 30%",
-        **({"epochs": epochs} if minutes is None else {"minutes": minutes}),
-        "batch_size": batch_size,
-        "seed": seed,
-        "precision": "bfloat16 autocast" if amp else "float32",
-        **asdict(SETTINGS[dataset]),
-    }
+    plan = Plan(chosen, SETTINGS[dataset], epochs, batch_size, seed, start_from, amp, minutes)
+    settings = plan.for_card()
     _check_free(stem, settings)
-    outcome = train(
-        chosen,
-        ensemble,
-        images,
-        labels,
-        out=Path(out),
-        epochs=epochs,
-        data=SETTINGS[dataset],
-        batch_size=batch_size,
-        seed=seed,
-        start_from=start_from,
-        device=device,
-        amp=amp,
-        minutes=minutes,
-    )
+    outcome = train(plan, ensemble, images, labels, out=Path(out), device=device)
     stored = halved(ensemble.state_dict())
     if not finite(stored):
         raise FloatingPointError(

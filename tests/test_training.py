@@ -17,7 +17,7 @@ from defenses import load_model, train_model
 from defenses.draws import seed_draws
 from defenses.recipes import RECIPES, SETTINGS, _check_fits
 from defenses.standard import RECIPE
-from defenses.training import Batch, train
+from defenses.training import Batch, Plan, train
 from defenses.training.trainer import augment
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks.data import load_dataset
@@ -41,7 +41,8 @@ def run(out: Path, epochs: int, die_after: int | None = None) -> dict[str, Tenso
         return RECIPE.loss(batch)
 
     recipe = replace(RECIPE, loss=loss)
-    train(recipe, ensemble, images, labels, out=out, epochs=epochs, batch_size=100, data=SETTINGS["digits"])
+    plan = Plan(recipe, SETTINGS["digits"], epochs, batch_size=100)
+    train(plan, ensemble, images, labels, out=out)
     return ensemble.state_dict()
 
 
@@ -99,9 +100,9 @@ def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     images, labels = load_dataset("digits", "train", n=200)
     steps = iter(range(100))
     broken = replace(RECIPE, loss=lambda batch: RECIPE.loss(batch) * (torch.nan if next(steps) >= 3 else 1))
-    ensemble, data = make_ensemble("convnet", 2), SETTINGS["digits"]
+    ensemble, plan = make_ensemble("convnet", 2), Plan(broken, SETTINGS["digits"], epochs=3, batch_size=100)
     with pytest.raises(FloatingPointError, match=r"diverged in epoch 2, its loss became nan.*after epoch 1 are kept"):
-        train(broken, ensemble, images, labels, out=tmp_path, epochs=3, batch_size=100, data=data)
+        train(plan, ensemble, images, labels, out=tmp_path)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in kept["ensemble"].values())

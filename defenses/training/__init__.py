@@ -1,5 +1,6 @@
 """How the weights were made."""
 
-from defenses.training.trainer import Batch, Recipe, Settings, adam, input_gradients, pair_cosines, sgd, train
+from defenses.training.plan import Batch, Plan, Recipe, Settings
+from defenses.training.trainer import adam, input_gradients, pair_cosines, sgd, train
 
-__all__ = ["Batch", "Recipe", "Settings", "adam", "input_gradients", "pair_cosines", "sgd", "train"]
+__all__ = ["Batch", "Plan", "Recipe", "Settings", "adam", "input_gradients", "pair_cosines", "sgd", "train"]

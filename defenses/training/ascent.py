@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defenses.training.trainer import Batch
+from defenses.training.plan import Batch
 from ensemble_attacks.models.votes import log_mean_softmax
 
 STEPS = 10

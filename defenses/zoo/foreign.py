@@ -11,7 +11,6 @@ from torch import nn
 from defenses.architectures import Normalize
 from ensemble_attacks.data import IMAGE_SHAPES
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.hosts.robustbench import ensure
 from ensemble_attacks.models.ensembles import Ensemble
 
 
@@ -88,6 +87,8 @@ def _timm(name: str) -> nn.Module:
 def _robustbench(
     name: str, model_dir: str | Path | None, dataset: str, threat_model: str, own: Iterable[str] = ()
 ) -> nn.Module:
+    from ensemble_attacks.robustbench import ensure
+
     ensure()
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.model_zoo.models import model_dicts

@@ -16,7 +16,6 @@ from defenses.zoo.convert import check_build, ensemble_from_checkpoint
 from defenses.zoo.foreign import ensemble_of, model_of
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.hosts.robustbench import ensure
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, check_vote
 from ensemble_attacks.validation import check_choice
@@ -135,6 +134,8 @@ def register_with_robustbench() -> list[str]:
         ImportError: robustbench cannot be imported; names the command that mends it.
         ValueError: RobustBench has a model of that name already; nothing has been registered.
     """
+    from ensemble_attacks.robustbench import ensure
+
     ensure()
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.model_zoo.models import model_dicts

@@ -14,7 +14,7 @@ from rich.table import Table
 from ensemble_attacks.cli.options import console
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate as run_evaluation
-from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.passes import passes_per_image
 

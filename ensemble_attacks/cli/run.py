@@ -155,7 +155,7 @@ def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tupl
 
 def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
     title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
-    table = Table(title=title + seed_said(cell))
+    table = Table(title=title + seed_said(cell["seed"]))
     for column in ("attack", "robust %", "95% interval", "forwards / image", "backwards / image", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right")
 

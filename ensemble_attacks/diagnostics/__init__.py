@@ -1,7 +1,8 @@
 """Is a defense masking its gradients? Named checks, each with figure, threshold, verdict, source and what to run next."""
 
 from ensemble_attacks.diagnostics.binarization import Binarization, binarization
-from ensemble_attacks.diagnostics.checks import EOT_ITER, FEWEST_DIAGNOSED, diagnose
+from ensemble_attacks.diagnostics.checks import diagnose
+from ensemble_attacks.diagnostics.examination import EOT_ITER, FEWEST_DIAGNOSED
 from ensemble_attacks.diagnostics.findings import Check, Diagnosis
 from ensemble_attacks.diagnostics.indicators import Indicators, indicators
 

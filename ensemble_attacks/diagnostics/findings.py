@@ -58,20 +58,20 @@ class Diagnosis:
         return asdict(self)
 
 
-def _flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str = "") -> Check:
+def flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str = "") -> Check:
     return Check(name, FLAG if found else OK, float(found), 0.0, meaning, next_ if found else "", source)
 
 
-def _measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
+def measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
     """A flag where the figure is above the threshold (or not a number)."""
     return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
 
 
-def _measured(name: str, by_image: Tensor, threshold: float, meaning: str, next_: str, source: str) -> Check:
+def measured(name: str, by_image: Tensor, threshold: float, meaning: str, next_: str, source: str) -> Check:
     """`_measure` of the mean over images; a note where it is not a number."""
     figure = by_image.double().mean().item()
     if math.isnan(figure):
         return Check(
             name, NOTE, 0.0, None, "the attack asks for no scores in the ball, so that this cannot be told", "", source
         )
-    return _measure(name, figure, threshold, meaning, next_, source)
+    return measure(name, figure, threshold, meaning, next_, source)

@@ -59,10 +59,10 @@ def progress(ledger: Ledger) -> dict[str, Any]:
         "per_hour": rate,
         "hours_left": (len(units) - len(done)) / rate if rate else None,
         "failed": [
-            {"unit": Unit(entry["unit"]).name, "failures": entry["failures"], "error": entry["error"]}
+            {"unit": Unit.of(entry["unit"]).name, "failures": entry["failures"], "error": entry["error"]}
             for entry in ledger.failed()
         ],
         "quarantined": ledger.quarantined(),
-        "running": [Unit(mark["unit"]).name for mark in marks if mark["alive"]],
-        "killed": [Unit(mark["unit"]).name for mark in marks if not mark["alive"]],
+        "running": [Unit.of(mark["unit"]).name for mark in marks if mark["alive"]],
+        "killed": [Unit.of(mark["unit"]).name for mark in marks if not mark["alive"]],
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger, Result
-from ensemble_attacks.evaluation.manifest import _settings, code_version, data_digest, logger
+from ensemble_attacks.evaluation.manifest import code_version, data_digest, logger
 from ensemble_attacks.evaluation.runner import Attacked, attack, judged
 from ensemble_attacks.evaluation.summary import share_right
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chains_of
@@ -46,7 +46,7 @@ def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
                 ledger.fail(unit, f"{type(error).__name__}: {error}")
         if result is None:
             given_up.append(unit.name)
-            if unit.content["cascade"]:
+            if unit.cell.cascade:
                 break  # what follows depends on it
         else:
             right = result.tensors["right"] if right is None else right.minimum(result.tensors["right"])
@@ -61,29 +61,25 @@ class Context:
     """
 
     def __init__(self, manifest: dict[str, Any], unit: Unit, device: str, *, same_code: bool = True) -> None:
-        content, places = unit.content, manifest["places"]
-        if same_code and content["code"] != code_version():
-            raise LedgerError(
-                f"the run began with code {content['code']}, this is {code_version()}: install that, or begin anew"
-            )
-        self.model = providers.load_model(
-            content["model"], places["model_dir"], content["dataset"], vote=content["vote"]
-        ).to(device)
-        if digest(*self.model.state_dict().values()) != content["weights"]:
-            raise LedgerError(f"the weights of {content['model']} are not those that the run began with: restore them")
-        if data_digest(content["dataset"], places["data_dir"], content["n"]) != content["data"]:
-            raise LedgerError(f"{content['dataset']} in {places['data_dir']} is not what the run began with: restore it")
-        start, stop = content["range"]
-        self.x, self.y = load_dataset(content["dataset"], data_dir=places["data_dir"], first=start, n=stop - start)
-        self.settings = _settings(content)
+        cell, places = unit.cell, manifest["places"]
+        if same_code and cell.code != code_version():
+            raise LedgerError(f"the run began with code {cell.code}, this is {code_version()}: install that, or begin anew")
+        self.model = providers.load_model(cell.model, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+        if digest(*self.model.state_dict().values()) != cell.weights:
+            raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
+        if data_digest(cell.dataset, places["data_dir"], cell.n) != cell.data:
+            raise LedgerError(f"{cell.dataset} in {places['data_dir']} is not what the run began with: restore it")
+        start, stop = unit.range
+        self.x, self.y = load_dataset(cell.dataset, data_dir=places["data_dir"], first=start, n=stop - start)
+        self.settings = cell.settings
         self.twin: nn.Module = prepare(self.model, self.x[:8].to(device), amp=self.settings.amp)
 
 
 def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None) -> Result:
     """Run one unit; ``right`` is every sample's share of right draws under the attacks before it."""
-    x, y, settings, name = context.x, context.y, context.settings, unit.content["attack"]
+    x, y, settings, name = context.x, context.y, context.settings, unit.attack
     rows = torch.arange(len(x))
-    if unit.content["cascade"] and right is not None:
+    if unit.cell.cascade and right is not None:
         rows = torch.nonzero(right > 0.5).squeeze(-1)
     if name == CLEAN:
         done = Attacked(x, judged(context.model, x, y, x, settings), {}, [], 0, 0, 0.0, settings.batch_size)
@@ -98,7 +94,7 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         judgement = _judged_in_place(context, rows, done.images, done.batch_size)
     before = torch.zeros(len(x), dtype=torch.float64) if right is None else right
     shares, found = before.clone(), share_right(judgement, before[rows])
-    shares[rows] = found.minimum(before[rows]) if unit.content["before"] else found
+    shares[rows] = found.minimum(before[rows]) if unit.before else found
     tensors = {
         "rows": rows,
         "x_adv": done.images,

@@ -61,7 +61,7 @@ def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
     for unit in units:
         if ledger.open(unit):
             return True
-        if unit.content["cascade"] and not ledger.done(unit):
+        if unit.cell.cascade and not ledger.done(unit):
             return False
     return False
 
@@ -109,7 +109,7 @@ def local(
                 suspects.discard(tasks[task])
                 report(tasks[task])
         except BrokenProcessPool as error:  # a worker was killed, by lack of memory or a crash of its own
-            running = [unit for entry in ledger.in_work() if not ledger.done(unit := Unit(entry["unit"]))]
+            running = [unit for entry in ledger.in_work() if not ledger.done(unit := Unit.of(entry["unit"]))]
             if len(now) == 1:
                 for unit in running:
                     logger.warning("the process died while it ran %s", unit.name)

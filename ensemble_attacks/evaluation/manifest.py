@@ -18,7 +18,7 @@ from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.runner import check_arguments
-from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.evaluation.settings import Settings, Shared
 from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.autoattack import Original
@@ -33,7 +33,7 @@ DEFAULT_VOTES = ("softmax",)
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shared):
     """What to evaluate: every model with every vote, eps and seed.
 
     Attributes:
@@ -42,7 +42,7 @@ class Sweep:
         n: test images, in file order; ``None``: all.
         shard_size: images of every task.
         cascade: an image that an attack has fooled is not attacked by the next.
-        others: as of `suite.Settings`.
+        others: as of `suite.Shared`.
     """
 
     models: tuple[str, ...]
@@ -50,14 +50,9 @@ class Sweep:
     attacks: tuple[str, ...]
     votes: tuple[str, ...] = DEFAULT_VOTES
     dataset: str = "digits"
-    norm: str = "Linf"
     seeds: tuple[int, ...] = (0,)
     n: int | None = None
-    batch_size: int = 250
     shard_size: int = 250
-    draws: int = 1
-    eot_iter: int | None = None
-    amp: bool = False
     cascade: bool = False
 
     @classmethod
@@ -117,8 +112,9 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         model = providers.load_model(name, model_dir, sweep.dataset, vote=sweep.votes[0])
         if sweep.votes != DEFAULT_VOTES and getattr(model, "vote", None) != sweep.votes[0]:
             raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
+        shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
         for eps, seed in product(sweep.eps, sweep.seeds):
-            check_arguments(model, x, y, sweep.attacks, _settings(asdict(sweep) | {"eps": eps, "seed": seed}))
+            check_arguments(model, x, y, sweep.attacks, Settings(eps, seed, **shared))
         weights[name] = digest(*model.state_dict().values())
     return {
         "sweep": asdict(sweep) | {"n": n},
@@ -150,10 +146,6 @@ def code_version() -> str:
         for path in sorted(folder.rglob("*.py")):
             state.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return f"{__version__}+{state.hexdigest()[:12]}"
-
-
-def _settings(cell: dict[str, Any]) -> Settings:
-    return Settings(**{field.name: cell[field.name] for field in fields(Settings)})
 
 
 def warn_of_code(ledger: Ledger) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -139,69 +135,43 @@ def evaluate(
     attacks: Sequence[str],
     settings: Settings,
     *,
-    describe: dict[str, Any] | None = None,
-    out: Path | None = None,
     report: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+    keep: Callable[[str, Attacked], object] = lambda name, attacked: None,
 ) -> dict[str, Any]:
-    """Attack, judge, and summarise, in this process; `sweep` does it for good.
+    """Attack, judge, and summarise, in this process, storing nothing; a run (`manifest`, `chains`) does it for good.
 
     Args:
         model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
         x, y: images (N, C, H, W) and labels (N,).
         attacks: names, as listed in `suite.attack_names`.
-        describe: what else to store in the summary: the model's name, the dataset, and so on.
-        out: a new folder for ``summary.json`` (the same for the same run), ``times.json`` and the images; ``None``: nowhere.
         report: called with each attack's name and row as soon as it is judged.
+        keep: called with each attack's name and all that it left.
 
     Returns:
         The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample.
 
     Raises:
         ValueError, TypeError: unusable arguments; nothing has been run.
-        FileExistsError: ``out`` already holds a run.
         OutOfBallError: an attack returned an image outside the ball.
     """
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    if out is not None:
-        if (out / "summary.json").exists():
-            raise FileExistsError(f"{out} already holds a run: choose another folder (--out)")
-        out.mkdir(parents=True, exist_ok=True)
     clean = judged(model, x, y, x, settings)
     report("clean", clean.summary())
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
     right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
     for name in attacks:
         attacked = attack(model, twin, x, y, name, settings)
-        right, seconds[name] = right.minimum(share_right(attacked.judgement, right)), attacked.seconds
+        right = right.minimum(share_right(attacked.judgement, right))
         rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.outside)
-        report(name, rows[name] | {"seconds": seconds[name]})
-        if out is not None:
-            stem = quote(name, safe=":?=&,")
-            _save_images(out / f"{stem}.safetensors", attacked.images, y, attacked.judgement, settings, name)
-            if attacked.trace:
-                (out / f"{stem}.trace.json").write_text(json.dumps(attacked.trace) + "\n")
+        report(name, rows[name] | {"seconds": attacked.seconds})
+        keep(name, attacked)
     worst = worst_case(right)
     report("worst case", worst)
-    summary = {
-        **(describe or {}),
-        **asdict(settings),
-        "n": len(x),
-        "clean": clean.summary(),
-        "attacks": rows,
-        "worst_case": worst,
-    }
-    if out is not None:
-        (out / "times.json").write_text(
-            json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds}, indent=2) + "\n"
-        )
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst}
 
 
-@torch.no_grad()
 def _recraft(
     model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, craft: Craft, settings: Settings
 ) -> Crafted:
@@ -220,9 +190,3 @@ def _recraft(
     images = crafted.images.clone()
     images[rows] = craft(counted, x[rows], y[rows], settings).images
     return replace(crafted, images=images)
-
-
-def _save_images(path: Path, images: Tensor, y: Tensor, judgement: Judgement, settings: Settings, name: str) -> None:
-    tensors = {"x_adv": images.cpu().contiguous(), "labels": y.cpu(), "robust": judgement.robust.to(torch.uint8)}
-    metadata = json.dumps({**asdict(settings), "attack": name})  # under one key: safetensors does not keep their order
-    save_file(tensors, path, metadata={"settings": metadata})

@@ -17,6 +17,7 @@ from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
 from ensemble_attacks.hosts.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.judge import or_clean, outside
@@ -24,26 +25,6 @@ from ensemble_attacks.models.passes import CountingModel
 from ensemble_attacks.models.surrogates import Expected
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all attacks of one evaluation share.
-
-    Attributes:
-        eps: radius of the ball, in pixel units of [0, 1].
-        draws: fresh forward passes by which the judge decides on each image of a random model.
-        eot_iter: of a random model, draws of every iterate; ``None``: the model is deterministic.
-        amp: craft in mixed precision; the judge does not.
-    """
-
-    eps: float
-    norm: str = "Linf"
-    seed: int = 0
-    batch_size: int = 250
-    draws: int = 1
-    eot_iter: int | None = None
-    amp: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger, Result
-from ensemble_attacks.evaluation.units import CLEAN, Unit, _by_cell, chains_of
+from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, chains_of
 from ensemble_attacks.files import write_whole
 from ensemble_attacks.judge import Judgement, wilson_interval
 from ensemble_attacks.version import __version__
@@ -48,8 +49,8 @@ LIGHT = ("robust", "invalid", "correct", "right", "margin")  # tensors that a su
 def summarise(ledger: Ledger) -> dict[str, Any]:
     """Read all units and write ``summary.json``: what was found, and nothing that another run of the same would change."""
     cells = []
-    for cell, chains in _by_cell(ledger.manifest):
-        shown = {key: value for key, value in cell.items() if key not in ("code", "batch_size")}
+    for cell, chains in by_cell(ledger.manifest):
+        shown = {key: value for key, value in asdict(cell).items() if key not in ("code", "batch_size")}
         cells.append({**shown, **_summary_of(ledger, chains)})
     summary = {"version": __version__, "cells": cells}
     data = json.dumps(summary, indent=2).encode() + b"\n"
@@ -68,7 +69,7 @@ def _summary_of(ledger: Ledger, chains: list[list[Unit]]) -> dict[str, Any]:
         missing += [unit.name for unit, result in zip(units, results, strict=True) if result is None]
         there = [result for result in results if result is not None]
         if len(there) == len(results):
-            rows[units[0].content["attack"]] = _row(there, units[0].content["cascade"])
+            rows[units[0].attack] = _row(there, units[0].cell.cascade)
             rights.append(torch.cat([result.tensors["right"] for result in there]))
     clean = rows.pop(CLEAN, None)
     summary: dict[str, Any] = {"clean": clean, "attacks": rows}
@@ -128,6 +129,6 @@ def seconds_of(ledger: Ledger) -> dict[str, float]:
     spent: dict[str, float] = {}
     for unit in (unit for chain in chains_of(ledger.manifest) for unit in chain):
         if (info := ledger.info(unit)) is not None:
-            key = " ".join(str(unit.content[part]) for part in ("model", "vote", "eps", "seed", "attack"))
+            key = f"{unit.cell.key} {unit.attack}"
             spent[key] = spent.get(key, 0.0) + info["seconds"]
     return spent

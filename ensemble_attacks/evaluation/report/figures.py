@@ -55,8 +55,7 @@ class Picture:
 
 
 def _title(unit: Unit) -> str:
-    content = unit.content
-    return f"{content['model']}, {content['vote']}, {content['norm']} {content['eps']:g}{seed_said(content)}"
+    return unit.cell.title
 
 
 def _curves(ledger: Ledger) -> list[Picture]:
@@ -69,8 +68,8 @@ def _curves(ledger: Ledger) -> list[Picture]:
         axes = (figure := Figure(figsize=(7, 4))).subplots()
         rows: list[tuple[Any, ...]] = []
         for units in list(zip(*own, strict=True))[1:]:
-            name = units[0].content["attack"]
-            points = _curve([info for unit in units if (info := ledger.info(unit))], own[0][0].content["n"])
+            name = units[0].attack
+            points = _curve([info for unit in units if (info := ledger.info(unit))], own[0][0].cell.n)
             if len(points) > 1:
                 passes, robust = zip(*points, strict=True)
                 axes.step(passes, robust, where="post", label=name)
@@ -107,7 +106,7 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     for cell in summary["cells"]:
         at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
         lines.setdefault(
-            f"{cell['model']}, {cell['vote']}{seed_said(cell)}", [(0.0, 100 * cell["clean"]["accuracy"])]
+            f"{cell['model']}, {cell['vote']}{seed_said(cell['seed'])}", [(0.0, 100 * cell["clean"]["accuracy"])]
         ).append(at)
     if all(len(points) < 3 for points in lines.values()):
         return []
@@ -123,7 +122,7 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
 def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:
     best = min(chain[1:], key=lambda unit: float(_read(ledger, unit)["right"].sum()))
     tensors = _read(ledger, best)
-    index = cells_of(ledger.manifest).index({key: best.content[key] for key in cells_of(ledger.manifest)[0]})
+    index = cells_of(ledger.manifest).index(best.cell)
     pictures = [_gallery(context, tensors, best, index)]
     linf = context.settings.norm == "Linf"
     if linf:
@@ -148,7 +147,7 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     if not len(fooled):
         return None
     clean, images = context.x[tensors["rows"][fooled]], tensors["x_adv"][fooled]
-    magnified = 0.5 + 0.5 * (images - clean) / unit.content["eps"]
+    magnified = 0.5 + 0.5 * (images - clean) / unit.cell.eps
     axes = (figure := Figure(figsize=(1.1 * len(fooled), 3.4))).subplots(3, len(fooled), squeeze=False)
     for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
         for column, image in enumerate(shown):
@@ -156,9 +155,7 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
             axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
             axes[row][column].set(xticks=[], yticks=[])
         axes[row][0].set_ylabel(name, fontsize=8)
-    caption = (
-        f"{_title(unit)}: images of {unit.content['attack']}; differences magnified {0.5 / unit.content['eps']:.0f} times"
-    )
+    caption = f"{_title(unit)}: images of {unit.attack}; differences magnified {0.5 / unit.cell.eps:.0f} times"
     return Picture(f"gallery_{index}", caption, figure)
 
 
@@ -176,9 +173,7 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     axes.bar([m + 0.2 for m in members], [row[2] for row in rows], 0.4, label="ensemble robust")
     axes.set(xlabel="members that are wrong", ylabel="images", xticks=list(members))
     axes.legend()
-    caption = (
-        f"{_title(unit)}: members fooled by {unit.content['attack']}, on {len(robust)} of the first {len(context.x)} images"
-    )
+    caption = f"{_title(unit)}: members fooled by {unit.attack}, on {len(robust)} of the first {len(context.x)} images"
     return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
 
 
@@ -196,7 +191,7 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
     if not right:
         return None
     try:
-        shares = transfer_matrix(members, x, y, eps=unit.content["eps"], steps=TRANSFER_STEPS)
+        shares = transfer_matrix(members, x, y, eps=unit.cell.eps, steps=TRANSFER_STEPS)
     except RuntimeError as error:  # autograd's, of a member without a gradient
         logger.warning("no transfer between the members of %s: %s", _title(unit), error)
         return None
@@ -222,7 +217,7 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
     generator = torch.Generator().manual_seed(0)
     across = (2 * torch.randint(0, 2, x.shape, generator=generator, device="cpu") - 1).to(x)
-    scale = torch.linspace(-1, 1, GRID) * unit.content["eps"]
+    scale = torch.linspace(-1, 1, GRID) * unit.cell.eps
     axes = (figure := Figure(figsize=(4.2 * len(nets), 3.4))).subplots(1, len(nets), squeeze=False)
     rows: list[tuple[Any, ...]] = []
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
