@@ -28,6 +28,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 docs: $(STAMP)
 	$(VENV)/bin/python -c "import ensemble_attacks as ea, pdoc.__main__; [getattr(ea, name) for name in ea.__all__]; pdoc.__main__.cli(['-d', 'google', '-o', 'site', *'$(PAGES)'.split()])"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks import AutoAttack, judge
-from ensemble_attacks.data import NUM_CLASSES, load_dataset
+from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.twins import prepare
@@ -47,10 +47,10 @@ def example_network() -> nn.Module:
 def linear_network(dataset: str, data_dir: str) -> nn.Module:
     x, y = load_dataset(dataset, "train", data_dir=data_dir)
     inputs = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1).double()
-    targets = nn.functional.one_hot(y, NUM_CLASSES[dataset]).double()
+    targets = nn.functional.one_hot(y, DATASETS[dataset].classes).double()
     ridge = inputs.T @ inputs + torch.eye(inputs.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(ridge, inputs.T @ targets).float()
-    layer = nn.Linear(inputs.shape[1] - 1, NUM_CLASSES[dataset])
+    layer = nn.Linear(inputs.shape[1] - 1, DATASETS[dataset].classes)
     layer.load_state_dict({"weight": weights[:-1].T, "bias": weights[-1]})
     return nn.Sequential(nn.Flatten(), layer).eval()
 

@@ -20,7 +20,7 @@ from defenses.training import Plan, Recipe, Settings, train
 from defenses.training.trainer import finite
 from defenses.zoo.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
 from defenses.zoo.load import list_models, load_model, model_card
-from ensemble_attacks.data import NUM_CLASSES, load_dataset
+from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.validation import check_choice, check_count, check_positive, check_seed
@@ -159,8 +159,8 @@ def _check_fits(ensemble: Ensemble, images: Tensor, architecture: str, dataset: 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"architecture {architecture!r} does not take the images of {dataset}: {reason}") from None
-    if classes != NUM_CLASSES[dataset]:
-        raise ValueError(f"architecture {architecture!r} has {classes} classes, {dataset} has {NUM_CLASSES[dataset]}")
+    if classes != DATASETS[dataset].classes:
+        raise ValueError(f"architecture {architecture!r} has {classes} classes, {dataset} has {DATASETS[dataset].classes}")
 
 
 def _check_free(stem: Path, settings: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ Both come as ``(images, labels)``: float32 (N, C, H, W) in [0, 1] and int64 (N,)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +15,26 @@ from torch import Tensor
 
 from ensemble_attacks.errors import unknown_name
 
-DATASETS = ("digits", "cifar10")
-NUM_CLASSES = {"digits": 10, "cifar10": 10}
-TEST_IMAGES = {"digits": 597, "cifar10": 10000}
-IMAGE_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What is known of a dataset.
+
+    Attributes:
+        read: (split, folder, download) -> images (N, ...) of whole numbers, and labels (N,).
+        scale: the largest of these numbers.
+        classes: how many.
+        shape: of an image.
+        test_images: how many.
+    """
+
+    read: Callable[[str, Path, bool], Split]
+    scale: int
+    classes: int
+    shape: tuple[int, ...]
+    test_images: int
 
 
 def load_dataset(
@@ -54,17 +72,17 @@ def load_dataset(
         raise ValueError(f"n must be at least 1, got {n}")
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}")
-    images, labels = _digits(split) if name == "digits" else _cifar10(split, Path(data_dir).resolve(), download)
+    dataset = DATASETS[name]
+    images, labels = dataset.read(split, Path(data_dir).resolve(), download)
     if n is not None and first + n > len(images):
         which = "images" if not first else f"images, {len(images) - first} from number {first} on"
         raise ValueError(f"n is {n}, but the {split} split of {name} has {len(images)} {which}: ask for at most that many")
     part = slice(first, None if n is None else first + n)
-    scale = {"digits": 16, "cifar10": 255}[name]
-    return images[part].float() / scale, labels[part].clone()
+    return images[part].float() / dataset.scale, labels[part].clone()
 
 
 @lru_cache(maxsize=2)
-def _digits(split: str) -> tuple[Tensor, Tensor]:
+def _digits(split: str, data_dir: Path, download: bool) -> Split:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -75,7 +93,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _cifar10(split: str, data_dir: Path, download: bool) -> tuple[Tensor, Tensor]:
+def _cifar10(split: str, data_dir: Path, download: bool) -> Split:
     from torchvision.datasets import CIFAR10
 
     if not download and not (data_dir / CIFAR10.base_folder).is_dir():
@@ -92,3 +110,9 @@ def _cifar10(split: str, data_dir: Path, download: bool) -> tuple[Tensor, Tensor
         ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(dataset.targets, dtype=torch.int64)
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(_digits, 16, 10, (1, 8, 8), 597),
+    "cifar10": Dataset(_cifar10, 255, 10, (3, 32, 32), 10_000),
+}

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.scores import decided, margin, per_sample
 from ensemble_attacks.validation import (
     check_count,
-    check_dtype,
     check_images,
     check_label_range,
     check_labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -32,20 +32,6 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
                 f"{name} spans [{low:.4g}, {high:.4g}]: expected values in {box}. Divide 8-bit images by 255; for "
                 "normalised inputs call set_normalization_used(mean, std) first, or normalise inside the model"
             )
-
-
-@torch.no_grad()
-def check_dtype(model: Callable[[Tensor], object], images: Tensor, name: str = "images") -> None:
-    """Of the type that the model computes in, unless it converts them itself."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    own = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
-    if own == images.dtype or not len(images):
-        return
-    parameter = next(model.parameters()) if isinstance(model, nn.Module) else images
-    try:
-        model(images[:1].to(parameter.device))
-    except RuntimeError as error:
-        raise TypeError(f"{name} has dtype {images.dtype}, the model {own}: pass {name}.to({own})") from error
 
 
 def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:

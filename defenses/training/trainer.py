@@ -77,7 +77,7 @@ def train(
     out: Path,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Train ``ensemble`` in place by ``plan``, with a checkpoint in ``out`` after every epoch (of one by the clock, every ten
+    """Train ``ensemble`` in place by ``plan``, with a checkpoint in ``out`` after every epoch (by the clock, every ten
     minutes at least); resumes from it.
 
     Returns:

@@ -20,7 +20,7 @@ from torch import Tensor
 from defenses.architectures import ARCHITECTURES, NORMALIZATIONS
 from defenses.gal import slope_of
 from defenses.zoo.cards import check_name, make_ensemble, write_model
-from ensemble_attacks.data import DATASETS, IMAGE_SHAPES, NUM_CLASSES
+from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import WeightsError, unknown_name
 from ensemble_attacks.files import load_tensors
 from ensemble_attacks.models.ensembles import Ensemble
@@ -170,14 +170,14 @@ def ensemble_from_checkpoint(
     translated = [translate(state) for path in listed(paths) for state in read_checkpoint(path)]
     kinds = {architecture_of(network) for network, _ in translated}
     found = [own for _, own in translated if own is not None]
-    channels = IMAGE_SHAPES[dataset][0]
+    channels = DATASETS[dataset].shape[0]
     if any(len(part) not in (1, channels) for own in found for part in own):
         raise WeightsError(f"the normalisation is {found[0]}: expected one number, or one for each of {channels} channels")
     if len(kinds) > 1 or any(own != found[0] for own in found):
         raise WeightsError(f"the members differ: {sorted(kinds)}: convert them one by one, then load 'ensemble:NAME+NAME'")
     architecture, num_classes = kinds.pop()
-    if num_classes != NUM_CLASSES[dataset]:
-        raise WeightsError(f"the checkpoint has {num_classes} classes, {dataset} has {NUM_CLASSES[dataset]}")
+    if num_classes != DATASETS[dataset].classes:
+        raise WeightsError(f"the checkpoint has {num_classes} classes, {dataset} has {DATASETS[dataset].classes}")
     options: dict[str, Any] = {"num_classes": num_classes, "normalization": found[0] if found else (list(mean), list(std))}
     if negative_slope:
         options["negative_slope"] = negative_slope

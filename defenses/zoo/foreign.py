@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from defenses.architectures import Normalize
-from ensemble_attacks.data import IMAGE_SHAPES
+from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ensembles import Ensemble
 
@@ -66,7 +66,7 @@ def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_mo
 @torch.no_grad()
 def _classes(name: str, net: nn.Module, dataset: str) -> int:
     """How many classes a network has; ValueError if it does not take a dataset's images."""
-    shape = IMAGE_SHAPES[dataset]
+    shape = DATASETS[dataset].shape
     try:
         return net(torch.zeros(1, *shape)).shape[-1]
     except (RuntimeError, AssertionError, ValueError) as error:

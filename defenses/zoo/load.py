@@ -32,7 +32,7 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
     >>> "adp_convnet_3" in list_models("digits")
     True
     """
-    dataset = dataset and _named("dataset", dataset, DATASETS)
+    dataset = dataset and _named("dataset", dataset, tuple(DATASETS))
     return sorted({card.stem for folder in _folders(model_dir) for card in folder.glob(f"{dataset or '*'}/*/*.json")})
 
 
@@ -79,7 +79,7 @@ def load_model(
         FileNotFoundError: no such checkpoint.
         WeightsError: the weights are not those that the card, or the name, describes.
     """
-    dataset = _named("dataset", dataset, DATASETS)
+    dataset = _named("dataset", dataset, tuple(DATASETS))
     threat_model = _named("threat model", norm or threat_model, THREAT_MODELS)
     check_vote(vote)
     if checkpoint is not None:
@@ -97,7 +97,7 @@ def model_card(
     model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
 ) -> dict[str, Any]:
     """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
-    dataset = _named("dataset", dataset, DATASETS)
+    dataset = _named("dataset", dataset, tuple(DATASETS))
     return read_card(_stem(model_name, model_dir, dataset, _named("threat model", threat_model, THREAT_MODELS)))
 
 

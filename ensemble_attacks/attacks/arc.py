@@ -22,7 +22,7 @@ from ensemble_attacks.descent.objectives import Goal
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.errors import NotAnEnsembleError
-from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.norms import NORMS, Norm
 from ensemble_attacks.scores import best_other, gather, per_sample
@@ -91,7 +91,7 @@ def member_lead(turn: Turn, outputs: Outputs, goal: Goal) -> Tensor:
 
 def check_probabilities(model: nn.Module) -> None:
     """Raise `NotAnEnsembleError` unless ``model`` says with which probability it draws each member."""
-    if probabilities_of(model) is None:
+    if member_probabilities(model) is None:
         raise NotAnEnsembleError(
             f"ARC needs the probabilities with which members are drawn, and {type(model).__name__} has no tensor called "
             "probabilities, (M,): attack it with MORA or EOTAPGD"
@@ -153,7 +153,7 @@ class ARC(DescentAttack):
         return [self._restart(restart) for restart in range(self.n_restarts)]
 
     def _restart(self, restart: int) -> Stage:
-        probabilities = probabilities_of(self.model)
+        probabilities = member_probabilities(self.model)
         assert probabilities is not None
         turn = Turn(probabilities.argsort(descending=True, stable=True).tolist())
         rule = partial(MemberSteps, turn=turn, norm=NORMS[self.norm], beyond=self.beyond)

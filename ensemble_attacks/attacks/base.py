@@ -17,8 +17,8 @@ from ensemble_attacks.descent.noise import generator_for, sample_keys
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
-from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, probabilities_of
+from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
@@ -27,7 +27,6 @@ from ensemble_attacks.models.view import Outputs, is_exact, look
 from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import (
     check_count,
-    check_dtype,
     check_images,
     check_label_range,
     check_labels,
@@ -164,7 +163,7 @@ class DescentAttack(CarefulAttack):
     def _plan(self, num_classes: int) -> list[Stage]:
         """`_stages`; of a model that draws its members, the mean over these where the attack does not look inside itself."""
         stages = self._stages(num_classes)
-        if self.needs_members or self.eot_iter is None or probabilities_of(self.model) is None:
+        if self.needs_members or self.eot_iter is None or member_probabilities(self.model) is None:
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 

@@ -122,7 +122,7 @@ class _Binary:
             setattr(self.model.get_submodule(parent), own, head)
         try:
             with torch.no_grad():
-                shape = tuple(self.model(x).shape)
+                shape = tuple(ask(self.model, x).shape)
         except Exception as error:  # what comes after the read-outs may want K of them, and says so in its own way
             raise ValueError(f"model {type(model).__name__} cannot do with binary read-outs: {error}") from error
         if shape != (1, 2):

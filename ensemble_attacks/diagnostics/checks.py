@@ -20,12 +20,11 @@ from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
 from ensemble_attacks.validation import (
     check_count,
-    check_dtype,
     check_images,
     check_label_range,
     check_labels,

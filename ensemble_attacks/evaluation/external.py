@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble_attacks.data import TEST_IMAGES
+from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
 from ensemble_attacks.evaluation.units import chains_of
@@ -48,7 +48,7 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     (summary,) = cells
     if missing := summary.get("missing"):
         raise ValueError(f"{run} is not finished: {missing[0]} is missing, run it again")
-    whole = TEST_IMAGES[summary["dataset"]]
+    whole = DATASETS[summary["dataset"]].test_images
     if summary["n"] != whole and not partial:
         raise ValueError(
             f"{run} attacked {summary['n']} images, RobustBench asks for all {whole} of {summary['dataset']}: evaluate "

@@ -276,7 +276,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
         structure = structure_of(self.model, images, seed=self.seed or 0)
         check_label_range(y, structure.classes, "y_orig")
-        self.random = structure.random or structure.probabilities
+        self.random = structure.random or structure.known_draws
         if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
         self._look_at_scores(images, labels)

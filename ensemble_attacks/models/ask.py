@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ensemble_attacks.validation import check_member_logits, check_scores
 
@@ -26,3 +27,17 @@ def ask_members(model: Any, x: Tensor) -> Tensor:
     logits_MNK = model.member_logits(x.clone())
     check_member_logits(logits_MNK, len(x), type(model).__name__)
     return logits_MNK
+
+
+@torch.no_grad()
+def check_dtype(model: Callable[[Tensor], object], images: Tensor, name: str = "images") -> None:
+    """Of the type that the model computes in, unless it converts them itself."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    own = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
+    if own == images.dtype or not len(images):
+        return
+    parameter = next(model.parameters()) if isinstance(model, nn.Module) else images
+    try:
+        model(images[:1].to(parameter.device, copy=True))
+    except RuntimeError as error:
+        raise TypeError(f"{name} has dtype {images.dtype}, the model {own}: pass {name}.to({own})") from error

@@ -153,7 +153,7 @@ def check_protocol(model: Any, x: Tensor) -> None:
     adopted = getattr(model, "counted", model)
     if isinstance(adopted, AdoptedEnsemble) and not adopted.verified:
         adopted.verify(x)
-    if isinstance(adopted, AdoptedEnsemble) or probabilities_of(model) is not None:
+    if isinstance(adopted, AdoptedEnsemble) or member_probabilities(model) is not None:
         return
     x = x[:FEW]
     logits_MNK, own_NK = ask_members(model, x), ask(model, x)
@@ -237,7 +237,7 @@ def check_members(model: nn.Module, who: str) -> None:
         )
 
 
-def probabilities_of(model: nn.Module) -> Tensor | None:
+def member_probabilities(model: nn.Module) -> Tensor | None:
     """With which probability a model that draws a member for each answer draws each, (M,); ``None``: it does not say so.
 
     Such a model has ``member_logits(x) -> (M, N, K)`` and ``probabilities``, (M,), that sum to 1.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.ensembles import member_probabilities
 
 
 def passes_per_image(row: dict[str, Any]) -> float:
@@ -64,8 +64,8 @@ class CountingEnsemble(CountingModel):
 
     @property
     def probabilities(self) -> Tensor | None:
-        """Of a randomized ensemble (`probabilities_of`)."""
-        return probabilities_of(self.counted)
+        """Of a randomized ensemble (`member_probabilities`)."""
+        return member_probabilities(self.counted)
 
     @property
     def own_ties(self) -> bool:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.votes import OWN, vote_of
 from ensemble_attacks.scores import differ
-from ensemble_attacks.validation import check_dtype
 
 REPEATS = 5  # forward passes of the same images
 FEW, MORE = 2, 25  # images, and forward passes of these: a model may draw once for a whole batch, and seldom otherwise
@@ -29,7 +28,7 @@ class Structure:
         own_aggregation: its members are put together otherwise than by mean probability, hard votes or mean logits.
         frontend: it has parts called ``frontend``.
         random: the same images got different scores.
-        probabilities: it draws its members, and says how likely.
+        known_draws: it draws its members, and says how likely.
         classes: scores of every image.
     """
 
@@ -37,14 +36,14 @@ class Structure:
     own_aggregation: bool
     frontend: bool
     random: bool
-    probabilities: bool
+    known_draws: bool
     classes: int
 
 
 def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     """Look at the model, and at its scores of some images (N, C, H, W)."""
     members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
-    probabilities = probabilities_of(model) is not None
+    known_draws = member_probabilities(model) is not None
     try:
         frontend = bool(find_parts(model, "frontend"))
     except PartError:
@@ -54,5 +53,5 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         scores = [ask(model, x) for _ in range(REPEATS)]
         few = [ask(model, x[:FEW]) for _ in range(MORE)]
     random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
-    own = members and not probabilities and vote_of(model).name == OWN
-    return Structure(members, own, frontend, random, probabilities, scores[0].shape[1])
+    own = members and not known_draws and vote_of(model).name == OWN
+    return Structure(members, own, frontend, random, known_draws, scores[0].shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ask import ask, ask_members
-from ensemble_attacks.models.ensembles import check_members, probabilities_of
+from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, log_expected_softmax, log_mean_softmax
 from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import check_count, check_positive
@@ -62,7 +62,7 @@ class Surrogate(nn.Module):
         """(M, N, K) -> (N, K)."""
         if self.other is not None:
             return self.other.aggregate(logits_MNK)
-        probabilities = probabilities_of(self.target)
+        probabilities = member_probabilities(self.target)
         if probabilities is not None and self.vote == SOFTMAX.name:
             return log_expected_softmax(logits_MNK, probabilities)
         return self._aggregate(logits_MNK)

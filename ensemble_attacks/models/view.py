@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.models.ask import ask, ask_members
-from ensemble_attacks.models.ensembles import probabilities_of
+from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.votes import log_expected_softmax
 from ensemble_attacks.scores import differ
@@ -46,7 +46,7 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
     """
     if isinstance(model, Surrogate):
         return _stand_in(model, x)
-    probabilities = probabilities_of(model) if inside or expected else None
+    probabilities = member_probabilities(model) if inside or expected else None
     if not inside and probabilities is None:
         return Outputs(ask(model, x))
     logits_MNK = ask_members(model, x)
@@ -70,7 +70,7 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
         return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
     logits_MNK = ask_members(target, x)
     scores_NK = surrogate.aggregate(logits_MNK)
-    probabilities = probabilities_of(target)
+    probabilities = member_probabilities(target)
     if probabilities is not None:
         return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
     return Outputs(scores_NK, logits_MNK, target.aggregate(logits_MNK.detach()).unsqueeze(0))
@@ -82,7 +82,7 @@ def is_exact(model: nn.Module, forward: Forward, image: Tensor) -> bool:
     surrogate that aggregates them, and are the members themselves not random on an image (1, ...)?
     """
     known: Any = model.target if isinstance(model, Surrogate) and model.other is None else model
-    if probabilities_of(known) is None:
+    if member_probabilities(known) is None:
         return False
     first, second = (forward(image).logits_MNK for _ in range(2))
     if first is None or second is None:
