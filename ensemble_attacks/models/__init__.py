@@ -1,1 +1,1 @@
-"""Anybody's model: votes, ensembles, stand-ins, and the one door through which every tool looks at them."""
+"""Look at anybody's model: votes, ensembles, stand-ins, and the one door through which every tool goes to a model."""

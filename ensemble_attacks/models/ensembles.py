@@ -1,4 +1,4 @@
-"""Ensembles of classifiers and the protocol by which attacks look inside them.
+"""Define ensembles of classifiers and the protocol by which attacks look inside them.
 
 An ensemble is any ``nn.Module`` with ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``, whose
 ``forward(x)`` is ``aggregate(member_logits(x))``. Scores are logits: a vote that averages probabilities returns the
@@ -26,7 +26,7 @@ FEW = 8  # images on which an ensemble is compared with what it shows
 
 
 class Ensemble(nn.Module):
-    """Classifiers that decide together.
+    """An ensemble of classifiers that decide together by a vote: images (N, C, H, W) -> scores (N, K).
 
     Args:
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
@@ -34,8 +34,8 @@ class Ensemble(nn.Module):
             `Vote` of your own.
 
     Raises:
-        TypeError: a member that is not an ``nn.Module``.
-        ValueError: no members, or an unknown vote.
+        TypeError: Where a member is not an ``nn.Module``.
+        ValueError: Where there are no members, or the vote is unknown.
 
     >>> ensemble = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], vote="softmax")
     >>> x = torch.rand(5, 4)
@@ -56,11 +56,11 @@ class Ensemble(nn.Module):
         check_vote(vote)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Logits of every member, (M, N, K)."""
+        """Return the logits of every member, (M, N, K)."""
         return torch.stack([ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)])
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        """The ensemble's scores, (N, K), from its members' logits."""
+        """Return the ensemble's scores, (N, K), from its members' logits, (M, N, K)."""
         assert self.vote is not None
         return check_vote(self.vote).aggregate(logits_MNK)
 
@@ -72,10 +72,10 @@ class Ensemble(nn.Module):
 
 
 class AdoptedEnsemble(Ensemble):
-    """Somebody else's ensemble, seen through the protocol: its own forward, with the members and vote claimed for it.
+    """Somebody else's ensemble, which keeps its own forward pass and shows the members and vote that are claimed for it.
 
-    The first images that reach `member_logits` are also put through the model itself, as are mixtures of them, where members
-    are less of one mind; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
+    The first images that reach `member_logits` are also put through the model itself, as are mixtures of them, on which the
+    members agree less; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
     """
 
     def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Vote | Aggregate) -> None:
@@ -90,7 +90,7 @@ class AdoptedEnsemble(Ensemble):
 
     @property
     def vote_said(self) -> str:
-        """The claimed vote, for people."""
+        """Return the name of the claimed vote, for messages."""
         return "callable" if self.claimed.name == OWN else self.claimed.name
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,8 +106,9 @@ class AdoptedEnsemble(Ensemble):
 
     @torch.no_grad()
     def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the claimed members and vote predict another class than the model itself, apart from votes that tie, and
-        where they do as these tie; each (N,) bool.
+        """Return where the claimed members and vote predict another class than the model itself; two tensors (N,) bool.
+
+        The first holds the samples whose votes do not tie, the second those whose votes do.
         """
         logits_MNK = super().member_logits(x)
         differ = _predict_otherwise(ask(self.original, x), self.aggregate(logits_MNK))
@@ -117,7 +118,7 @@ class AdoptedEnsemble(Ensemble):
     def verify(self, x: Tensor) -> None:
         """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
 
-        How hard votes that tie are broken is the model's own affair, and not looked at.
+        The model may break ties of hard votes as it likes: samples whose votes tie are not compared.
         """
         mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
         differ, ties = (torch.cat(parts) for parts in zip(*map(self._compare, mixtures), strict=True))
@@ -146,9 +147,10 @@ class AdoptedEnsemble(Ensemble):
 
 @torch.no_grad()
 def check_protocol(model: Any, x: Tensor) -> None:
-    """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself, votes
-    that tie apart; not of a random model, which differs from itself. An adopted ensemble is looked at on all images, and
-    once; another on the first few.
+    """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself.
+
+    Samples whose votes tie do not count, and a random model, which differs from itself, is not checked. An adopted ensemble
+    is compared on all images, and only once; any other on the first few.
     """
     adopted = getattr(model, "counted", model)
     if isinstance(adopted, AdoptedEnsemble) and not adopted.verified:
@@ -168,7 +170,11 @@ def check_protocol(model: Any, x: Tensor) -> None:
 
 
 def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
-    """(N,) bool: where a model's own scores and those claimed for it predict different classes."""
+    """Return where a model's own scores and those claimed for it predict different classes, (N,) bool.
+
+    Raises:
+        AggregateMismatchError: Where the scores differ in shape.
+    """
     if own_NK.shape != claimed_NK.shape:
         raise AggregateMismatchError(
             f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
@@ -189,13 +195,16 @@ def as_ensemble(
         model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
             itself, and is returned as it is.
         members: its classifiers, as modules or as names of submodules (``"net.0"``).
-        vote: how it combines them: a name, or a function (M, N, K) -> (N, K).
+        vote: how it combines them: a name, a `Vote`, or a function (M, N, K) -> (N, K).
         inputs: real images to check the claim on at once; otherwise it is checked on the first ones attacked.
 
+    Returns:
+        An ensemble whose forward pass is that of ``model``, or ``model`` itself.
+
     Raises:
-        NotAnEnsembleError: no members named, and none shown by the model.
-        AggregateMismatchError: the claimed members and vote do not reproduce the model's own predictions.
-        ValueError: a name in ``members`` that is no submodule.
+        NotAnEnsembleError: Where no members are named, and the model shows none.
+        AggregateMismatchError: Where the claimed members and vote do not reproduce the model's own predictions.
+        ValueError: Where a name in ``members`` is no submodule, or the vote is unknown.
 
     >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
     >>> class Theirs(nn.Module):
@@ -226,7 +235,7 @@ def as_ensemble(
 
 
 def check_members(model: nn.Module, who: str) -> None:
-    """Raise `NotAnEnsembleError` unless ``model`` shows its members."""
+    """Raise `NotAnEnsembleError` unless ``model`` shows its members; the message says that ``who`` needs them."""
     missing = [name for name in ("member_logits", "aggregate") if not callable(getattr(model, name, None))]
     if missing and hasattr(getattr(model, "module", None), "member_logits"):
         raise NotAnEnsembleError(f"{who} looks inside an ensemble, which {type(model).__name__} hides: pass its .module")
@@ -238,7 +247,7 @@ def check_members(model: nn.Module, who: str) -> None:
 
 
 def member_probabilities(model: nn.Module) -> Tensor | None:
-    """With which probability a model that draws a member for each answer draws each, (M,); ``None``: it does not say so.
+    """Return the probabilities, (M,), of a model that draws a member for each answer; ``None`` where it does not name them.
 
     Such a model has ``member_logits(x) -> (M, N, K)`` and ``probabilities``, (M,), that sum to 1.
     """

@@ -1,4 +1,4 @@
-"""The door through which every tool of this package goes to anybody's model."""
+"""Provide the door through which every tool of this package goes to anybody's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ensemble_attacks.models.preserve import differentiable, evaluating, preserv
 
 @contextmanager
 def guarded(*models: nn.Module, seed: int = 0, evaluate: bool = True) -> Iterator[None]:
-    """Within it, models can be asked whatever a tool needs to know; afterwards, whatever happened, all is as it was found.
+    """Let models be asked whatever a tool needs to know, and leave all as it was found afterwards, whatever happened.
 
     What it promises, and with it attacks, judge, hosts, diagnostics and evaluation:
 
@@ -23,7 +23,7 @@ def guarded(*models: nn.Module, seed: int = 0, evaluate: bool = True) -> Iterato
     - Afterwards the training flag of every single module, every buffer, the parameters' gradients, and every random
       generator, the models' own included, are as they were; also after an exception or an interrupt.
 
-    What goes into a model and comes back is `ask`'s affair, what is seen of it `look`'s.
+    `ask` checks what goes into a model and what comes back, and `look` decides what is seen of it.
     """
     with ExitStack() as stack:
         for model in models:

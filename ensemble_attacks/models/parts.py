@@ -1,5 +1,5 @@
-"""Parts of a model, by name, and what stands in for them: the identity in the backward pass (BPDA; Athalye, Carlini &
-Wagner, "Obfuscated Gradients Give a False Sense of Security", ICML 2018).
+"""Find parts of a model by name, and put the identity in their place in the backward pass (BPDA; Athalye, Carlini & Wagner,
+"Obfuscated Gradients Give a False Sense of Security", ICML 2018).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ensemble_attacks.models.guard import guarded
 
 
 class _Identity(torch.autograd.Function):
-    """``(x, f(x)) -> f(x)``, with the gradient of x."""
+    """A function ``(x, f(x)) -> f(x)`` that passes the gradient on to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -29,10 +29,10 @@ class _Identity(torch.autograd.Function):
 
 
 def find_parts(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The parts of a model, by name or as modules: every submodule of that name, or whose name ends in it.
+    """Return the parts of a model, with their names: every submodule that is given, or whose name is or ends in one given.
 
     Raises:
-        PartError: nothing is called so; the message lists what there is.
+        PartError: Where nothing is called so; the message lists what there is.
     """
     chosen: Iterable[str | nn.Module] = [parts] if isinstance(parts, (str, nn.Module)) else parts
     known = {name: module for name, module in model.named_modules() if name}
@@ -54,10 +54,10 @@ def find_parts(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Modu
 
 @contextmanager
 def straight_through(model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module]) -> Iterator[None]:
-    """Within it, the backward pass of these parts is the identity; afterwards, whatever happens, all is as before.
+    """Make the backward pass of these parts the identity within the context; afterwards, whatever happens, all is as before.
 
     Raises:
-        PartError: no such part, or, in a forward pass, one that changes the shape of what goes through it.
+        PartError: Where there is no such part, or, in a forward pass, where one changes the shape of what goes through it.
     """
 
     def pass_through(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _hooked(
     parts: str | nn.Module | Sequence[str | nn.Module],
     see: Callable[[str, Tensor, Tensor], Tensor | None],
 ) -> Iterator[None]:
-    """Within it, ``see`` is called with the name, input and output of each part; what it returns replaces the output."""
+    """Call ``see`` with the name, input and output of each part within the context; what it returns replaces the output."""
 
     def hook(name: str) -> Callable[..., Tensor | None]:
         def call(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
@@ -94,7 +94,7 @@ def _hooked(
 
 
 def not_called(names: Sequence[str]) -> PartError:
-    """The error of parts that a forward pass goes around."""
+    """Return the `PartError` that tells of parts which a forward pass does not call."""
     return PartError(
         f"parts: the forward pass does not call {', '.join(map(repr, names))} as a module (a call of its .forward does not "
         "count): name what it calls"
@@ -104,16 +104,16 @@ def not_called(names: Sequence[str]) -> PartError:
 def premise(
     model: nn.Module, parts: str | nn.Module | Sequence[str | nn.Module], x: Tensor, labels: Tensor
 ) -> dict[str, dict[str, float] | float]:
-    """How far BPDA-identity may be trusted: is each part near the identity on images (N, C, H, W)?
+    """Measure how far BPDA-identity may be trusted: how near each part is to the identity on images (N, C, H, W).
 
     Returns:
         For each part ``relative``, the mean of ``|f(x) - x|_2 / |x|_2``, and ``largest``, that of ``|f(x) - x|_inf``; and
-        ``gradient_cosine``, the mean cosine between the input gradients of the cross-entropy with and without the parts'
-        own backward pass, and ``gradient_ratio``, the median ratio of their lengths. A low cosine is not a failure: it is
-        what a defense that masks its gradient looks like. Where a part stops the gradient, both are 0.
+        ``gradient_cosine``, the mean cosine between the input gradients of the cross-entropy with and without the parts' own
+        backward pass, and ``gradient_ratio``, the median ratio of their lengths. A low cosine is not a failure: it is what a
+        defense that masks its gradient looks like. Where a part stops the gradient, both are 0.
 
     Raises:
-        PartError: no such part, none that the forward pass calls, or one that changes the shape.
+        PartError: Where there is no such part, none that the forward pass calls, or one that changes the shape.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 

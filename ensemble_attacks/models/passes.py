@@ -1,4 +1,4 @@
-"""Count what an attack spends: forward and backward passes of the model, per image, whoever's attack it is."""
+"""Count what an attack spends: the forward and backward passes of the model, per image, whoever's attack it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ensemble_attacks.models.ensembles import member_probabilities
 
 
 def passes_per_image(row: dict[str, Any]) -> float:
-    """Forward and backward passes per image, of a summary's row."""
+    """Return the forward and backward passes per image that a summary's row tells."""
     return row["forwards_per_image"] + row["backwards_per_image"]
 
 
@@ -43,7 +43,7 @@ class CountingModel(nn.Module):
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """Within it, passes do not count: those of checks, which are no part of an attack."""
+    """Leave passes made within the context out of the count: those of checks, which are no part of an attack."""
     counters = [part for part in model.modules() if isinstance(part, CountingModel)]
     before = [(counter.forwards, counter.backwards) for counter in counters]
     try:
@@ -54,7 +54,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 
 
 class CountingEnsemble(CountingModel):
-    """The same for an ensemble: one pass is one of all its members."""
+    """An ensemble that counts the images put through it; one pass is one of all its members."""
 
     @property
     def vote(self) -> str | None:
@@ -64,12 +64,12 @@ class CountingEnsemble(CountingModel):
 
     @property
     def probabilities(self) -> Tensor | None:
-        """Of a randomized ensemble (`member_probabilities`)."""
+        """Return the members' probabilities of a randomized ensemble (`member_probabilities`), else ``None``."""
         return member_probabilities(self.counted)
 
     @property
     def own_ties(self) -> bool:
-        """Of an adopted ensemble."""
+        """Tell whether an adopted ensemble breaks ties in a way of its own (`AdoptedEnsemble`)."""
         return getattr(self.counted, "own_ties", False)
 
     def member_logits(self, x: Tensor) -> Tensor:
@@ -80,5 +80,5 @@ class CountingEnsemble(CountingModel):
 
 
 def count_passes(model: nn.Module, on_pass: Callable[[int], object] | None = None) -> CountingModel:
-    """Wrap ``model``; ``on_pass`` is called with the number of images of each pass."""
+    """Wrap ``model`` so that its passes are counted; ``on_pass`` is called with the number of images of each pass."""
     return (CountingEnsemble if hasattr(model, "member_logits") else CountingModel)(model, on_pass)

@@ -1,4 +1,4 @@
-"""Leave everything as it was found: a model's flags and buffers, the process's random state. Also after an exception."""
+"""Leave everything as it was found, also after an exception: a model's flags and buffers, and the process's random state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Rando
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every single module, every buffer, and the gradients of the parameters.
+    """Restore the training flag of every single module, every buffer, and the gradients of the parameters afterwards.
 
     ``model.train()`` on the whole would not do: it wakes batch norm in members that were in eval mode.
     """
@@ -42,20 +42,21 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Gradients can be had, whatever mode the caller is in."""
+    """Let gradients be computed within the context, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def in_training(model: nn.Module) -> bool:
-    """Is any of its parts in training mode that holds parameters or buffers, or, if none does, the model itself?"""
+    """Tell whether a part that holds parameters or buffers, or without such parts the model itself, is in training mode."""
     holding = [module for module in model.modules() if module._parameters or module._buffers] or [model]
     return any(module.training for module in holding)
 
 
 def evaluating(model: nn.Module) -> None:
-    """Put a model into eval mode. Dropout that is active in a model that is not in training is meant to be (Monte Carlo
-    dropout), and stays.
+    """Put a model into eval mode, but leave active the dropout that is meant to be.
+
+    Dropout that is active in a model that is not in training is meant to be (Monte Carlo dropout).
     """
     dropout = () if in_training(model) else [m for m in model.modules() if m.training and isinstance(m, _DropoutNd)]
     model.eval()
@@ -71,10 +72,10 @@ def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def private_random_state(seed: int, *models: nn.Module) -> Iterator[None]:
-    """Seed the global generators (torch's, CUDA's, numpy's, Python's) and those that parts of models hold as attributes,
-    and put them back afterwards.
+    """Seed all random generators within the context, and put them back afterwards.
 
-    Only models with randomness of their own see the difference: attacks draw from generators of their own.
+    These are the global ones (torch's, CUDA's, numpy's, Python's) and those that parts of models hold as attributes. Only
+    models with randomness of their own see the difference: attacks draw from generators of their own.
     """
     modules = [module for model in models for module in model.modules()]
     owned = [held for module in modules for held in vars(module).values() if isinstance(held, OWN)]
@@ -112,7 +113,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _seeded(generator: Any, seed: int) -> Any:
-    """The state of a generator of the same kind that starts at ``seed``."""
+    """Return the state of a generator of the same kind that starts at ``seed``."""
     if isinstance(generator, torch.Generator):
         return torch.Generator(generator.device).manual_seed(seed).get_state()
     if isinstance(generator, np.random.Generator):

@@ -1,7 +1,8 @@
-"""Where models come from: packages that register a module under the entry-point group ``ensemble_attacks.models``.
+"""Find models in the packages that register a module under the entry-point group ``ensemble_attacks.models``.
 
-Such a module has ``list_models(dataset) -> list[str]`` and ``load_model(name, model_dir, dataset, threat_model, *, vote)``;
-one that can train or convert also has ``train_model`` or ``convert``.
+Such a module has ``list_models(dataset, model_dir) -> list[str]`` and
+``load_model(name, model_dir, dataset, threat_model, *, vote)``; one that can train or convert also has ``train_model`` or
+``convert``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ GROUP = "ensemble_attacks.models"
 
 
 def providers() -> list[ModuleType]:
-    """The registered modules, imported."""
+    """Import the registered modules, and return them."""
     return [entry.load() for entry in entry_points(group=GROUP)]
 
 
 def able_to(function: str) -> ModuleType:
-    """The first provider that has ``function``."""
+    """Return the first provider that has ``function``.
+
+    Raises:
+        ValueError: Where no installed provider has it.
+    """
     able = next((provider for provider in providers() if hasattr(provider, function)), None)
     if able is None:
         raise ValueError(f"no installed package can {function}: install one that registers it under {GROUP!r}")
@@ -30,17 +35,27 @@ def able_to(function: str) -> ModuleType:
 
 
 def list_models(dataset: str | None = None, model_dir: str | None = None) -> list[str]:
-    """Names that `load_model` knows, over all providers."""
+    """Return the names that `load_model` knows, over all providers, of one dataset or of all."""
     return sorted({name for provider in providers() for name in provider.list_models(dataset, model_dir)})
 
 
 def load_model(
     name: str, model_dir: str | None = None, dataset: str = "cifar10", threat_model: str = "Linf", *, vote: str = "softmax"
 ) -> nn.Module:
-    """Load from the first provider that lists ``name``, or takes any ``kind:name``.
+    """Load a model from the first provider that lists ``name``; a name of the form ``kind:name`` goes to the first provider.
+
+    Args:
+        name: a name that `list_models` returns, or one of the form ``kind:name``.
+        model_dir: a folder of further models; ``None``: only those that the providers ship.
+        dataset: the dataset whose images the model takes.
+        threat_model: the norm that the model was trained against.
+        vote: how the members of an ensemble are put together, a key of ``VOTES``.
+
+    Returns:
+        The model: images (N, C, H, W) in [0, 1] -> scores (N, K).
 
     Raises:
-        ValueError: no provider knows it (names the nearest one), or it cannot be loaded here.
+        ValueError: Where no provider knows the model (the message names the nearest one), or it cannot be loaded here.
     """
     for provider in providers():
         if ":" in name or name in provider.list_models(dataset, model_dir):

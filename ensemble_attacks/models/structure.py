@@ -1,4 +1,4 @@
-"""What a model is made of, as far as an attack has to know."""
+"""Find out what a model is made of, as far as an attack has to know."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FEW, MORE = 2, 25  # images, and forward passes of these: a model may draw once 
 
 @dataclass(frozen=True)
 class Structure:
-    """What a model shows of itself.
+    """A record of what a model shows of itself.
 
     Attributes:
-        members: it has ``member_logits`` and ``aggregate``.
-        own_aggregation: its members are put together otherwise than by mean probability, hard votes or mean logits.
-        frontend: it has parts called ``frontend``.
-        random: the same images got different scores.
-        known_draws: it draws its members, and says how likely.
-        classes: scores of every image.
+        members: whether it has ``member_logits`` and ``aggregate``.
+        own_aggregation: whether its members are put together otherwise than by mean probability, hard votes or mean logits.
+        frontend: whether it has parts called ``frontend``.
+        random: whether the same images got different scores.
+        known_draws: whether it draws its members, and says how likely each is.
+        classes: the number of scores of every image.
     """
 
     members: bool
@@ -41,7 +41,7 @@ class Structure:
 
 
 def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
-    """Look at the model, and at its scores of some images (N, C, H, W)."""
+    """Return the `Structure` of a model, from its attributes and from its scores of some images (N, C, H, W)."""
     members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
     known_draws = member_probabilities(model) is not None
     try:

@@ -1,8 +1,9 @@
-"""What to differentiate instead of the defended model.
+"""Define what to differentiate instead of the defended model.
 
 A defense whose gradient misleads is attacked through a `Surrogate` that has the same weights and an aggregation that does
-not, or through `straight_through` parts, which are the identity in the backward pass (BPDA; Athalye, Carlini & Wagner,
-"Obfuscated Gradients Give a False Sense of Security", ICML 2018). Success is decided by the defended model all the same.
+not mislead, or through `straight_through` parts, which are the identity in the backward pass (BPDA; Athalye, Carlini &
+Wagner, "Obfuscated Gradients Give a False Sense of Security", ICML 2018). Success is decided by the defended model all the
+same.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ AGGREGATIONS = {"mean": "logits", "probability": "softmax"}  # by the vote that 
 class Surrogate(nn.Module):
     """A model to be attacked in place of ``target``: its members, aggregated otherwise, or any other model.
 
-    Its forward is the surrogate's, so that any attack can craft on it; those of this package also see the target's own
-    prediction, and stop at that one.
+    Its forward pass is the surrogate's, so that any attack can craft on it; the attacks of this package also see the
+    target's own prediction, and stop where that is wrong.
 
     Args:
         target: the defended model, images in [0, 1] -> scores (N, K).
@@ -35,7 +36,8 @@ class Surrogate(nn.Module):
             draws members their expected, probability), a function (M, N, K) -> (N, K), or a module (N, C, H, W) -> (N, K).
 
     Raises:
-        NotAnEnsembleError: an aggregation was given, but ``target`` shows no members to aggregate.
+        NotAnEnsembleError: Where an aggregation is given, but ``target`` shows no members to aggregate.
+        ValueError: Where ``surrogate`` is an unknown name.
     """
 
     def __init__(self, target: nn.Module, surrogate: str | nn.Module | Callable[[Tensor], Tensor] = "mean") -> None:
@@ -55,11 +57,11 @@ class Surrogate(nn.Module):
         return ask(self.other, x) if self.other is not None else self.aggregate(self.member_logits(x))
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """The target's members', (M, N, K), or those of a surrogate that is another ensemble."""
+        """Return the logits of the target's members, or of those of a surrogate that is another ensemble, (M, N, K)."""
         return ask_members(self.target if self.other is None else self.other, x)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        """(M, N, K) -> (N, K)."""
+        """Return the surrogate's scores (N, K) from the members' logits (M, N, K)."""
         if self.other is not None:
             return self.other.aggregate(logits_MNK)
         probabilities = member_probabilities(self.target)
@@ -69,7 +71,7 @@ class Surrogate(nn.Module):
 
 
 class _Estimated(torch.autograd.Function):
-    """The model's scores, with a gradient estimated from finite differences."""
+    """A function that returns the model's scores, with a gradient estimated from finite differences."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, model: ZeroOrder) -> Tensor:
@@ -92,15 +94,20 @@ class _Estimated(torch.autograd.Function):
 
 
 class ZeroOrder(nn.Module):
-    """A model whose gradient is estimated from its scores alone, along random directions of signs (Spall, "Multivariate
-    Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", 1992): a control for gradients that
-    mislead. Any attack on it needs no gradient; PGD on it is zero-order PGD.
+    """A model whose gradient is estimated from its scores alone, along random directions of signs.
+
+    It is a control for gradients that mislead: any attack on it needs no gradient, and PGD on it is zero-order PGD. The
+    estimate is that of Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient
+    Approximation", 1992.
 
     Args:
         target: images (N, C, H, W) -> scores (N, K). It sees images up to ``sigma`` outside [0, 1].
-        queries: directions of every estimate, two forward passes each.
-        sigma: how far to look along each, in pixel units of [0, 1].
-        seed: of the directions.
+        queries: the number of directions of every estimate, of two forward passes each.
+        sigma: how far to look along each direction, in pixel units of [0, 1].
+        seed: the seed of the directions.
+
+    Raises:
+        TypeError, ValueError: Where ``queries`` or ``sigma`` cannot be used.
     """
 
     def __init__(self, target: nn.Module, queries: int = 50, sigma: float = 1e-3, seed: int = 0) -> None:
@@ -116,12 +123,16 @@ class ZeroOrder(nn.Module):
 
 
 class Expected(nn.Module):
-    """A random model's expectation: ``log mean softmax`` of its scores over draws. For attacks that know nothing of
-    randomness, such as AutoAttack's Square.
+    """A model that returns the expectation of a random one: ``log mean softmax`` of its scores over draws.
+
+    It is meant for attacks that know nothing of randomness, such as AutoAttack's Square.
 
     Args:
         target: images (N, C, H, W) -> scores (N, K), random.
-        draws: forward passes of every look.
+        draws: the number of forward passes of the target for each forward pass.
+
+    Raises:
+        TypeError, ValueError: Where ``draws`` is no whole number of at least 1.
     """
 
     def __init__(self, target: nn.Module, draws: int = 20) -> None:

@@ -1,4 +1,4 @@
-"""A faster twin of a model to craft on: batch norm folded into the convolutions, ``channels_last``, parameters frozen.
+"""Make a faster twin of a model to craft on: batch norm folded into the convolutions, ``channels_last``, parameters frozen.
 
 The judge never sees it: images crafted on the twin are judged on the original, and an image that fools the twin alone is
 crafted again on the original.
@@ -32,13 +32,13 @@ SEEDS = range(1, 9)  # of the comparisons; tracing runs with another, lest a dra
 
 @torch.no_grad()
 def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
-    """A twin of ``model`` that computes the same, faster; the model itself where it cannot be.
+    """Return a twin of ``model`` that computes the same, faster, or the model itself where there can be none.
 
     Args:
-        model: in eval mode, an ensemble (whose members are folded) or any other.
+        model: an ensemble (whose members are folded) or any other model, in eval mode.
         x: some real images (N, C, H, W), on which the twin's scores and gradients must be the original's, draw for draw.
-        amp: run what was folded in mixed precision (bfloat16 convolutions); scores come out, and votes are counted, in the
-            images' type.
+        amp: whether to run what was folded in mixed precision (bfloat16 convolutions); scores come out, and votes are
+            counted, in the images' type.
     """
     if isinstance(model, CountingModel):
         return model  # a copy would count for itself
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
 
 
 def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance: tuple[float, float]) -> nn.Module | None:
-    """The twin that ``make`` makes, unless it fails or computes something else."""
+    """Return the twin that ``make`` makes; ``None`` where it fails or computes something else."""
     try:
         with redirect_stderr(StringIO()):  # torch.fx prints the code that fails
             _check(twin := make(), model, x, tolerance)
@@ -75,8 +75,10 @@ def _sound(make: Callable[[], nn.Module], model: nn.Module, x: Tensor, tolerance
 
 
 def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: tuple[float, float]) -> None:
-    """Raise a ValueError unless both compute the same, draw for draw, give or take a share of the largest score, and of the
-    gradient's length: tracing forgets a backward pass that the model defines itself, and where it wants no gradient.
+    """Raise a `ValueError` unless both compute the same, draw for draw, within ``tolerance``.
+
+    The tolerances are a share of the largest score, and of the gradient's length: tracing forgets a backward pass that the
+    model defines itself, and where it wants no gradient.
     """
     for seed in SEEDS:
         images = x if seed == SEEDS[0] else x[:1]
@@ -89,7 +91,7 @@ def _check(twin: nn.Module, model: nn.Module, x: Tensor, tolerance: tuple[float,
 
 
 def _folded(module: nn.Module) -> nn.Module:
-    """The module, folded as a whole where that is possible and no attack looks inside; else its children are."""
+    """Return the module, folded as a whole where that is possible and no attack looks inside; else fold its children."""
     looked_into = hasattr(module, "member_logits") or any(name.split(".")[-1] in PARTS for name, _ in module.named_modules())
     if not looked_into:
         try:
@@ -102,7 +104,7 @@ def _folded(module: nn.Module) -> nn.Module:
 
 
 def _mixed(module: nn.Module) -> nn.Module:
-    """With every network that was folded as a whole in mixed precision."""
+    """Return the module with every network that was folded as a whole in mixed precision."""
     if isinstance(module, GraphModule):
         return Autocast(module)
     for name, child in module.named_children():
@@ -111,7 +113,7 @@ def _mixed(module: nn.Module) -> nn.Module:
 
 
 class Autocast(nn.Module):
-    """A network in mixed precision: (N, C, H, W) -> scores in the type of its input."""
+    """A network that runs in mixed precision: (N, C, H, W) -> scores in the type of its input."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ class Autocast(nn.Module):
 
 
 def _gradient(net: nn.Module, x: Tensor) -> Tensor:
-    """Of a random combination of the scores; zero where there is none."""
+    """Return the input gradient of a random combination of the scores, or zero where there is none."""
     images = x.detach().clone().requires_grad_()
     with differentiable():
         scores = _scores(net, images, SEEDS[0])

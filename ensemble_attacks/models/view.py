@@ -1,4 +1,4 @@
-"""What one look at a model shows, whatever kind of model it is.
+"""Look at a model once, whatever kind of model it is.
 
 Shape suffixes: M members, N samples, K classes, E outcomes of a random model.
 """
@@ -19,13 +19,14 @@ from ensemble_attacks.scores import differ
 
 
 class Outputs(NamedTuple):
-    """What one forward pass shows.
+    """A record of what one forward pass shows.
 
     Attributes:
-        scores_NK: what is differentiated: the model's scores, or its surrogate's.
-        logits_MNK: the members', of an ensemble.
-        verdict_ENK: the scores that decide success, where they are others: of each outcome, by the ``weights_E`` that sum
-            to 1, of a model that is random, or of the one outcome of a model that a surrogate stands for.
+        scores_NK: the scores that are differentiated: the model's, or its surrogate's.
+        logits_MNK: the logits of an ensemble's members; ``None`` where they were not asked for, or there are none.
+        verdict_ENK: the scores that decide success, where they are not ``scores_NK``: those of each outcome of a random
+            model, or of the one outcome of the model that a surrogate stands for.
+        weights_E: the probabilities of the outcomes, which sum to 1; ``None`` where there is one outcome.
     """
 
     scores_NK: Tensor
@@ -38,11 +39,13 @@ Forward = Callable[[Tensor], Outputs]
 
 
 def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False) -> Outputs:
-    """One forward pass of images (N, ...).
+    """Return the `Outputs` of one forward pass of images (N, ...).
 
     Args:
+        model: a classifier, an ensemble, or a `Surrogate`.
+        x: the images.
         inside: whether the members of an ensemble are asked for.
-        expected: whether, of a model that draws its members with known probabilities, the expectation is taken over them.
+        expected: whether the expectation over the members is taken, if the model draws them with known probabilities.
     """
     if isinstance(model, Surrogate):
         return _stand_in(model, x)
@@ -60,7 +63,7 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
 
 
 def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
-    """The surrogate's scores and, from the same forward pass if it is an aggregation, those of the model it stands for."""
+    """Return the surrogate's scores and those of the model it stands for, from one forward pass if it is an aggregation."""
     target, other = surrogate.target, surrogate.other
     if other is not None:
         with torch.no_grad():
@@ -78,8 +81,10 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
 
 @torch.no_grad()
 def is_exact(model: nn.Module, forward: Forward, image: Tensor) -> bool:
-    """Can the expectation over a random model be taken exactly: does it name its members' probabilities, also behind a
-    surrogate that aggregates them, and are the members themselves not random on an image (1, ...)?
+    """Tell whether the expectation over a random model can be taken exactly.
+
+    It can if the model names its members' probabilities, also behind a surrogate that aggregates them, and if the members
+    themselves are not random on an image (1, ...).
     """
     known: Any = model.target if isinstance(model, Surrogate) and model.other is None else model
     if member_probabilities(known) is None:

@@ -1,4 +1,4 @@
-"""How members' logits become an ensemble's scores.
+"""Turn the members' logits into an ensemble's scores.
 
 Shape suffixes: M members, N samples, K classes.
 """
@@ -22,27 +22,27 @@ Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
 
 
 def log_mean_softmax(logits_MNK: Tensor) -> Tensor:
-    """``log mean_m softmax(z^m)``, (N, K), by log-sum-exp: finite wherever the logits are."""
+    """Return ``log mean_m softmax(z^m)``, (N, K), by log-sum-exp, which is finite wherever the logits are."""
     return logits_MNK.log_softmax(-1).logsumexp(0) - math.log(len(logits_MNK))
 
 
 def log_expected_softmax(logits_MNK: Tensor, probabilities_M: Tensor) -> Tensor:
-    """``log sum_m p_m softmax(z^m)``, (N, K): of a model that draws member m with probability p_m."""
+    """Return ``log sum_m p_m softmax(z^m)``, (N, K), the scores of a model that draws member m with probability p_m."""
     log_p_M = probabilities_M.to(logits_MNK).log().view(-1, 1, 1)
     return (logits_MNK.log_softmax(-1) + log_p_M).logsumexp(0)
 
 
 def mean_logits(logits_MNK: Tensor) -> Tensor:
-    """``mean_m z^m``, (N, K)."""
+    """Return ``mean_m z^m``, (N, K)."""
     return logits_MNK.mean(0)
 
 
 def log_votes(logits_MNK: Tensor) -> Tensor:
-    """Logarithm of the hard votes' shares, (N, K), ties broken by mean probability.
+    """Return the logarithm of the hard votes' shares, (N, K), with ties broken by the mean probability.
 
     The value is ``log((votes + p / 2) / (M + 1/2))`` with ``p`` the mean probability: less than half a vote, so that it
-    decides between equal counts and nothing else. The gradient is that of ``log mean_m softmax(z^m / 0.1)``, passed
-    straight through.
+    decides between equal counts and nothing else. The gradient is that of ``log mean_m softmax(z^m / 0.1)``, passed straight
+    through.
     """
     members, _, classes = logits_MNK.shape
     with torch.no_grad():
@@ -58,12 +58,13 @@ def log_votes(logits_MNK: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Vote:
-    """A way to put members together, and what an attack has to know of it.
+    """A way to put members together, which also says what an attack has to know of it.
 
     Attributes:
-        name: by which it is asked for.
-        aggregate: the members' logits (M, N, K) -> the ensemble's scores (N, K).
-        soft: what is differentiated in its place, of logits divided by a temperature; ``None``: the scores themselves.
+        name: the name by which it is asked for.
+        aggregate: the function from the members' logits (M, N, K) to the ensemble's scores (N, K).
+        soft: what is differentiated in its place, a function of logits divided by a temperature; ``None``: the scores
+            themselves are differentiated.
         own_gaps: whether that temperature is each member's gap between its two best logits, sample by sample, which follows
             a hard vote more closely than any fixed one; else it is 1.
         masked: whether members that prefer another class already cannot change the vote (MORA, the indicator of eq. 11).
@@ -80,14 +81,14 @@ class Vote:
     counted: bool = False
 
     def temperature(self, logits_MNK: Tensor) -> float | Tensor:
-        """Of the members' softmax (MORA, eq. 10: tau): a number, or one for each member and sample, (M, N, 1)."""
+        """Return the temperature of the members' softmax (MORA, eq. 10: tau): a number, or a tensor (M, N, 1)."""
         if not self.own_gaps:
             return 1.0
         top_MN2 = logits_MNK.topk(2, -1).values
         return at_least(top_MN2[..., 0] - top_MN2[..., 1], logits_MNK).unsqueeze(-1)
 
     def tied(self, logits_MNK: Tensor) -> Tensor:
-        """(N,) bool: where counts tie."""
+        """Return the samples whose counts tie, (N,) bool."""
         if not self.counted:
             return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
         counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
@@ -102,7 +103,11 @@ OWN = "own"  # the name of a vote that has none
 
 
 def check_vote(vote: str | Vote) -> Vote:
-    """The vote of that name; ValueError that names the nearest known one."""
+    """Return the vote of a name, or the `Vote` itself.
+
+    Raises:
+        ValueError: Where the name is unknown; the message names the nearest one.
+    """
     if isinstance(vote, Vote):
         return vote
     if vote not in VOTES:
@@ -111,12 +116,12 @@ def check_vote(vote: str | Vote) -> Vote:
 
 
 def as_vote(vote: str | Vote | Aggregate) -> Vote:
-    """A vote, by its name, or as the function (M, N, K) -> (N, K) that it is."""
+    """Return the `Vote` of a name, of a function (M, N, K) -> (N, K), or the `Vote` itself."""
     return Vote(OWN, vote) if callable(vote) else check_vote(vote)
 
 
 def vote_of(model: Any) -> Vote:
-    """How a model with ``aggregate`` puts its members together: the vote that it names, or an aggregation of its own."""
+    """Return the vote of a model with ``aggregate``: the one that it names, or a `Vote` that holds its aggregation."""
     vote = getattr(model, "vote", None)
     if isinstance(vote, Vote):
         return vote
