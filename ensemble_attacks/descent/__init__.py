@@ -1,4 +1,4 @@
-"""The loop that every attack runs, and what it is made of."""
+"""Provide the loop that every attack runs, and what it is made of."""
 
 from ensemble_attacks.descent.stages import CLOSEST, Stage, Trace
 from ensemble_attacks.models.view import Outputs

@@ -1,4 +1,4 @@
-"""The threat model's ball, intersected with the box, around clean images.
+"""Define the threat model's ball, intersected with the box, around clean images.
 
 A projected image is inside both to the last bit: measured in float64, ``|x_adv - x| <= eps`` and ``low <= x_adv <= high``.
 """
@@ -17,16 +17,17 @@ ROUNDINGS = 4  # tries to come as close to the boundary as half precision can
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """Euclidean norm of every sample, (N,)."""
+    """Return the Euclidean norm of every sample, (N,)."""
     return x.flatten(1).norm(dim=1)
 
 
 class Ball:
-    """``|x - clean| <= eps`` in a norm, whose name subclasses give, within a box.
+    """A ball ``|x - clean| <= eps`` within a box, in a norm whose name subclasses give.
 
     Args:
         clean: the centres, (N, ...), in the box.
         eps: the radius, in the units of the images.
+        box: the values that images can take.
     """
 
     known: ClassVar[dict[str, type[Ball]]] = {}  # by the norm's name
@@ -39,19 +40,19 @@ class Ball:
         self.clean, self.eps, self.box = clean, eps, box
 
     def project(self, x: Tensor) -> Tensor:
-        """The points (N, ...) put into the ball and the box."""
+        """Return the points (N, ...) put into the ball and the box."""
         raise NotImplementedError
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of unit norm along which a linear function with this gradient grows fastest."""
+        """Return the direction of unit norm along which a linear function with this gradient grows fastest."""
         raise NotImplementedError
 
     def start(self, noise: Tensor) -> Tensor:
-        """A point on the sphere from noise of the norm's kind, (N, ...)."""
+        """Return a point on the sphere, put into the box, from noise of the norm's kind, (N, ...)."""
         raise NotImplementedError
 
     def select(self, rows: Tensor) -> Ball:
-        """The ball of some of the samples."""
+        """Return the ball of some of the samples."""
         part = object.__new__(type(self))
         for name, value in vars(self).items():
             setattr(part, name, value[rows] if isinstance(value, Tensor) else value)
@@ -59,7 +60,7 @@ class Ball:
 
 
 class LinfBall(Ball, norm="Linf"):
-    """``max |x - clean| <= eps``. Projection is one clamp: box and ball are both intervals."""
+    """A ball ``max |x - clean| <= eps``, onto which projection is one clamp: box and ball are both intervals."""
 
     def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
         super().__init__(clean, eps, box)
@@ -77,13 +78,19 @@ class LinfBall(Ball, norm="Linf"):
         return gradient.sign()
 
     def start(self, noise: Tensor) -> Tensor:
-        """``P(clean + eps * t / max |t|)``, of uniform noise in [-1, 1]."""
+        """Return ``P(clean + eps * t / max |t|)`` of uniform noise t in [-1, 1]."""
         largest = noise.flatten(1).abs().amax(1)
         return self.project(self.clean + self.eps * noise / per_sample(largest, noise))
 
 
 class L2Ball(Ball, norm="L2"):
-    """``|x - clean|_2 <= eps``. The box is convex and holds the centre, so clamping to it never leaves the ball."""
+    """A ball ``|x - clean|_2 <= eps``, whose projection clamps to the box last.
+
+    The box is convex and holds the centre, so clamping to it never leaves the ball.
+
+    Raises:
+        ValueError: Where ``eps`` is below what the images' type can resolve.
+    """
 
     def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
         super().__init__(clean, eps, box)
@@ -120,17 +127,17 @@ class L2Ball(Ball, norm="L2"):
         return scaled / per_sample(l2_norm(scaled).clamp_min(1), gradient)
 
     def start(self, noise: Tensor) -> Tensor:
-        """``P(clean + eps * t / |t|_2)``, of normal noise."""
+        """Return ``P(clean + eps * t / |t|_2)`` of normal noise t."""
         return self.project(self.clean + self.eps * self.steepest(noise))
 
 
 def make_ball(norm: str, clean: Tensor, eps: float, box: Box = UNIT) -> Ball:
-    """The ball of radius ``eps`` in ``norm``, within ``box``, around ``clean`` (N, ...)."""
+    """Return the ball of radius ``eps`` in ``norm``, within ``box``, around ``clean`` (N, ...)."""
     return Ball.known[norm](clean, eps, box)
 
 
 def _neighbour(x: Tensor, step: int) -> Tensor:
-    """The next representable number above (+1) or below (-1): the bits, but for the sign, are ordered."""
+    """Return the next representable number above (+1) or below (-1): the bits, but for the sign, are ordered."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.view(kind)
     return torch.where(bits < 0, bits - step, bits + step).view(x.dtype)

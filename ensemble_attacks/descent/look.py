@@ -1,4 +1,4 @@
-"""One look at iterates: scores, success and gradient from the same forward pass; of a random model, means over draws."""
+"""Look at iterates: scores, success and gradient come from the same forward pass; of a random model, they are means."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TIE = 1e-3  # what the mean margin counts beside the probability of being right
 
 @dataclass(frozen=True)
 class Draws:
-    """How a random model is looked at.
+    """A plan of how a random model is looked at.
 
     Attributes:
-        count: forward passes of every iterate.
-        per_pass: how many of them go through the model as one batch; more than one only where a model draws for every
-            image of a batch by itself.
+        count: the number of forward passes of every iterate.
+        per_pass: how many of them go through the model as one batch; more than one only where a model draws for every image
+            of a batch by itself.
     """
 
     count: int
@@ -36,10 +36,11 @@ class Draws:
 
 
 class Point(NamedTuple):
-    """What was seen at iterates (N, C, H, W): the mean over draws of scores and loss, and the loss's gradient.
+    """A record of what was seen at iterates (N, C, H, W): the mean over draws of scores and loss, and the loss's gradient.
 
-    ``margin_N`` is negative where the sample is fooled: the margin of a deterministic model; else the probability of being
-    right, with the mean margin to break ties.
+    ``margin_N`` is negative where the sample is fooled. It is the margin of a deterministic model; of a random one it is the
+    probability of being right, with the mean margin to break ties. ``forwards`` and ``backwards`` are the image passes
+    spent.
     """
 
     scores_NK: Tensor
@@ -51,25 +52,28 @@ class Point(NamedTuple):
 
     @classmethod
     def joined(cls, points: Sequence[Point]) -> Point:
-        """Of all batches."""
+        """Return the points of all batches as one."""
         scores, margins, losses, gradients, forwards, backwards = zip(*points, strict=True)
         gradient = None if gradients[0] is None else torch.cat(gradients)
         return cls(torch.cat(scores), torch.cat(margins), torch.cat(losses), gradient, sum(forwards), sum(backwards))
 
     def at(self, rows: Tensor) -> Point:
-        """Of some samples; the passes have been counted."""
+        """Return what was seen of some samples, with no passes, which have been counted already."""
         gradient = None if self.gradient is None else self.gradient[rows]
         return Point(self.scores_NK[rows], self.margin_N[rows], self.loss_N[rows], gradient, 0, 0)
 
 
 def expected_margin(right_N: Tensor, margin_N: Tensor) -> Tensor:
-    """Orders samples by the probability of being right, then by mean margin; negative where that probability is 0."""
+    """Return values (N,) that order samples by the probability of being right, then by mean margin.
+
+    They are negative where that probability is 0.
+    """
     closeness_N = 0.5 + margin_N.atan() / math.pi
     return torch.where(right_N > 0, right_N, -1.0) + TIE * closeness_N
 
 
 def verdict(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
-    """The probability of being right, or of not being where an attack aims, and the mean margin; (N,), (N,)."""
+    """Return the probability of being right, or of not being where an attack aims, and the mean margin; (N,), (N,)."""
     if outputs.verdict_ENK is None:
         margin_N = goal.margin(outputs.scores_NK.detach())
         return (~(margin_N < 0)).to(margin_N), margin_N
@@ -80,9 +84,19 @@ def verdict(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
 
 
 def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, draws: Draws | None) -> Point:
-    """Scores, success and, with an ``objective``, its loss and gradient at ``x``: one forward pass serves all three.
+    """Return scores, success and, with an ``objective``, its loss and gradient at ``x``, all from one forward pass.
 
     The draws of a random model are accumulated, so that memory does not grow with their number.
+
+    Args:
+        forward: images (N, C, H, W) -> `Outputs`.
+        x: the iterates, (N, C, H, W).
+        goal: what counts as success.
+        objective: what is maximised; ``None``: no loss and no gradient are computed.
+        draws: how a random model is looked at; ``None``: the model is deterministic.
+
+    Raises:
+        ValueError: Where the loss has no gradient with respect to the images.
     """
     count, at_once = (1, 1) if draws is None else (draws.count, draws.per_pass)
     x = x.detach().requires_grad_(objective is not None)
@@ -128,7 +142,7 @@ def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, d
 def confirmed(
     forward: Forward, x: Tensor, goal: Goal, at_once: int, right_N: Tensor, margin_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """These sums of `verdict`, with those over `CONFIRMING` further draws; (N,), (N,)."""
+    """Return the sums of `verdict`, with those over `CONFIRMING` further draws added; (N,), (N,)."""
     for copies in _chunks(CONFIRMING, at_once):
         right, lead = verdict(forward(tile(x, copies)), goal.tile(copies))
         right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
@@ -136,15 +150,15 @@ def confirmed(
 
 
 def tile(t: Tensor, copies: int) -> Tensor:
-    """(N, ...) -> (copies * N, ...)."""
+    """Repeat a tensor along its first dimension, (N, ...) -> (copies * N, ...)."""
     return t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1))
 
 
 def total(t: Tensor, copies: int) -> Tensor:
-    """(copies * N, ...) -> (N, ...), summed over copies."""
+    """Sum a tensor over copies, (copies * N, ...) -> (N, ...)."""
     return t if copies == 1 else t.view(copies, -1, *t.shape[1:]).sum(0)
 
 
 def _chunks(count: int, size: int) -> list[int]:
-    """``count`` in parts of ``size``."""
+    """Split ``count`` into parts of ``size``, and return their sizes."""
     return [size] * (count // size) + ([count % size] if count % size else [])

@@ -1,4 +1,4 @@
-"""The loop that every attack runs. Written once.
+"""Run the loop that every attack shares.
 
 One forward pass per iterate serves both the success test and the gradient; the last iterate is tested too. A sample leaves
 the batch the moment it is fooled. The clean image is the centre of the ball in every stage.
@@ -46,19 +46,23 @@ def attack(
     trace: Trace | None = None,
     box: Box = UNIT,
 ) -> Tensor:
-    """Run the stages one after another, each on the samples that the ones before it left robust, cheapest first.
+    """Run the stages one after another, each on samples that the ones before it left robust, the smallest margin first.
 
     Args:
         forward: images (N, C, H, W) -> `Outputs`.
         images: clean images in the ``box``.
         goal: the classes to leave, or to reach.
-        plan: what to run. The first stage may be an opening, which shares the pass that shows the clean images' scores.
-        norm, eps: the ball; eps in the images' units.
-        steps: gradient steps of each stage.
-        start: where the opening, or the first restart, starts, (N, C, H, W), in the ball, if not at the clean images, or at
-            random.
+        plan: the stages to run. The first may be an opening, which shares the pass that shows the clean images' scores.
+        norm, eps: the norm and radius of the ball; eps in the images' units.
+        steps: the number of gradient steps of each stage that does not say its own.
+        step_rule: the maker of the step rule of each stage that does not say its own.
+        seed: the seed of the random starts and directions.
+        start: where the opening, or the first restart, starts, (N, C, H, W), in the ball; ``None``: the opening at the clean
+            images, restarts at random.
         draws: how a random model is looked at; ``None``: the model is deterministic.
-        batch_size: samples per pass; ``None`` is all at once.
+        batch_size: the number of samples per pass; ``None``: all at once.
+        trace: a record that is filled with what each step found and spent.
+        box: the values that images can take.
 
     Returns:
         Adversarial images, (N, C, H, W): the first iterate that succeeded; failing that, of all iterates and the clean
@@ -67,7 +71,7 @@ def attack(
     batch_size = batch_size or max(len(images), 1)
 
     def survey(x: Tensor, objective: Objective | None) -> Point:
-        """Of all samples."""
+        """Look at all samples, batch by batch."""
         parts = torch.arange(len(x), device=x.device).split(batch_size)
         return Point.joined([look(forward, x[rows], goal.select(rows), objective, draws) for rows in parts])
 

@@ -1,8 +1,8 @@
-"""Noise that belongs to the sample.
+"""Draw noise that belongs to the sample.
 
-A sample's random start is keyed by (seed, the image itself, restart) and drawn from a private generator, so that batch
-size, order, sharding, resuming and early stopping cannot change it, and no global random state is touched. The image is
-identified by its content, since an attack called as ``attack(images, labels)`` is not told where the images come from.
+A sample's random start is keyed by (seed, the image itself, restart) and drawn from a private generator, so that batch size,
+order, sharding, resuming and early stopping cannot change it, and no global random state is touched. The image is identified
+by its content, since an attack called as ``attack(images, labels)`` is not told where the images come from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ensemble_attacks.norms import NORMS, UNIT, Box
 
 
 def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
-    """One key per image (N, ...) in the box: a digest of its content in 8 bits, so that rounding does not change it.
+    """Return one key per image (N, ...) in the box: a digest of its content in 8 bits, so that rounding does not change it.
 
     The levels are cut where neither k/255 nor k/16, the values of 8-bit images and of the digits, come near.
     """
@@ -34,14 +34,14 @@ def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
 
 
 def generator_for(key: bytes, seed: int, *counters: int) -> torch.Generator:
-    """A private CPU generator for a sample (or any other thing with a key), a seed and counters such as the restart."""
+    """Return a private CPU generator for a sample (or anything else with a key), a seed and counters such as the restart."""
     message = key + ",".join(map(str, (seed, *counters))).encode()
     state = int.from_bytes(hashlib.blake2b(message, digest_size=4).digest(), "little")
     return torch.Generator().manual_seed(state)
 
 
 def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, norm: str) -> Tensor:
-    """Noise shaped ``like`` (N, ...), of the norm's kind: standard normal, or uniform in [-1, 1]."""
+    """Return noise shaped ``like`` (N, ...), of the norm's kind: standard normal, or uniform in [-1, 1]."""
     gaussian = NORMS[norm].gaussian
     draw = partial(torch.randn if gaussian else torch.rand, like.shape[1:], dtype=torch.float32, device="cpu")
     noise = torch.stack([draw(generator=generator_for(key, seed, restart)) for key in keys]).to(like.device, like.dtype)
@@ -49,6 +49,6 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
 
 
 def direction_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int) -> Tensor:
-    """Noise shaped ``like`` (N, K), uniform in [-1, 1], apart from the start's."""
+    """Return noise shaped ``like`` (N, K), uniform in [-1, 1], drawn apart from the noise of the start."""
     draws = [torch.rand(like.shape[1:], generator=generator_for(key, seed, restart, 1), device="cpu") for key in keys]
     return 2 * torch.stack(draws).to(like.device, like.dtype) - 1

@@ -1,4 +1,4 @@
-"""What an attack is after, and what it maximises to get there: one value per sample.
+"""Define what an attack is after, and what it maximises to get there: one value per sample.
 
 Shape suffixes: M members, N samples, K classes. ``scores_NK`` are a model's outputs, ``logits_MNK`` its members'.
 """
@@ -18,7 +18,7 @@ from ensemble_attacks.scores import at_least, best_other, gather, margin
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """What counts as success, and what a descent is after, sample by sample.
+    """A goal that says, sample by sample, what counts as success, and what a descent is after.
 
     Attributes:
         leave: the classes to leave, (N,).
@@ -33,41 +33,41 @@ class Goal:
     direction: Tensor | None = None
 
     def margin(self, scores: Tensor) -> Tensor:
-        """Negative where ``scores`` (..., N, K) are a success; (..., N)."""
+        """Return the margin of ``scores`` (..., N, K), shaped (..., N), which is negative where they are a success."""
         if self.only:
             assert self.reach is not None
             return -margin(scores, self.reach)
         return margin(scores, self.leave)
 
     def overtaken(self, scores_NK: Tensor) -> Tensor:
-        """The classes whose scores stand in the way, (N,): those to leave; where one alone will do, the best other."""
+        """Return the classes whose scores stand in the way, (N,): those to leave, or in a targeted attack the best other."""
         if self.only:
             assert self.reach is not None
             return best_other(scores_NK.detach(), self.reach)
         return self.leave
 
     def towards(self, classes: Tensor) -> Goal:
-        """The same success, by way of these classes (N,)."""
+        """Return a goal with the same success that is reached by way of these classes (N,)."""
         return replace(self, reach=classes)
 
     def along(self, direction: Tensor) -> Goal:
-        """The same success, by way of a direction (N, K)."""
+        """Return a goal with the same success that is reached by way of a direction (N, K)."""
         return replace(self, direction=direction)
 
     def settled(self, clean_NK: Tensor) -> Goal:
-        """With the best other class as the one to leave, where a caller named the one to reach for both."""
+        """Return a goal that leaves the best other class where a caller named the same class to leave and to reach."""
         if not self.only:
             return self
         assert self.reach is not None
         return replace(self, leave=torch.where(self.leave == self.reach, best_other(clean_NK, self.reach), self.leave))
 
     def select(self, rows: Tensor) -> Goal:
-        """Of some of the samples."""
+        """Return the goal of some of the samples."""
         reach, direction = (None if t is None else t[rows] for t in (self.reach, self.direction))
         return replace(self, leave=self.leave[rows], reach=reach, direction=direction)
 
     def tile(self, copies: int) -> Goal:
-        """Of ``copies`` of all samples, one after another."""
+        """Return the goal of ``copies`` of all samples, one copy after another."""
         if copies == 1:
             return self
         reach = None if self.reach is None else self.reach.repeat(copies)
@@ -79,18 +79,19 @@ Objective = Callable[[Outputs, Goal], Tensor]  # -> loss (N,), to be maximised
 
 
 def ce(scores_NK: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, (N,), in nats."""
+    """Return the cross-entropy, (N,), in nats."""
     return F.cross_entropy(scores_NK, labels, reduction="none")
 
 
 def cross_entropy(scores_NK: Tensor, goal: Goal) -> Tensor:
-    """``CE(z, y)``, or ``-CE(z, t)`` towards a class t, (N,), in nats."""
+    """Return ``CE(z, y)``, or ``-CE(z, t)`` towards a class t, (N,), in nats."""
     return ce(scores_NK, goal.leave) if goal.reach is None else -ce(scores_NK, goal.reach)
 
 
 def lead(scores_NK: Tensor, goal: Goal) -> Tensor:
-    """By how much the best other class, or the one aimed at, leads the one to leave, (N,): ``max_{j != y} z_j - z_y`` or
-    ``z_t - z_y``.
+    """Return by how much the best other class, or the one aimed at, leads the class to leave, (N,).
+
+    It is ``max_{j != y} z_j - z_y``, or ``z_t - z_y`` towards a class t.
     """
     leave = goal.overtaken(scores_NK)
     if goal.reach is None:
@@ -99,32 +100,32 @@ def lead(scores_NK: Tensor, goal: Goal) -> Tensor:
 
 
 def dlr(scores_NK: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio, (N,) (Croce & Hein 2020, "Reliable evaluation ...", eq. 6). Needs K >= 3."""
+    """Return the difference of logits ratio, (N,) (Croce & Hein 2020, "Reliable evaluation ...", eq. 6); it needs K >= 3."""
     ranked_NK = scores_NK.sort(-1, descending=True).values
     return -margin(scores_NK, labels) / (ranked_NK[:, 0] - ranked_NK[:, 2] + 1e-12)
 
 
 def dlr_targeted(scores_NK: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Targeted DLR, (N,) (Croce & Hein 2020, eq. 7). Needs K >= 4."""
+    """Return the targeted DLR, (N,) (Croce & Hein 2020, eq. 7); it needs K >= 4."""
     ranked_NK = scores_NK.sort(-1, descending=True).values
     spread_N = ranked_NK[:, 0] - (ranked_NK[:, 2] + ranked_NK[:, 3]) / 2 + 1e-12
     return -(gather(scores_NK, labels) - gather(scores_NK, targets)) / spread_N
 
 
 def ratio(scores_NK: Tensor, goal: Goal) -> Tensor:
-    """`dlr`, or `dlr_targeted` towards a class, (N,)."""
+    """Return `dlr`, or `dlr_targeted` towards a class, (N,)."""
     if goal.reach is None:
         return dlr(scores_NK, goal.leave)
     return dlr_targeted(scores_NK, goal.overtaken(scores_NK), goal.reach)
 
 
 def of_scores(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:
-    """The loss of the model's own scores."""
+    """Return the objective that is a loss of the model's own scores."""
     return lambda outputs, goal: loss(outputs.scores_NK, goal)
 
 
 def expected(objective: Objective) -> Objective:
-    """The mean of a loss over the members that a model draws from."""
+    """Return the objective that is the mean of another over the members that a model draws from."""
 
     def mean(outputs: Outputs, goal: Goal) -> Tensor:
         assert outputs.logits_MNK is not None
@@ -136,7 +137,7 @@ def expected(objective: Objective) -> Objective:
 
 
 def normalize_margin(scores_NK: Tensor, labels: Tensor, others: Tensor | None = None) -> Tensor:
-    """Scores divided by their own, detached, margin (MORA, eq. 12), so that softmax of them neither saturates nor vanishes.
+    """Return scores divided by their detached margin (MORA, eq. 12), so that softmax of them neither saturates nor vanishes.
 
     The margin is of y over the best other class, or over ``others``.
     """

@@ -1,4 +1,4 @@
-"""What is known of every sample while an attack runs: which are robust, their best images, which classes were aimed at."""
+"""Keep what is known of every sample while an attack runs: whether it is robust, its best image, the classes aimed at."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from ensemble_attacks.scores import gather, mask_class
 
 
 class Start(NamedTuple):
-    """Where a descent of some samples begins.
+    """A record of where a descent of some samples begins.
 
     Attributes:
         x: the first iterates (N, ...), in the ``ball``.
+        ball: the ball around the clean images.
         goal: what these samples' descent is after.
         gaps_NK: the smallest lead of the label's score over each class's so far.
         seen: what has been seen at ``x`` already, if anything.
@@ -37,12 +38,12 @@ class Start(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """What a descent found.
+    """A record of what a descent found.
 
     Attributes:
         best_x, best_margin_N: the iterate of the smallest margin (`Point`) of every sample, and that margin.
-        last_x: where each ended.
-        gaps_NK: as of `Start`, brought up to date.
+        last_x: where each sample ended.
+        gaps_NK: the gaps of `Start`, brought up to date.
     """
 
     best_x: Tensor
@@ -52,21 +53,25 @@ class Descent(NamedTuple):
 
 
 class Progress:
-    """Of all samples (N, ...), from stage to stage.
+    """A record of all samples (N, ...), which is kept up to date from stage to stage.
 
     Args:
         images: the centres of the balls.
-        start: where the opening, or the first restart, begins, if not at the clean images, or at random.
+        start: where the opening, or the first restart, begins; ``None``: the opening at the clean images, restarts at
+            random.
         goal: what counts as success.
-        seen: of the clean images and, if there is one, of ``start``; the last one with its gradient where ``plan`` has an
-            opening.
+        seen: what was seen of the clean images and, if there is one, of ``start``; the last one with its gradient where
+            ``plan`` has an opening.
         plan: all stages.
-        steps: of stages that do not say.
+        norm, eps, box: the ball, and the values that images can take; eps in their units.
+        seed: the seed of the random starts and directions.
+        steps: the number of gradient steps of stages that do not say their own.
 
     Attributes:
         adversarial: the first iterate that succeeded; failing that, the one of the smallest margin.
-        margin_N: its margin: negative where it succeeded.
-        fooled_in: the stage in which each sample was fooled: -1 if the clean image was wrong, `NEVER` if it held out.
+        margin_N: the margin of that image, which is negative where it succeeded.
+        fooled_in: the stage in which each sample was fooled: -1 if the clean image, or a start, was a success already,
+            `NEVER` if it held out.
     """
 
     def __init__(
@@ -105,11 +110,11 @@ class Progress:
 
     @property
     def robust(self) -> Tensor:
-        """(N,) bool."""
+        """Return the samples that no image has fooled so far, (N,) bool."""
         return ~(self.margin_N < 0)
 
     def rows(self, stage: Stage) -> Tensor:
-        """The samples that a stage takes: of the robust ones, those of the smallest margin first."""
+        """Return the samples that a stage takes: of the robust ones, those of the smallest margin first."""
         robust = self.robust
         if stage.resume:
             self.chosen = self.chosen[robust[self.chosen]]
@@ -120,7 +125,7 @@ class Progress:
         return self.chosen
 
     def begin(self, stage: Stage, rows: Tensor) -> Start:
-        """Where the stage's descent of some samples begins, and what it is after."""
+        """Return where the stage's descent of some samples begins, and what it is after."""
         ball = make_ball(self.norm, self.images[rows], self.eps, self.box)
         keys = [self.keys[row] for row in rows.tolist()]
         if stage.resume:
@@ -159,6 +164,6 @@ class Progress:
 
 
 def closest_class(gaps_NK: Tensor, aims_NK: Tensor) -> Tensor:
-    """The class of the smallest gap among those aimed at least often, (N,)."""
+    """Return the class of the smallest gap among those that were aimed at the fewest times, (N,)."""
     finite_NK = gaps_NK.nan_to_num(nan=torch.finfo(gaps_NK.dtype).max)
     return finite_NK.masked_fill(aims_NK > aims_NK.amin(1, keepdim=True), torch.inf).argmin(1)

@@ -1,4 +1,4 @@
-"""What an attack runs, one descent after another, and the record of how it went."""
+"""Describe what an attack runs, one descent after another, and record how it went."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ Direction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noise, labels, ranked
 
 @dataclass(frozen=True)
 class Stage:
-    """One descent from one random start.
+    """A stage of an attack, which is one descent from one start.
 
     Attributes:
         objective: what to maximise.
         target_rank: aim at the wrong class of this rank, 1 the likeliest, by the scores of the clean image; `CLOSEST`: at
-            the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages
-            of as many steps or more have aimed at; ``None``: at none.
-        restart: which of the sample's random starts.
-        direction: a random direction in the space of scores, to be the objective's target (N, K): made of noise (N, K),
-            uniform in [-1, 1], the labels, and the wrong classes (N, K - 1) ranked by the scores of the clean image.
-        steps, step_rule: where they are not the attack's.
-        resume: go on where the stage before ended, on the samples that it took.
-        share: of the robust samples, those of the smallest margin that are worth the passes; `FEWEST` at least.
-        opening: begin at the clean images, or at the caller's, whose first look serves this descent, too; of a first stage.
+            the one whose score has come closest to the label's in all iterates so far, among those that the fewest stages of
+            as many steps or more have aimed at; ``None``: at none.
+        restart: the number of the sample's random start.
+        direction: the maker of a random direction in the space of scores, (N, K), along which the objective goes; it is
+            given noise (N, K), uniform in [-1, 1], the labels (N,), and the wrong classes (N, K - 1) ranked by the scores of
+            the clean image.
+        steps, step_rule: the number of gradient steps, and the maker of the step rule; ``None``: the attack's.
+        resume: whether to go on where the stage before ended, on the samples that it took and left robust.
+        share: the share of the robust samples that the stage takes, those of the smallest margin; `FEWEST` at least.
+        opening: whether the descent begins at the clean images, or at the caller's start, whose first look serves it, too;
+            only the first stage may be one.
     """
 
     objective: Objective
@@ -50,15 +52,15 @@ class Stage:
 
 @dataclass(eq=False)
 class Trace:
-    """Convergence of an attack, one row per step of every stage, summed over batches.
+    """A record of an attack's convergence, with one row per step of every stage, summed over batches.
 
-    Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes
-    spent here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is
-    the pass of the clean images, and of a start.
+    Rows hold ``stage``, ``step``, ``fooled`` (samples first fooled here), ``forwards`` and ``backwards`` (image passes spent
+    here), and ``loss`` (mean over the samples of the pass, ``None`` where it was not needed). The row of stage -1 is the
+    pass of the clean images, and of a start.
 
     Attributes:
-        fooled_in: for each call of the attack, the stage (N,) in which each sample was fooled: -1 if the clean image was
-            already wrong, `NEVER` if it held out.
+        fooled_in: for each call of the attack, the stage (N,) in which each sample was fooled: -1 if the clean image, or a
+            start, was a success already, `NEVER` if it held out.
     """
 
     _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
@@ -76,7 +78,7 @@ class Trace:
             sums[column] += float(value)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table, in the order of the run, with ``robust``: the samples not fooled so far."""
+        """Return the rows in the order of the run, each with ``robust``, the number of samples not fooled so far."""
         rows, robust = [], sum(map(len, self.fooled_in))
         for (stage, step), (*counts, loss) in sorted(self._sums.items()):
             fooled, forwards, backwards = map(int, counts)

@@ -1,4 +1,4 @@
-"""Step rules: how far to go along the gradient, and when to go back.
+"""Define step rules: how far to go along the gradient, and when to go back.
 
 ``momentum`` is the share of the new step in every move; the rest repeats the last one.
 """
@@ -15,9 +15,9 @@ from ensemble_attacks.scores import per_sample
 
 
 class StepRule:
-    """How far to go, and from where. Subclasses give the `size` of a step, and may go back (`observe`).
+    """A rule of how far to go, and from where.
 
-    Attributes that are tensors have one row per sample.
+    Subclasses give the `size` of a step, and may go back (`observe`). Attributes that are tensors have one row per sample.
     """
 
     momentum = 1.0
@@ -26,7 +26,7 @@ class StepRule:
         self.eps, self.steps = eps, steps
 
     def size(self, step: int, x: Tensor) -> float | Tensor:
-        """Of the step, in the ball's norm."""
+        """Return the size of the step, in the ball's norm: a number, or a tensor that broadcasts over ``x``."""
         raise NotImplementedError
 
     def observe(self, step: int, x: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,21 +36,21 @@ class StepRule:
     def move(
         self, step: int, ball: Ball, previous: Tensor, x: Tensor, gradient: Tensor, loss: Tensor, margin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The point gone on from and the next, (N, C, H, W) both."""
+        """Return the point gone on from and the next, (N, C, H, W) both."""
         x, gradient = self.observe(step, x, loss, gradient)
         ahead = ball.project(x + self.size(step, x) * ball.steepest(gradient))
         share = self.momentum if step else 1.0
         return x, ball.project(x + share * (ahead - x) + (1 - share) * (x - previous))
 
     def select(self, rows: Tensor) -> None:
-        """Forget the samples that left."""
+        """Forget the samples that left: keep these ``rows``."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[rows])
 
 
 class CosineSteps(StepRule):
-    """MORA's schedule: ``a_i = eps (1 + cos(pi i / I))``, from twice eps down to 0 (MORA, Algorithm 1)."""
+    """A rule with MORA's schedule: ``a_i = eps (1 + cos(pi i / I))``, from twice eps down to 0 (MORA, Algorithm 1)."""
 
     momentum = 0.75
 
@@ -59,7 +59,7 @@ class CosineSteps(StepRule):
 
 
 class DecayingSteps(StepRule):
-    """A3's schedule: along half a cosine from eps to eps / 1000, or eps / 10 in ten steps or fewer (Liu et al. 2022)."""
+    """A rule with A3's schedule: half a cosine from eps to eps / 1000, or eps / 10 in up to ten steps (Liu et al. 2022)."""
 
     def size(self, step: int, x: Tensor) -> float:
         least = 0.1 if self.steps <= 10 else 0.001
@@ -67,7 +67,7 @@ class DecayingSteps(StepRule):
 
 
 class ConstantSteps(StepRule):
-    """PGD's: always the same share of eps."""
+    """A rule with PGD's steps, which are always the same ``share`` of eps."""
 
     def __init__(self, x: Tensor, *, eps: float, steps: int, share: float) -> None:
         super().__init__(x, eps=eps, steps=steps)
@@ -78,9 +78,10 @@ class ConstantSteps(StepRule):
 
 
 class CheckpointSteps(StepRule):
-    """APGD's schedule (Croce & Hein 2020, section 3): starts at twice eps; at check-points that come ever closer, a
-    sample whose loss rose in too few of the last steps (``rho``), or whose best loss and step size have both stood still,
-    goes back to its best point with half the step size.
+    """A rule with APGD's schedule, which starts at twice eps (Croce & Hein 2020, section 3).
+
+    At check-points that come ever closer, a sample whose loss rose in too few of the last steps (``rho``), or whose best
+    loss and step size have both stood still, goes back to its best point with half the step size.
     """
 
     momentum = 0.75  # Croce & Hein 2020, eq. 4
