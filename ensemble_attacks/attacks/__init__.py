@@ -1,1 +1,1 @@
-"""The attacks, one file each."""
+"""Provide the attacks, in one module each."""

@@ -1,5 +1,5 @@
-"""A3: Adaptive Auto Attack (Liu et al., "Practical Evaluation of Adversarial Robustness via Adaptive Auto Attack", CVPR
-2022).
+"""Implement A3, Adaptive Auto Attack (Liu et al., "Practical Evaluation of Adversarial Robustness via Adaptive Auto Attack",
+CVPR 2022).
 
 Restarts begin where seven steps along a random direction in the space of logits lead (adaptive direction initialisation),
 and ever more steps go to ever fewer samples, the most promising ones (online statistics-based discarding).
@@ -38,7 +38,7 @@ def any_direction(noise_NK: Tensor, labels: Tensor, ranked_NK: Tensor) -> Tensor
 
 
 def towards_class(rank: int) -> Direction:
-    """A direction that lowers the label's score and raises that of one wrong class; the other entries are random."""
+    """Return a maker of directions that lower the label's score and raise one wrong class's; other entries are random."""
 
     def direction(noise_NK: Tensor, labels: Tensor, ranked_NK: Tensor) -> Tensor:
         scale = noise_NK.shape[1] / 10
@@ -50,20 +50,20 @@ def towards_class(rank: int) -> Direction:
 
 
 def along(outputs: Outputs, goal: Goal) -> Tensor:
-    """``w . z``, (N,)."""
+    """Return ``w . z``, (N,), the scores along the goal's direction."""
     assert goal.direction is not None
     return (goal.direction * outputs.scores_NK).sum(1)
 
 
 class A3(DescentAttack):
-    r"""A3 on any classifier, in the norms Linf and L2.
+    r"""An attack with A3 on any classifier, in the norms Linf and L2 (Liu et al., CVPR 2022).
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        n_restarts (int): of the schedule's 28; the first has no directed start. (Default: 28)
-        seed (int): of the random starts and directions. (Default: 0)
+        n_restarts (int): how many of the schedule's 28 restarts are run; the first has no directed start. (Default: 28)
+        seed (int): seed of the random starts and directions. (Default: 0)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Samples compete for passes: beyond a hundred robust ones, a sample's result depends on which others are in the call.

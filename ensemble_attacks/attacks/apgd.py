@@ -1,7 +1,7 @@
-"""APGD: Auto-PGD (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
-Attacks", ICML 2020), in the same loop as every attack here: a sample stops costing passes once it is fooled.
+"""Implement APGD, Auto-PGD (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+Parameter-free Attacks", ICML 2020), in the same loop as every attack here: a sample stops costing passes once it is fooled.
 
-On cross-entropy, on the difference of logits ratio (eq. 6), or on its targeted form (eq. 7) towards each of the likeliest
+It climbs cross-entropy, the difference of logits ratio (eq. 6), or its targeted form (eq. 7) towards each of the likeliest
 wrong classes.
 """
 
@@ -20,19 +20,19 @@ FEWEST_CLASSES = {"ce": 2, "dlr": 3, "dlr-targeted": 4}
 
 
 class APGD(DescentAttack):
-    r"""APGD on any classifier, in the norms Linf and L2.
+    r"""An attack with APGD on any classifier, in the norms Linf and L2 (Croce & Hein, ICML 2020).
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        steps (int): gradient steps of each descent, as AutoAttack has it. (Default: 100)
+        steps (int): gradient steps of each descent; AutoAttack's number. (Default: 100)
         n_restarts (int): random starts; each only on the samples still robust. (Default: 1)
-        seed (int): of the random starts. (Default: 0)
+        seed (int): seed of the random starts. (Default: 0)
         loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
         rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
         targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
-        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Shape:
@@ -90,10 +90,10 @@ class APGD(DescentAttack):
 
 
 class EOTAPGD(APGD):
-    r"""APGD on a random model, in the norms Linf and L2.
+    r"""An attack with APGD on a random model, in the norms Linf and L2, that follows the expectation over draws.
 
     A sample is fooled where neither the draws of an iterate nor twenty further ones are right; of the others, the image with
-    the smallest share of right draws is returned. `judge`, with ``draws``, says what it is worth on fresh ones.
+    the smallest share of right draws is returned. `judge`, with ``draws``, says what it is worth on fresh draws.
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K), random. If it names its members and their ``probabilities``,
@@ -102,9 +102,11 @@ class EOTAPGD(APGD):
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)
         n_restarts (int): random starts. (Default: 1)
-        seed (int): of the random starts, and of PyTorch's, NumPy's and Python's global generators. (Default: 0)
+        seed (int): seed of the random starts, and of PyTorch's, NumPy's and Python's global generators. (Default: 0)
         loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
         eot_iter (int): draws of every iterate. (Default: 20)
+        rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
+        targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
         draws_per_pass (int): draws that go through the model as one batch; more than 1 only for a model that draws for each
             image by itself. (Default: 1)
         batch_size (int): samples per pass. (Default: None: all at once)

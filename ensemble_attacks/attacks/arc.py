@@ -1,5 +1,5 @@
-"""ARC: Attacking Randomized ensembles of Classifiers (Dbouk & Shanbhag, "Adversarial Vulnerability of Randomized Ensembles",
-ICML 2022, algorithm 1), in the loop of every attack here.
+"""Implement ARC, Attacking Randomized ensembles of Classifiers (Dbouk & Shanbhag, "Adversarial Vulnerability of Randomized
+Ensembles", ICML 2022, algorithm 1), in the loop of every attack here.
 
 Expectation-over-members gradients mix members that a perturbation cannot fool all at once. ARC takes the members one after
 another, the likeliest first, steps just across the boundary of each, and keeps a step only if the expected accuracy does not
@@ -31,7 +31,10 @@ from ensemble_attacks.validation import check_count, check_positive
 
 @dataclass
 class Turn:
-    """Whose turn it is: every member's gradient is taken where the round began, and its step then looked at."""
+    """A counter that says whose turn it is.
+
+    Every member's gradient is taken where the round began, and its step then looked at.
+    """
 
     order: Sequence[int]
     step: int = 0
@@ -42,8 +45,10 @@ class Turn:
 
 
 class MemberSteps(StepRule):
-    """ARC's local and global steps (algorithm 1). Iterates alternate between the point b of the round, for the gradient of
-    one member, and ``b + local``, for the verdict on its step.
+    """A rule that takes ARC's local and global steps (algorithm 1).
+
+    Iterates alternate between the point b of the round, for the gradient of one member, and ``b + local``, for the verdict
+    on its step.
     """
 
     def __init__(self, x: Tensor, *, eps: float, steps: int, turn: Turn, norm: Norm, beyond: float) -> None:
@@ -68,7 +73,7 @@ class MemberSteps(StepRule):
         return x, ball.project(self.base + self.local) if round_over else self.base
 
     def _propose(self, ball: Ball, gradient: Tensor, lead: Tensor) -> Tensor:
-        """The local step with a member's added: far enough to cross its boundary, as linearised, and of length eps."""
+        """Return the local step with a member's added, which crosses its boundary, as linearised; it has the length eps."""
         slope = self.norm.dual_size(gradient).clamp_min(1e-12)
         distance = (-lead).clamp_min(0) / slope
         gone = (gradient * self.local).flatten(1).sum(1) / slope
@@ -80,8 +85,9 @@ class MemberSteps(StepRule):
 
 
 def member_lead(turn: Turn, outputs: Outputs, goal: Goal) -> Tensor:
-    """By how much another class leads the label's logit in the member whose turn it is, (N,): the nearest by logits, or the
-    one aimed at.
+    """Return by how much another class leads the label's logit in the member whose turn it is, (N,).
+
+    That class is the best other one by logits, or the one aimed at.
     """
     assert outputs.logits_MNK is not None
     logits_NK, leave = outputs.logits_MNK[turn.member], goal.overtaken(outputs.scores_NK)
@@ -99,22 +105,23 @@ def check_probabilities(model: nn.Module) -> None:
 
 
 class ARC(DescentAttack):
-    r"""ARC on a randomized ensemble whose members and probabilities are known, in the norms Linf and L2.
+    r"""An attack with ARC on an ensemble whose members are drawn with known probabilities, in the norms Linf and L2.
 
-    Of every member only the class with the nearest logit is looked at (G = 1, as in the authors' later BARRE, ICML 2023).
+    The source is Dbouk & Shanbhag, ICML 2022, algorithm 1. Of every member only the class with the nearest logit is looked
+    at (G = 1, as in the authors' later BARRE, ICML 2023).
 
     Arguments:
         model (nn.Module): a randomized ensemble: ``member_logits(x) -> (M, N, K)``, ``aggregate``, ``probabilities`` (M,).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         steps (int): rounds over all members. (Default: 20)
-        n_restarts (int): the first starts at the clean image, the others at random. (Default: 1)
-        seed (int): of the random starts. (Default: 0)
+        n_restarts (int): number of restarts; the first starts at the clean image, the others at random. (Default: 1)
+        seed (int): seed of the random starts. (Default: 0)
         beyond (float): how far to go beyond a boundary, in units of eps. (Default: 0.05)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Raises:
-        NotAnEnsembleError: the model shows no members, or no probabilities of theirs.
+        NotAnEnsembleError: Where the model shows no members, or no probabilities of theirs.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]

@@ -1,4 +1,4 @@
-"""The torchattacks side of every attack: checks, normalisation, model state, and the call into the one loop."""
+"""Provide the torchattacks side of every attack: checks, normalisation, model state, and the call into the one loop."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image 
 
 
 class CarefulAttack(Attack):
-    """A torchattacks ``Attack`` that leaves everything as it found it, even after an exception: the model, the global random
-    state, gradient mode, its own normalisation; and that can be called under ``torch.no_grad()``.
+    """A torchattacks ``Attack`` that leaves everything as it found it, even after an exception.
+
+    This holds for the model, the global random state, gradient mode, and its own normalisation. It can be called under
+    ``torch.no_grad()``.
     """
 
     needs_members = False
@@ -49,7 +51,10 @@ class CarefulAttack(Attack):
     box: Box = UNIT
 
     def _check(self) -> None:
-        """Raise on a setting that cannot be run. Called on construction and, as settings may be changed, at each call."""
+        """Raise on a setting that cannot be run.
+
+        It is called on construction and, as settings may be changed, at each call.
+        """
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         """Raise on images in [0, 1] or labels that cannot be attacked."""
@@ -59,15 +64,18 @@ class CarefulAttack(Attack):
             check_dtype(self.model, images)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Expect normalised images. Also takes float64 arrays, which would turn torchattacks' inputs to double."""
+        """Expect normalised images from now on, with this mean and standard deviation of each channel.
+
+        Float64 arrays are taken, too, which would turn torchattacks' inputs to double.
+        """
         super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
 
     def _as_taken(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the model takes them: normalised as `get_logits` does."""
+        """Return images in [0, 1] as the model takes them: normalised as `get_logits` does."""
         return self.normalize(images) if self._normalization_applied is False else images
 
     def get_logits(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """The model's scores (N, K) of images in [0, 1], which are normalised where the model takes them so."""
+        """Return the model's scores (N, K) of images in [0, 1], which are normalised where the model takes them so."""
         return ask(self.model, self._as_taken(inputs))
 
     def set_model(self, model: nn.Module) -> None:
@@ -78,7 +86,10 @@ class CarefulAttack(Attack):
         super().set_model(model)
 
     def _change_model_mode(self, given_training: Any) -> None:
-        """Eval mode, unless ``set_model_training_mode`` says otherwise; the draws that ``eot_iter`` asks for stay."""
+        """Put the model into eval mode, unless ``set_model_training_mode`` says otherwise.
+
+        Where ``eot_iter`` is set, the randomness that it averages over stays active.
+        """
         if not self._model_training and getattr(getattr(self, "inner", self), "eot_iter", None) is not None:
             evaluating(self.model)
         else:
@@ -96,7 +107,10 @@ class CarefulAttack(Attack):
     def save(
         self, data_loader: Any, save_path: Any = None, verbose: bool = True, return_verbose: bool = False, **kwargs: Any
     ) -> Any:
-        """torchattacks' ``save``, which predicts only where it reports: so it reports, to nobody, where it would not."""
+        """Run torchattacks' ``save``, with its arguments and results, and leave the model as it was.
+
+        It predicts only where it reports: so it reports, to nobody, where it would not.
+        """
         with preserved(self.model):
             report = super().save(data_loader, save_path, verbose, return_verbose or not verbose, **kwargs)
         return report if return_verbose else None
@@ -112,10 +126,10 @@ class DescentAttack(CarefulAttack):
 
     Attributes:
         trace: a `Trace` to fill, or ``None``.
-        eot_iter: of a random model, forward passes of every iterate, over which loss, gradient, success, best iterate and
-            step size are means (Athalye et al. 2018, "Synthesizing Robust Adversarial Examples"). Where the model names its
-            members and their probabilities, and the members are not random themselves, the mean is exact, and one pass of
-            all of them. ``None``: a model without randomness.
+        eot_iter: the number of forward passes of every iterate of a random model, over which loss, gradient, success, best
+            iterate and step size are means (Athalye et al. 2018, "Synthesizing Robust Adversarial Examples"). Where the
+            model names its members and their probabilities, and the members are not random themselves, the mean is exact,
+            and one pass of all of them. ``None``: the model has no randomness.
         draws_per_pass: how many of these go through the model as one batch; more than 1 only if it draws for each image by
             itself.
     """
@@ -144,31 +158,35 @@ class DescentAttack(CarefulAttack):
         check_count("draws_per_pass", self.draws_per_pass)
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        """What to run. The first stage may be an opening (`Stage`)."""
+        """Return the stages to run, of which the first may be an opening (`Stage`)."""
         raise NotImplementedError
 
     def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> StepRule:
         return self.step_rule(x, eps=eps, steps=steps)
 
     def outputs(self, images: Tensor) -> Outputs:
-        """What the loop sees of images in [0, 1]; normalises as `get_logits` does."""
+        """Return what the loop sees of images in [0, 1], which are normalised as in `get_logits`."""
         return look(self.model, self._as_taken(images), inside=self.needs_members, expected=self.eot_iter is not None)
 
     def _draws(self, image: Tensor) -> Draws | None:
-        """How to look at the model; where the expectation over its members is exact, no draws are needed."""
+        """Return how to look at a random model; ``None`` where the expectation over its members is exact without draws."""
         if self.eot_iter is None or is_exact(self.model, self.outputs, image):
             return None
         return Draws(self.eot_iter, self.draws_per_pass)
 
     def _plan(self, num_classes: int) -> list[Stage]:
-        """`_stages`; of a model that draws its members, the mean over these where the attack does not look inside itself."""
+        """Return the stages to run on this model.
+
+        They are those of `_stages`. Of a model that draws its members, each takes the mean over these where the attack does
+        not look inside itself.
+        """
         stages = self._stages(num_classes)
         if self.needs_members or self.eot_iter is None or member_probabilities(self.model) is None:
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 
     def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """A wrong class, uniformly at random for each image, by (seed, image)."""
+        """Return a wrong class for each image, (N,), uniformly at random, keyed by (seed, image)."""
         scores_NK = self.get_output_with_eval_nograd(inputs)
         labels = scores_NK.argmax(1) if labels is None else labels.to(scores_NK.device)
         num_classes = scores_NK.shape[1]
@@ -179,7 +197,7 @@ class DescentAttack(CarefulAttack):
         return (labels + torch.stack(shifts).to(labels)) % num_classes
 
     def forward(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
-        """Attack.
+        """Attack images, and return adversarial ones.
 
         Args:
             images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
@@ -191,7 +209,7 @@ class DescentAttack(CarefulAttack):
             Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
 
         Raises:
-            TypeError, ValueError: an argument or setting that cannot be used; nothing has been changed.
+            TypeError, ValueError: Where an argument or setting cannot be used; nothing has been changed.
         """
         self._check_inputs(images, labels)
         device = images.device if self.device is None else self.device
@@ -239,9 +257,9 @@ class DescentAttack(CarefulAttack):
 
 
 def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """Run anybody's attack, in batches and leaving all as it was; returns the images on the device of ``x``.
+    """Run anybody's attack, in batches, leaving all as it was, and return the images on the device of ``x``.
 
-    This package's attacks see to both themselves.
+    The attacks of this package see to the batches and to leaving all as it was themselves.
     """
     if isinstance(attack, CarefulAttack):
         return attack(x, y).to(x.device)

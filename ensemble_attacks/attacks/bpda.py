@@ -1,7 +1,7 @@
-"""BPDA with the identity: differentiate as if parts of the model were not there (Athalye, Carlini & Wagner, "Obfuscated
-Gradients Give a False Sense of Security", ICML 2018, section 4.1.1).
+"""Implement BPDA with the identity: differentiate as if parts of the model were not there (Athalye, Carlini & Wagner,
+"Obfuscated Gradients Give a False Sense of Security", ICML 2018, section 4.1.1).
 
-For parts whose output is close to their input, such as a denoising front end, but whose gradient is of no use.
+It is meant for parts whose output is close to their input, such as a denoising front end, but whose gradient is of no use.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ NEAR = 0.5  # relative distance from the identity beyond which it does not stand
 
 
 class BPDAIdentity(ComposedAttack):
-    r"""Any attack, with named parts of the model replaced by the identity in the backward pass.
+    r"""An attack of any kind that replaces named parts of the model by the identity in the backward pass.
 
-    The forward pass, and so every success, is the defended model's own.
+    The forward pass, and so every success, is the defended model's own (Athalye, Carlini & Wagner, ICML 2018).
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         attack (callable): makes the attack of a model: a class of this package or of torchattacks. (Default: `APGD`)
         parts (str, nn.Module, or a sequence of them): which parts, by name (``"frontend"`` is every submodule called so) or
             as modules; each has to keep the shape of what goes through it. (Default: ``"frontend"``)
-        arguments: of ``attack``.
+        arguments: further arguments of ``attack``.
 
     Attributes:
-        premise (dict): after a call, how close to the identity the parts are (`surrogates.premise`); a part that is not
-            raises a warning.
+        premise (dict): after a call, how close to the identity the parts are (`ensemble_attacks.models.parts.premise`); a
+            part that is not close raises a warning.
 
     Raises:
-        PartError: no such part (the message lists the parts), or one that changes the shape.
+        PartError: Where there is no such part (the message lists the parts), or, in a call, one changes the shape.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]
@@ -68,7 +68,7 @@ class BPDAIdentity(ComposedAttack):
         find_parts(self.model, self.parts)
 
     def forward(self, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        """Attack; arguments as of the attack inside."""
+        """Attack images; the arguments are those of the attack inside."""
         self._check_inputs(images, labels)
         if len(images):
             with torch.no_grad():

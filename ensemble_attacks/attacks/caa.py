@@ -1,5 +1,5 @@
-"""CAA: Composite Adversarial Attacks (Mao et al., AAAI 2021): the Linf policy that its search found for CIFAR-10, each
-attack starting where the one before ended.
+"""Implement CAA, Composite Adversarial Attacks (Mao et al., AAAI 2021): the Linf policy that its search found for CIFAR-10,
+in which each attack starts where the one before ended.
 
 The released code aims by targeted DLR, from a new random start for every class, and takes its CW steps without momentum;
 here every descent climbs the plain difference of the logits with APGD's steps, and goes on from the last.
@@ -20,13 +20,15 @@ TARGETS = 9
 
 
 class CAA(DescentAttack):
-    r"""CAA's published Linf policy: multi-targeted with 50 steps, again with 25, then CW with 125, all with APGD's steps.
+    r"""An attack with CAA's published Linf policy, on any classifier (Mao et al., AAAI 2021).
+
+    It is multi-targeted with 50 steps, again with 25, then CW with 125, all with APGD's steps.
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        seed (int): of the random start. (Default: 0)
+        seed (int): seed of the random start. (Default: 0)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Shape:

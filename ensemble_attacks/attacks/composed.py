@@ -1,4 +1,4 @@
-"""Attacks made of other attacks, and what they have in common: they show and take the settings of their parts."""
+"""Define what attacks made of other attacks have in common: they show and take the settings of their parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ensemble_attacks.attacks.base import CarefulAttack
 
 
 class ComposedAttack(CarefulAttack):
-    """An attack with other attacks as attributes.
+    """An attack that has other attacks as attributes.
 
     A setting that it has not itself, such as ``eps`` or ``seed``, is read from the first part that has it, and set in all
     that have it.

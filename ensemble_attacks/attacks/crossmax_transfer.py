@@ -1,5 +1,5 @@
-"""CrossMax-disable transfer: craft on the members' mean, judge and refine on the defended model (Zhang et al., "Evaluating
-the Robustness of the Ensemble Everything Everywhere Defense", arXiv:2411.14834).
+"""Implement CrossMax-disable transfer: craft on the members' mean, judge and refine on the defended model (Zhang et al.,
+"Evaluating the Robustness of the Ensemble Everything Everywhere Defense", arXiv:2411.14834).
 
 The clean image stays the centre of the ball in every stage; the first version of the paper's attack moved it.
 """
@@ -21,7 +21,7 @@ SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size")
 
 
 class CrossMaxTransfer(ComposedAttack):
-    r"""An attack on a surrogate, refined on the target from the images that it found.
+    r"""An attack on a surrogate that is then refined on the target, from what it found (Zhang et al., arXiv:2411.14834).
 
     The surrogate has the same weights and another aggregation, by default the mean of the members' raw logits. From the same
     forward pass, this package's attacks also see what the target itself answers, stop where that is wrong, and return the
@@ -32,17 +32,18 @@ class CrossMaxTransfer(ComposedAttack):
             classifier if ``surrogate`` is a module.
         attack (callable): makes the attack on the surrogate. (Default: `EOTAPGD`)
         surrogate (str, callable or nn.Module): see `Surrogate`. (Default: ``"mean"``)
-        refine (callable): makes the attack on the target, which takes ``start``; ``None``: no refinement.
-            (Default: `EOTAPGD`)
+        refine (callable): makes the attack on the target, which takes ``start``; ``None``: no refinement. (Default:
+            `EOTAPGD`)
         refine_steps (int): gradient steps of the refinement. (Default: 100)
-        arguments: of ``attack``, whose ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size``, where it has them, are
-            the refinement's, too, unless ``refine`` is a ``functools.partial`` that says its own.
+        arguments: further arguments of ``attack``, whose ``norm``, ``eps``, ``seed``, ``eot_iter`` and ``batch_size``, where
+            it has them, are the refinement's, too, unless ``refine`` is a ``functools.partial`` that says its own.
 
     Attributes:
-        trace: of the attack on the surrogate.
+        trace: the trace of the attack on the surrogate.
 
     Raises:
-        NotAnEnsembleError: the model shows no members, and the surrogate is to aggregate them.
+        NotAnEnsembleError: Where the model shows no members, and the surrogate is to aggregate them.
+        ValueError: Where the refinement needs a norm or eps that ``attack`` does not have.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]
@@ -66,7 +67,7 @@ class CrossMaxTransfer(ComposedAttack):
         self.supported_mode = self.inner.supported_mode
 
     def _shared(self, refine: Callable[..., Any], steps: int) -> dict[str, Any]:
-        """The settings of the attack on the surrogate that the refinement takes over, but for those bound to it already."""
+        """Return the settings that the refinement takes from the attack on the surrogate, but for those it has already."""
         given = getattr(refine, "keywords", {})
         shared = {name: getattr(self.inner, name, None) for name in SHARED} | {"steps": steps}
         shared = {name: value for name, value in shared.items() if name not in given}
@@ -95,7 +96,7 @@ class CrossMaxTransfer(ComposedAttack):
             self.inner.set_model(Surrogate(model, self.surrogate))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
+        """Attack images (N, C, H, W) in [0, 1] with labels (N,), and return adversarial images (N, C, H, W)."""
         if self.refine is None:
             return self.inner(images, labels)
         parts = (self.inner, self.refine)

@@ -1,5 +1,7 @@
-"""LAFEAT (Yu et al., "LAFEAT: Piercing Through Adversarial Defenses with Latent Features", CVPR 2021), in the loop of every
-attack here: through classifiers that read intermediate layers, which fall before the output does.
+"""Implement LAFEAT (Yu et al., "LAFEAT: Piercing Through Adversarial Defenses with Latent Features", CVPR 2021), in the loop
+of every attack here.
+
+It attacks through classifiers that read intermediate layers, which fall before the output does.
 """
 
 from __future__ import annotations
@@ -19,25 +21,25 @@ from ensemble_attacks.validation import check_count, check_fractions
 
 
 class LAFEAT(DescentAttack):
-    r"""LAFEAT on a model with probes, in the norms Linf and L2.
+    r"""An attack with LAFEAT on a model with probes, in the norms Linf and L2 (Yu et al., CVPR 2021).
 
-    One descent for each probe and beta; the first is untargeted, each later one aims at the wrong class that has come
-    closest so far.
+    It makes one descent for each probe and beta; the first is untargeted, each later one aims at the wrong class that has
+    come closest so far.
 
     Arguments:
-        model (nn.Module): ``member_logits(x) -> (M, N, K)``, the probes' logits and last the network's own, and
+        model (nn.Module): a model with ``member_logits(x) -> (M, N, K)``, the probes' logits and last the network's own, and
             ``aggregate``; an aggregation that masks its gradient is best replaced (`Surrogate`).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)
-        betas (sequence of float): shares of the probe. (Default: (0.5,))
-        probes (sequence of int): which, in order. (Default: None: all but the network's own logits, the last first)
-        seed (int): of the random starts. (Default: 0)
-        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        betas (sequence of float): shares of the probe in the mixture with the model's scores, eq. 6. (Default: (0.5,))
+        probes (sequence of int): which probes, in order. (Default: None: all but the network's own logits, the last first)
+        seed (int): seed of the random starts. (Default: 0)
+        eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Raises:
-        NotAnEnsembleError: the model shows no members.
+        NotAnEnsembleError: Where the model shows no members.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]
@@ -94,7 +96,7 @@ class LAFEAT(DescentAttack):
         ]
 
     def _loss(self, probe: int, beta: float, outputs: Outputs, goal: Goal) -> Tensor:
-        """``CE(beta m z^l / gap_l + (1 - beta m) z / gap, y)`` with m = 1 where the probe l is right (LAFEAT, eq. 6)."""
+        """Return ``CE(beta m z^l / gap_l + (1 - beta m) z / gap, y)``, m = 1 where the probe l is right (LAFEAT, eq. 6)."""
         assert outputs.logits_MNK is not None
         leave, latent_NK = goal.overtaken(outputs.scores_NK), outputs.logits_MNK[probe]
         share_N1 = beta * (margin(latent_NK.detach(), leave) > 0).to(latent_NK).unsqueeze(-1)

@@ -1,9 +1,9 @@
-"""MORA: Model-Reweighing Attack (Yu, Gao, Xu, "MORA: Improving Ensemble Robustness Evaluation with Model-Reweighing
-Attack", NeurIPS 2022).
+"""Implement MORA, Model-Reweighing Attack (Yu, Gao, Xu, "MORA: Improving Ensemble Robustness Evaluation with
+Model-Reweighing Attack", NeurIPS 2022).
 
 It breaks ensembles whose members were trained to have diverse gradients: instead of the ensemble's own gradient, in which
 members far from their boundary drown or cancel the others, it follows the members whose change moves the vote most
-(equations 7-12; see `objectives.mora`), with a cosine step and momentum 0.75 (Algorithm 1).
+(equations 7-12; see `mora`), with a cosine step and momentum 0.75 (Algorithm 1).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHT_RULES = ("derivative", "published", "runner-up", "code")
 
 
 def log_reweighing(logits_MNK: Tensor, labels: Tensor, others: Tensor, rule: str = "derivative") -> Tensor:
-    """Logarithm of MORA's member weights without their constant 1 / (tau M), (M, N).
+    """Return the logarithm of MORA's member weights without their constant 1 / (tau M), (M, N).
 
     ``logits_MNK`` are already divided by the temperature; ``others`` is the class to overtake y, (N,).
 
@@ -41,8 +41,8 @@ def log_reweighing(logits_MNK: Tensor, labels: Tensor, others: Tensor, rule: str
     - ``"runner-up"``: s_other (1 + s_y - s_other), the derivative with k^m moved through z_other;
     - ``"code"``: s_other ((1 + s_other) / E_other - s_y / E_y), as the released code computes it.
 
-    In log-space; for the default rule 1 - s_y is the sum of the other probabilities, never a difference, so that a confident
-    member (s_y = 1 in floating point) keeps its true, tiny weight.
+    The computation is in log-space; for the default rule 1 - s_y is the sum of the other probabilities, never a difference,
+    so that a confident member (s_y = 1 in floating point) keeps its true, tiny weight.
     """
     log_s_MNK = logits_MNK.log_softmax(-1)
     log_s_y, log_s_other = gather(log_s_MNK, labels), gather(log_s_MNK, others)
@@ -69,11 +69,11 @@ def reweigh(
     rule: str,
     probabilities: Tensor | None = None,
 ) -> Tensor:
-    """MORA's member weights (M, N), summing to 1 over the members (MORA, eq. 10 and the indicator of eq. 11).
+    """Return MORA's member weights (M, N), which sum to 1 over the members (MORA, eq. 10 and the indicator of eq. 11).
 
     With ``masked``, members that already prefer ``others`` to y weigh nothing; where that, or the rule, leaves no member,
     all weigh the same. Of a model that draws members with ``probabilities`` (M,), the weights are those of the expected
-    vote, and the members that weigh nothing those that are wrong already, whichever class they prefer.
+    vote, and the members that weigh nothing are those that are wrong already, whichever class they prefer.
     """
     log_weights_MN = log_reweighing(logits_MNK, labels, others, rule)
     if probabilities is not None:
@@ -98,19 +98,22 @@ def mora(
     rule: str = "derivative",
     probabilities: Tensor | None = None,
 ) -> Tensor:
-    """MORA's loss, (N,) (Yu et al., NeurIPS 2022, eq. 7-12): cross-entropy of a mixture of the ensemble's own scores and
-    its members' logits, reweighed towards the members whose change moves the vote most.
+    """Return MORA's loss, (N,) (Yu et al., NeurIPS 2022, eq. 7-12).
+
+    It is the cross-entropy of a mixture of the ensemble's own scores and its members' logits, reweighed towards the members
+    whose change moves the vote most.
 
     Args:
         logits_MNK: the members' logits.
-        scores_NK: the ensemble's scores; used for an aggregation that is none of the three votes (``vote=None``).
+        scores_NK: the ensemble's scores; used where the vote has no soft form (`Vote.soft`), or the members are drawn.
         goal: the classes to leave, and those to reach instead; where there are none, the ensemble's best other class, at
             every step anew.
-        beta: share of the reweighed members, in [0, 1]; the rest is the ensemble's. Of mean logits and with the true
+        beta: the share of the reweighed members, in [0, 1]; the rest is the ensemble's. With mean logits and the true
             derivative it makes no difference: every member moves the mean by 1 / M.
         vote: the ensemble's vote, which decides temperature, indicator and ensemble term (`Vote`).
-        tau: temperature of the members' softmax; ``None``: the vote's.
-        probabilities: with which the model draws each member, (M,), if it is a random one.
+        tau: the temperature of the members' softmax; ``None``: the vote's.
+        rule: the reading of eq. 10 (`log_reweighing`).
+        probabilities: the probabilities with which a random model draws each member, (M,).
     """
     leave, reach = goal.overtaken(scores_NK), goal.reach
     detached_MNK = logits_MNK.detach()
@@ -130,15 +133,16 @@ def mora(
 
 
 class MORA(DescentAttack):
-    r"""MORA, in the norms Linf and L2.
+    r"""An attack with MORA on an ensemble, in the norms Linf and L2 (Yu, Gao, Xu, NeurIPS 2022).
 
-    A descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that are still
-    robust, those with the smallest margin first. The first beta's steps are spent in seven descents, as most samples need
-    few steps, and most others the right class rather than many: one from the clean image, untargeted, then six of an eighth
-    of the steps. These and the later ones start at random and aim, sample by sample, at the wrong class that has come
-    closest in all iterates so far, among those that the fewest descents of as many steps or more have aimed at. The paper's
-    sweep is one untargeted descent a beta (``aimed=False``), where different betas mostly end at the same class, and its
-    targets are the likeliest classes of the clean image; under hard votes both leave more samples robust.
+    It makes a descent for each beta, then, with ``targets``, that many more at the beta 0.5; each only on the samples that
+    are still robust, those with the smallest margin first. The first beta's steps are spent in seven descents, as most
+    samples need few steps, and most others the right class rather than many: one from the clean image, untargeted, then six
+    of an eighth of the steps, if these are at least five. These and the later ones start at random and aim, sample by
+    sample, at the wrong class that has come closest in all iterates so far, among those that the fewest descents of as many
+    steps or more have aimed at. The paper's sweep is one untargeted descent a beta (``aimed=False``), where different betas
+    mostly end at the same class, and its targets are the likeliest classes of the clean image; under hard votes both leave
+    more samples robust.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
@@ -148,14 +152,15 @@ class MORA(DescentAttack):
         betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
         tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
-        seed (int): of the random starts. (Default: 0)
+        seed (int): seed of the random starts. (Default: 0)
         aimed (bool): whether the first beta's descent is cut, and all but the first aim at single classes. (Default: True)
-        weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``.
-        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"`` or ``"code"``. (Default:
+            ``"derivative"``)
+        eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Raises:
-        NotAnEnsembleError: ``model`` shows no members; `as_ensemble` can name them.
+        NotAnEnsembleError: Where ``model`` shows no members; `as_ensemble` can name them.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]
@@ -205,7 +210,7 @@ class MORA(DescentAttack):
         check_choice("weight_rule", self.weight_rule, WEIGHT_RULES)
 
     def sweep(self) -> list[tuple[float, int]]:
-        """Beta and steps of each descent, but for those at ``targets``."""
+        """Return the beta and the steps of each descent, but for those at ``targets``."""
         first, *others = self.betas
         eighth = self.steps // 8
         short = [(first, eighth)] * (SHORT if self._aims and eighth >= FEWEST_STEPS else 0)

@@ -1,6 +1,7 @@
-"""PGD (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018) with restarts, in the loop
-of every attack here; on the margin of the logits it is the Linf form of Carlini and Wagner's attack that ensemble defenses
-are evaluated with.
+"""Implement PGD with restarts (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018).
+
+It runs in the loop of every attack here; on the margin of the logits it is the Linf form of Carlini and Wagner's attack that
+ensemble defenses are evaluated with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LOSSES = ("ce", "margin")
 
 
 class PGD(DescentAttack):
-    r"""PGD on any classifier, in the norms Linf and L2, as the MORA paper runs it.
+    r"""An attack with PGD on any classifier, in the norms Linf and L2, as the MORA paper runs it (Madry et al., ICLR 2018).
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
@@ -25,10 +26,11 @@ class PGD(DescentAttack):
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
         alpha (float): step size. (Default: None: eps / 4)
         steps (int): gradient steps of each restart. (Default: 100)
-        n_restarts (int): random starts; each only on the samples still robust. (Default: 5)
-        seed (int): of the random starts. (Default: 0)
-        loss (str): ``"ce"``, or ``"margin"`` (CW: the best other logit minus the label's). (Default: ``"ce"``)
-        eot_iter (int): of a random model, draws of every iterate. (Default: None: the model is deterministic)
+        n_restarts (int): random starts, each only on the samples still robust. (Default: 5)
+        seed (int): seed of the random starts. (Default: 0)
+        loss (str): what is climbed, ``"ce"`` or ``"margin"`` (CW: the best other logit minus the label's). (Default:
+            ``"ce"``)
+        eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
 
     Shape:

@@ -1,5 +1,5 @@
-"""Attacks by name, each one record: this package's, AutoAttack's, torchattacks' (``torchattacks:PGD?steps=50``), and those
-that other packages register.
+"""List the attacks by name, each as one record: this package's, AutoAttack's, torchattacks' (``torchattacks:PGD?steps=50``),
+and those that other packages register.
 
 Another package registers an attack as an entry point of the group ``ensemble_attacks.attacks``: a name, and a torchattacks
 ``Attack`` class or any function of a model that makes one. Of ``norm``, ``eps``, ``seed``, ``batch_size`` and ``eot_iter``,
@@ -50,16 +50,17 @@ BOYTSOV = "arXiv:2402.17018"
 
 @dataclass(frozen=True, eq=False)
 class NamedAttack:
-    """All that is known of an attack.
+    """A record of all that is known of an attack.
 
     Attributes:
         summary: what it does, in one line.
-        make: (model, norm, eps, seed, batch_size, eot_iter) -> a torchattacks ``Attack``; ``None``: AutoAttack's own, or a
-            pipeline of several.
-        needs: of a model, keys of `NEEDS`.
-        norms: that it is defined for.
-        fewest_classes: that it is defined for.
-        cost: forward and backward passes of an image that holds out, at most; of a random model, times its draws.
+        make: the function (model, norm, eps, seed, batch_size, eot_iter) -> a torchattacks ``Attack``; ``None`` for
+            AutoAttack's own attacks and for pipelines of several.
+        needs: what it needs of a model, as keys of `NEEDS`.
+        norms: the norms that it is defined for.
+        fewest_classes: the smallest number of classes that it is defined for.
+        cost: the largest number of forward and backward passes of an image that holds out; of a random model, times its
+            draws.
         source: the paper.
     """
 
@@ -73,7 +74,7 @@ class NamedAttack:
 
     @property
     def needs_members(self) -> bool:
-        """Does it look inside an ensemble?"""
+        """Tell whether it looks inside an ensemble."""
         return MEMBERS in self.needs
 
     def check(self, model: nn.Module, name: str = "the attack") -> None:
@@ -230,10 +231,10 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
 
 @cache
 def registered() -> dict[str, NamedAttack]:
-    """The attacks of this package, of AutoAttack, and of every installed package that registers some.
+    """Return the attacks of this package, of AutoAttack, and of every installed package that registers some, by name.
 
     Raises:
-        ValueError: two have the same name.
+        ValueError: Where two have the same name.
     """
     found, owners = dict(RECORDS), dict.fromkeys(RECORDS, "ensemble-attacks")
     for entry in entry_points(group=GROUP):
@@ -246,7 +247,11 @@ def registered() -> dict[str, NamedAttack]:
 
 
 def find_attack(name: str) -> NamedAttack:
-    """The attack of that name; ValueError with the nearest one otherwise."""
+    """Return the attack of a name.
+
+    Raises:
+        ValueError: Where the name is unknown; the message names the nearest one.
+    """
     if name.startswith(PEER):
         return _peer(name)
     known = registered()
@@ -256,7 +261,11 @@ def find_attack(name: str) -> NamedAttack:
 
 
 def find_maker(name: str) -> Callable[..., Attack]:
-    """How to make the attack of that name; ValueError for one that cannot be made by itself."""
+    """Return the function that makes the attack of a name (`NamedAttack.make`).
+
+    Raises:
+        ValueError: Where the name is unknown, or the attack cannot be made by itself.
+    """
     make = find_attack(name).make
     if make is None:
         own = [known for known, record in registered().items() if record.make is not None]
@@ -265,7 +274,7 @@ def find_maker(name: str) -> Callable[..., Attack]:
 
 
 def _adapted(name: str, load: Callable[[], Callable[..., Attack]], **options: Any) -> Callable[..., Attack]:
-    """Makes an attack that may not know all of our settings; ``options`` go before them."""
+    """Return a function that makes an attack that may not know all of our settings; ``options`` override them."""
 
     def make(model: nn.Module, *, norm: str, **settings: Any) -> Attack:
         attack = load()
@@ -282,15 +291,15 @@ def _adapted(name: str, load: Callable[[], Callable[..., Attack]], **options: An
 
 
 def _native_norm(name: str) -> str:
-    """Of an attack without a parameter for it: torchattacks' names say so, as in PGDL2."""
+    """Return the norm of an attack without a parameter for it: L2 where its name ends so, as in PGDL2, else Linf."""
     return "L2" if name.upper().endswith("L2") else "Linf"
 
 
 def _peer(name: str) -> NamedAttack:
-    """One of torchattacks', with options: ``torchattacks:PGD?steps=50&alpha=0.002``.
+    """Return the record of an attack of torchattacks, with options: ``torchattacks:PGD?steps=50&alpha=0.002``.
 
     Raises:
-        ValueError: no such attack or option.
+        ValueError: Where there is no such attack or option.
     """
     import torchattacks
 

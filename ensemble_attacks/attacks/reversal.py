@@ -1,7 +1,8 @@
-"""Front-end reversal: attack what lies behind a front end, and carry the perturbation back through it without a gradient
-(the ``front_rev`` attack of Bosch Research's bcai_art, by the authors of arXiv:2402.17018).
+"""Implement front-end reversal: attack what lies behind a front end, and carry the perturbation back through it without a
+gradient (the ``front_rev`` attack of Bosch Research's bcai_art, by the authors of arXiv:2402.17018).
 
-For front ends that BPDA's identity does not stand in for: those far from the identity, or that change the image's size.
+It is meant for front ends that BPDA's identity does not stand in for: those far from the identity, or that change the
+image's size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ SHARES = 10  # of the perturbation that are tried: 1/10, 2/10, ..., 1
 
 
 class Behind(nn.Module):
-    """What a model does with the output of one of its parts. Takes (N, ...) in [0, 1], for ``REACH * (2 v - 1)``."""
+    """A module that does what a model does with the output of one of its parts.
+
+    It takes values v (N, ...) in [0, 1], which stand for outputs ``REACH * (2 v - 1)``, and returns scores (N, K).
+
+    Raises:
+        PartError: Where there is no such part, or more than one.
+    """
 
     def __init__(self, model: nn.Module, part: str) -> None:
         super().__init__()
@@ -51,7 +58,11 @@ class Behind(nn.Module):
 
     @torch.no_grad()
     def seen(self, x: Tensor) -> Tensor:
-        """The part's output for images (N, C, H, W), as values in [0, 1]."""
+        """Return the part's output for images (N, C, H, W), as values in [0, 1].
+
+        Raises:
+            PartError: Where the part is not called, or its outputs go beyond `REACH`.
+        """
         kept: list[Tensor] = []
         handle = self.part.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
@@ -82,12 +93,12 @@ def _forward_of(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[N
 
 
 class FrontEndReversal(ComposedAttack):
-    r"""An attack on what lies behind a front end, carried back to the image by the front end's mean amplification.
+    r"""An attack on what lies behind a front end that is carried back to the image by the front end's mean amplification.
 
-    The front end amplifies random perturbations ``s`` times. What lies behind is attacked from ``F(x)`` within ``s eps``;
-    what is found is divided by ``s``, 1/10, 2/10, ... up to the whole of it is added to the image, and the first share that
-    fools the model is kept. Each further round starts half a perturbation away, with half the radius. The front end is
-    never differentiated. Success is decided by one forward pass.
+    The source is bcai_art's ``front_rev`` (arXiv:2402.17018). The front end amplifies random perturbations ``s`` times. What
+    lies behind is attacked from ``F(x)`` within ``s eps``; what is found is divided by ``s``, 1/10, 2/10, ... up to the
+    whole of it is added to the image, and the first share that fools the model is kept. Each further round starts half a
+    perturbation away, with half the radius. The front end is never differentiated. Success is decided by one forward pass.
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
@@ -96,13 +107,13 @@ class FrontEndReversal(ComposedAttack):
             (Default: ``"frontend"``)
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        rounds (int): (Default: 3)
-        amplification (float): ``s``; ``None``: measured on the images of every call, on which the result then depends.
-            (Default: None)
-        arguments: of ``attack``.
+        rounds (int): number of rounds. (Default: 3)
+        amplification (float): the ``s`` above; ``None``: measured on the images of every call, on which the result then
+            depends. (Default: None)
+        arguments: further arguments of ``attack``.
 
     Raises:
-        PartError: no such part, more than one, or one whose output is not image-like.
+        PartError: Where there is no such part, more than one, or, in a call, one whose output is not image-like.
 
     Shape:
         - images: :math:`(N, C, H, W)`, floating point in [0, 1]
@@ -141,7 +152,7 @@ class FrontEndReversal(ComposedAttack):
             self.inner.set_model(behind)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack: (N, C, H, W) in [0, 1], (N,) -> (N, C, H, W)."""
+        """Attack images (N, C, H, W) in [0, 1] with labels (N,), and return adversarial images (N, C, H, W)."""
         self._check_inputs(images, labels)
         clean = self.box.clamp(images.detach().clone().to(self.device))
         labels = labels.to(self.device).long()
@@ -184,7 +195,7 @@ class FrontEndReversal(ComposedAttack):
         return torch.cat([self.inner.model.seen(images) for images in self._split(self._as_taken(x))])
 
     def _amplification(self, x: Tensor) -> float:
-        """``E |F(x + d) - F(x)| / |d|`` over random ``d`` on the sphere."""
+        """Return ``E |F(x + d) - F(x)| / |d|`` over random ``d`` on the sphere, at least 1e-6."""
         norm = NORMS[self.norm]
         noise = start_noise(sample_keys(x, self.box), x, seed=getattr(self, "seed", 0), restart=0, norm=self.norm)
         delta = make_ball(self.norm, x, self.eps, self.box).start(noise) - x
