@@ -1,4 +1,7 @@
-"""Is a defense masking its gradients? Named checks, each with figure, threshold, verdict, source and what to run next."""
+"""Find out whether a defense masks its gradients.
+
+The checks have names, and each has a figure, threshold, verdict, source and what to run next.
+"""
 
 from ensemble_attacks.diagnostics.binarization import Binarization, binarization
 from ensemble_attacks.diagnostics.checks import diagnose

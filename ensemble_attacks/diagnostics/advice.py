@@ -1,4 +1,4 @@
-"""Which attacks a model asks for, from its structure and from what a diagnosis flags."""
+"""Choose the attacks that a model asks for, from its structure and from what a diagnosis flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ensemble_attacks.models.structure import Structure
 
 
 def adaptive_attacks(structure: Structure) -> list[str]:
-    """The attacks that a structure asks for, cheapest first, by the names of the registry and of AutoAttack."""
+    """Return the attacks that a structure asks for, cheapest first, by the names of the registry and of AutoAttack."""
     names = []
     if structure.frontend:
         names += ["bpda"]
@@ -24,7 +24,7 @@ def adaptive_attacks(structure: Structure) -> list[str]:
 
 
 def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
-    """The adaptive suite that a structure and its flags call for, cheapest first."""
+    """Return the adaptive suite that a structure and its flags call for, cheapest first."""
     asked = {flag.next for flag in flags if flag.next}
     chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
     return [name for name, record in RECORDS.items() if name in chosen and (structure.members or not record.needs_members)]

@@ -1,7 +1,7 @@
-"""The binarization test of [Z22]: does an attack find an adversarial example that is known to be there?
+"""Run the binarization test of [Z22], which asks whether an attack finds an adversarial example that is known to be there.
 
-[Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022, arXiv:2206.13991. Of
-an ensemble, every member's read-out is made binary, and the aggregation is left in place.
+[Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022, arXiv:2206.13991. In an
+ensemble, every member's read-out is made binary, and the aggregation is left in place.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ RANDOM = 200  # points tried by the random attack
 
 @dataclass(frozen=True, eq=False)
 class Binarization:
-    """By image that could be made a task, (N,).
+    """A record of the test's results, by image that could be made a task, (N,).
 
     Attributes:
-        found: the attack succeeds. All should; below 0.95 it is too weak for the model [Z22].
-        by_chance: so does one of 200 random points; where most do, the task is too easy to tell.
-        skipped: images that could not: the read-outs cannot divide the points, or a random model does so only at times.
+        found: (N,) bool: whether the attack succeeds, which it should on all; with a share below 0.95 it is too weak for the
+            model [Z22].
+        by_chance: (N,) bool: whether one of 200 random points succeeds, too; where most do, the task is too easy to tell.
+        skipped: the number of images that could not be made a task: the read-outs cannot divide the points, or a random
+            model does so only at times.
     """
 
     found: Tensor
@@ -47,23 +49,28 @@ class Binarization:
 
     @property
     def score(self) -> float:
-        """Share of the tasks that the attack solves; NaN without any."""
+        """Return the share of the tasks that the attack solves, in [0, 1]; NaN without any."""
         return self.found.double().mean().item()
 
 
 def binarization(
     attack: Callable[[nn.Module], Attack], model: nn.Module, x: Tensor, *, eps: float, seed: int = 0
 ) -> Binarization:
-    """Test an attack on binary tasks made of a model.
+    """Test an attack on binary tasks made of a model ([Z22]).
 
     Args:
         attack: makes a torchattacks ``Attack`` in Linf: ``lambda net: PGD(net, eps=0.03)``.
         model: images in [0, 1] -> scores (N, K). Its linear layers with K outputs are the read-outs.
         x: images (N, C, H, W); ten or so are enough.
         eps: radius of the ball, in pixel units of [0, 1].
+        seed: the seed of the random points, and of all randomness while the attack runs.
+
+    Returns:
+        The tasks that the attack solves, and those that chance does.
 
     Raises:
-        TypeError, ValueError: unusable arguments; a model without linear read-outs, or whose aggregation wants K classes.
+        TypeError, ValueError: Where arguments are unusable, or a model has no linear read-outs or an aggregation that wants
+            K classes.
 
     >>> from ensemble_attacks import PGD
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
@@ -89,12 +96,15 @@ def binarization(
 
 
 def _uniform(image: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, C, H, W) in [-1, 1]."""
+    """Return random numbers (count, C, H, W) in [-1, 1]."""
     return (2 * torch.rand((count, *image.shape[1:]), generator=generator, device="cpu") - 1).to(image)
 
 
 def _boundary(image: Tensor, eps: float, count: int, generator: torch.Generator) -> Tensor:
-    """Random points, a pixel of each on the boundary of the ball: the one that moves the most, away from the box's."""
+    """Return random points, each with a pixel on the boundary of the ball.
+
+    It is the one that moves the most, and it moves away from the nearer edge of the box.
+    """
     directions = _uniform(image, count, generator)
     furthest = directions.flatten(1).abs().argmax(1, keepdim=True)
     inwards = torch.where(image.flatten(1).expand(count, -1).gather(1, furthest) > 0.5, -1.0, 1.0).to(image)
@@ -103,7 +113,11 @@ def _boundary(image: Tensor, eps: float, count: int, generator: torch.Generator)
 
 
 class _Binary:
-    """A copy of a model whose read-outs are made anew for every image."""
+    """A copy of a model whose read-outs are made anew for every image.
+
+    Raises:
+        ValueError: Where the model cannot be copied, has no linear read-outs, or cannot do with binary ones.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         try:
@@ -136,7 +150,10 @@ class _Binary:
 
     @torch.no_grad()
     def fit(self, image: Tensor, eps: float, generator: torch.Generator) -> bool:
-        """Read-outs that divide the image and inner points (class 0) from one boundary point (class 1), if there are any."""
+        """Fit read-outs that divide the image and inner points (class 0) from one boundary point (class 1).
+
+        Tell whether there are any that do.
+        """
         inner = UNIT.clamp(image + ETA * eps * _uniform(image, INNER, generator))
         points = torch.cat([image, inner, _boundary(image, eps, 1, generator)])
         for name, features in self._features(points).items():
@@ -165,7 +182,7 @@ class _Binary:
 
 
 def _divide(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Fisher's discriminant (D,) and bias between all points but the last, and the last, close to it."""
+    """Return Fisher's discriminant (D,) and bias between all points but the last, and the last, close to it."""
     inner, outer = features_ND[:-1], features_ND[-1]
     centred = inner - inner.mean(0)
     covariance = centred.T @ centred / len(inner)

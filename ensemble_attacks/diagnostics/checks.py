@@ -1,9 +1,9 @@
-"""The checks, by what they look at: structure, gradients, and how attacks behave.
+"""Run the checks, by what they look at: structure, gradients, and how attacks behave.
 
 Sources: [C19] Carlini et al., "On Evaluating Adversarial Robustness", arXiv:1902.06705. [A18] Athalye et al., "Obfuscated
-Gradients Give a False Sense of Security", ICML 2018. [P22] Pintor et al., "Indicators of Attack Failure", NeurIPS 2022,
-I1 to I6. [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022. [CH20] Croce
-& Hein, AutoAttack, ICML 2020.
+Gradients Give a False Sense of Security", ICML 2018. [P22] Pintor et al., "Indicators of Attack Failure", NeurIPS 2022, I1
+to I6. [Z22] Zimmermann et al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022. [CH20] Croce &
+Hein, AutoAttack, ICML 2020.
 """
 
 from __future__ import annotations
@@ -48,10 +48,15 @@ def diagnose(
         model: images in [0, 1] -> scores (N, K).
         x, y: some images (N, C, H, W) and their classes (N,); 64 are enough.
         eps: radius of the ball, in pixel units of [0, 1].
-        attack: whose failures are looked into, as in `indicators`. (Default: PGD, 50 steps; EOTAPGD for a random model)
+        seed: the seed of all randomness.
+        attack: makes the attack whose failures are looked into, as in `indicators`. (Default: PGD, 50 steps; EOTAPGD for a
+            random model)
+
+    Returns:
+        The checks, and the attacks that they call for.
 
     Raises:
-        TypeError, ValueError: unusable arguments.
+        TypeError, ValueError: Where arguments are unusable.
     """
     check_module(model)
     check_images(x, "x")

@@ -1,4 +1,4 @@
-"""What an examination works with."""
+"""Hold what an examination works with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNBOUNDED = 0.5  # radius at which every image can become any other [C19]
 
 
 class Examination:
-    """A model being looked at, and what looking takes: attacks, gradients, noise, accuracies."""
+    """A model that is looked at, and what looking takes: attacks, gradients, noise, accuracies."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Examination:
         return judge(self.original, self.x, self.y, images, eps=1.0, draws=draws).accuracy
 
     def gradient(self, model: nn.Module, x: Tensor, loss: Any = None) -> Tensor | None:
-        """Of the margin, or of another loss, at images; ``None`` where there is none."""
+        """Return the gradient of the negative margin, or of another loss, at images; ``None`` where there is none."""
         images = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             try:
@@ -90,7 +90,7 @@ class Examination:
         return (2 * torch.rand(self.x.shape, generator=generator, device="cpu") - 1).to(self.x)
 
     def surrogate(self) -> str:
-        """The attack on a stand-in that the structure allows, if any."""
+        """Return the name of the attack on a stand-in that the structure allows; empty if there is none."""
         if self.structure.frontend:
             return "bpda"
         return "crossmax-transfer" if self.structure.members else ""

@@ -1,4 +1,4 @@
-"""What an examination finds."""
+"""Record what an examination finds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ OK, FLAG, NOTE = "ok", "flag", "note"
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """A record of one finding.
 
     Attributes:
+        name: the name of the check.
         figure, threshold: what was measured, and the value beyond which it is a flag.
         verdict: ``"flag"``, ``"ok"``, or ``"note"`` for what is only good to know.
-        meaning: in words.
+        meaning: what the figure is, in words.
         next: the attack to run, by its name in the registry; empty if there is none to suggest.
         source: the paper.
     """
@@ -36,11 +37,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings of a model.
+    """A record of all findings of a model.
 
     Attributes:
-        attacks: what the findings call for, cheapest first.
-        passes: forward and backward passes per image that they cost.
+        structure: what the model shows of itself.
+        checks: the findings.
+        attacks: the attacks that the findings call for, cheapest first.
+        passes: the forward and backward passes per image that the findings cost.
     """
 
     structure: Structure
@@ -50,11 +53,11 @@ class Diagnosis:
 
     @property
     def flags(self) -> list[str]:
-        """Names of the checks that are flags."""
+        """Return the names of the checks that are flags."""
         return [check.name for check in self.checks if check.verdict == FLAG]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the diagnosis as a dictionary, for JSON."""
         return asdict(self)
 
 
@@ -63,12 +66,12 @@ def flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str =
 
 
 def measure(name: str, figure: float, threshold: float, meaning: str, next_: str = "", source: str = "") -> Check:
-    """A flag where the figure is above the threshold (or not a number)."""
+    """Return a check that is a flag where the figure is above the threshold (or not a number)."""
     return Check(name, OK if figure <= threshold else FLAG, figure, threshold, meaning, next_, source)
 
 
 def measured(name: str, by_image: Tensor, threshold: float, meaning: str, next_: str, source: str) -> Check:
-    """`_measure` of the mean over images; a note where it is not a number."""
+    """Return the check that `measure` makes of the mean over images; a note where it is not a number."""
     figure = by_image.double().mean().item()
     if math.isnan(figure):
         return Check(

@@ -1,4 +1,4 @@
-"""The six indicators of attack failure of [P22]: does an attack that fails, fail for a reason of its own?
+"""Compute the six indicators of attack failure of [P22], which tell whether an attack fails for a reason of its own.
 
 [P22] Pintor et al., "Indicators of Attack Failure: Debugging and Improving Optimization of Adversarial Examples", NeurIPS
 2022, arXiv:2106.09947. The loss is the paper's: the label's logit minus the best other.
@@ -36,8 +36,9 @@ PROGRESS = 0.05  # of its range
 
 @dataclass(frozen=True, eq=False)
 class Indicators:
-    """By sample, (N,): 1 where a failure is indicated, 0 where it is not; `unstable_predictions` lies between. I3 and I4 are
-    NaN where the attack never looked at a point of the ball.
+    """A record of the indicators by sample, (N,): 1 where a failure is indicated, 0 where it is not.
+
+    `unstable_predictions` lies between. I3 and I4 are NaN where the attack never looked at a point of the ball.
 
     Attributes:
         unavailable_gradients: I1, the loss has no gradient, or zero.
@@ -105,21 +106,25 @@ def indicators(
     seed: int = 0,
     radius: float = RADIUS,
 ) -> Indicators:
-    """Run an attack sample by sample, and look for reasons why it may fail.
+    """Run an attack sample by sample, and look for reasons why it may fail ([P22]).
 
     What the attack looked at is what it asked the model to score within the ball, so that the probes of an attack that
     estimates its gradients count, too. An image outside the ball is no success.
 
     Args:
         attack: makes a torchattacks ``Attack`` in Linf: ``lambda net, eps: PGD(net, eps=eps)``.
-        model: what it climbs on; images in [0, 1] -> scores (N, K).
+        model: the model that it climbs on; images in [0, 1] -> scores (N, K).
         x, y: images (N, C, H, W) and labels (N,); ten or so are enough.
         eps: radius of the ball, in pixel units of [0, 1].
-        target: what it shall fool. (Default: the model)
-        radius: side of the cube of I2.
+        target: the model that it shall fool. (Default: the model)
+        seed: the seed of all randomness.
+        radius: the side of the cube of I2, in pixel units of [0, 1].
+
+    Returns:
+        The six indicators of every sample.
 
     Raises:
-        TypeError, ValueError: unusable arguments.
+        TypeError, ValueError: Where arguments are unusable.
 
     >>> from ensemble_attacks import PGD
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -176,7 +181,7 @@ def _of_sample(
 
 
 def _gradient_is_missing(model: nn.Module, x: Tensor, y: Tensor) -> tuple[bool, bool]:
-    """Whether the loss has no gradient, or zero; and whether an attack can ask for one."""
+    """Tell whether the loss has no gradient, or zero; and whether an attack can ask for one."""
     images = x.clone().requires_grad_()
     try:
         with torch.enable_grad():
@@ -188,7 +193,7 @@ def _gradient_is_missing(model: nn.Module, x: Tensor, y: Tensor) -> tuple[bool, 
 
 @torch.no_grad()
 def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int, radius: float) -> float:
-    """``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side ``radius``."""
+    """Return ``min(1, mean |L(x + d) - L(x)| / |L(x)|)`` over directions drawn from a cube of side ``radius``."""
     generator = torch.Generator().manual_seed(seed)
     directions = radius * (torch.rand((NEIGHBOURS, *x.shape[1:]), generator=generator, device="cpu") - 0.5)
     at_x = margin(ask(model, x), y)
@@ -198,7 +203,7 @@ def _instability(model: nn.Module, x: Tensor, y: Tensor, seed: int, radius: floa
 
 
 def _still_moves(losses: list[float]) -> bool:
-    """Whether the best loss so far falls, over the last ten steps, by more than 5% of the range of all."""
+    """Tell whether the best loss so far falls, over the last ten steps, by more than 5% of the range of all."""
     best = torch.tensor(losses).cummin(0).values
     reach = max(losses) - min(losses)
     return reach > 0 and bool((best[-LAST:].max() - best[-1]) / reach > PROGRESS)

@@ -1,4 +1,4 @@
-"""What attacks on it say: do they behave as attacks on an honest model must?"""
+"""Check what attacks on a model say: whether they behave as attacks on an honest model must."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _transfer(examined: Examination, white: float, slack: float) -> Iterator[Che
 
 
 def of_one_attack(examined: Examination) -> Iterator[Check]:
-    """An attack, image by image: the indicators of its failure, and whether it solves tasks that can be solved.
+    """Yield checks of one attack, image by image: indicators of its failure, and whether it solves tasks that can be solved.
 
     I1 is ``zero_gradients``; I5, of attacks on another model than the target, is left to `indicators`.
     """

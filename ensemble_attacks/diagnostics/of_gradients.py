@@ -1,4 +1,4 @@
-"""What its gradients say: are they there, finite, smooth, and do its members agree?"""
+"""Check what a model's gradients say: whether they are there, finite and smooth, and whether its members agree."""
 
 from __future__ import annotations
 

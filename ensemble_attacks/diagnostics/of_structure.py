@@ -1,4 +1,4 @@
-"""What a model's structure says: randomness, memory, aggregation, the kind of its scores."""
+"""Check what a model's structure says: randomness, memory, aggregation, the kind of its scores."""
 
 from __future__ import annotations
 

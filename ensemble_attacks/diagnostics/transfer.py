@@ -1,4 +1,4 @@
-"""How far adversarial examples carry from one member of an ensemble to another."""
+"""Measure how far adversarial examples carry from one member of an ensemble to another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ BATCH = 250
 
 
 def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
-    """Share (%) of the images crafted on member i (row) that member j gets wrong, (M, M).
+    """Return the share (%) of the images crafted on member i (row) that member j gets wrong, (M, M).
 
     The attack is torchattacks' PGD with steps of eps / 4, on that member alone, from the images that all members get right
-    (NaN, if there are none). Scores that decide nothing (`judge.decided`) are no success.
+    (NaN, if there are none). Scores that decide nothing (`ensemble_attacks.scores.decided`) are no success.
 
     Args:
-        members: each (N, C, H, W) in [0, 1] -> logits (N, K).
-        x, y: images and labels (N,).
+        members: modules, each (N, C, H, W) in [0, 1] -> logits (N, K).
+        x, y: images (N, C, H, W) and labels (N,).
         eps: Linf radius in pixel units of [0, 1].
+        steps: the number of gradient steps.
     """
     members = list(members)
     right = right_for_all(members, x, y)
@@ -40,7 +41,7 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
 
 @torch.no_grad()
 def right_for_all(members: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
-    """(N,) bool: what every member classifies rightly."""
+    """Return the samples that every member classifies rightly, (N,) bool."""
     return torch.stack([ask(member, x).argmax(1) == y for member in members]).all(0)
 
 
@@ -51,7 +52,7 @@ def _fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Member(nn.Module):
-    """One member of an ensemble, as the ensemble itself runs it: (N, C, H, W) -> (N, K)."""
+    """A member of an ensemble that runs as the ensemble itself runs it: (N, C, H, W) -> (N, K)."""
 
     def __init__(self, ensemble: nn.Module, index: int) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class Member(nn.Module):
 
 
 def draw_transfer(axes: Any, shares: Tensor) -> None:
-    """The matrix as a heat map on a figure's axes."""
+    """Draw the matrix as a heat map on a figure's axes."""
     drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis")
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
