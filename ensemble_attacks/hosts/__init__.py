@@ -1,1 +1,1 @@
-"""The packages that this one works with: AutoAttack and RobustBench."""
+"""Work with the packages AutoAttack and RobustBench, and check how they are installed."""

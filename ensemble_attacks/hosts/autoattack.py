@@ -1,4 +1,4 @@
-"""AutoAttack's own pipeline (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+"""Run AutoAttack's own pipeline (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks", ICML 2020), with any attack in it.
 
 The attacks of the standard suite are those of the installed package. What is done with their images is done here, since the
@@ -87,7 +87,7 @@ class Flag:
 
 
 class Function(nn.Module):
-    """A function as a module."""
+    """A module that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -99,40 +99,44 @@ class Function(nn.Module):
 
 
 class AutoAttack(Original):  # type: ignore[misc, valid-type]
-    r"""AutoAttack, with the arguments and results of the original and the attacks of this package.
+    r"""An AutoAttack that has the arguments and results of the original (Croce & Hein, ICML 2020), and can run any attack.
 
-    ``version`` ``"standard"``, ``"plus"`` and ``"rand"`` are the original's. ``"ensemble"`` runs MORA, its targeted stage,
-    then the standard suite on what is left; ``"adaptive"`` what the model's structure asks for (`adaptive_attacks`);
-    ``"auto"`` what a diagnosis asks for (`diagnostics.diagnose`), until two attacks in a row have moved nothing.
-    ``attacks_to_run`` mixes any: names of the original or of the registry (`ensemble_attacks.registry`, also
-    ``"torchattacks:PGD?steps=50"``), and instances of any torchattacks ``Attack``.
+    The versions ``"standard"``, ``"plus"`` and ``"rand"`` are the original's. ``"ensemble"`` runs MORA, its targeted stage,
+    then the standard suite on what is left; ``"adaptive"`` runs what the model's structure asks for (`adaptive_attacks`);
+    ``"auto"`` runs what a diagnosis asks for (`diagnostics.diagnose`), until two attacks in a row have moved nothing; in
+    another norm than Linf, or on fewer than four images, it chooses as ``"adaptive"`` does. ``attacks_to_run`` mixes any:
+    names of the original or of the registry (`ensemble_attacks.registry`, also ``"torchattacks:PGD?steps=50"``), and
+    instances of any torchattacks ``Attack``.
 
-    Unlike the original: an image outside the ball, or not finite, or with a NaN or infinite score, is no success; a random
-    model is judged by the majority of ``draws`` fresh predictions; fewer than ten classes are fine; ``state_path`` resumes,
-    images included; the model's mode, the caller's random state and ``sys.settrace`` are left as they were.
+    Unlike the original: an image outside the ball, or not finite, or with a NaN score or an infinite best one, is no
+    success; a random model is judged by the majority of ``draws`` fresh predictions; fewer than ten classes are fine;
+    ``state_path`` resumes, images included; the model's mode, the caller's random state and ``sys.settrace`` are left as
+    they were.
 
     Arguments:
-        model (nn.Module): images in [0, 1] -> scores (N, K); any function will do for the original's attacks.
+        model (nn.Module): images (N, C, H, W) in [0, 1] -> scores (N, K); any function will do for the original's attacks.
         norm (str): ``"Linf"``, ``"L2"`` or, for the original's attacks, ``"L1"``. (Default: ``"Linf"``)
         eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 0.3)
-        seed (int): ``None``: from the clock, as in the original. (Default: None)
-        verbose (bool): print what happens. (Default: True)
-        attacks_to_run (sequence): names and attacks; not with a version other than ``"custom"``. (Default: ())
-        version (str): ``None``: ``"custom"`` with ``attacks_to_run``, else ``"standard"``. (Default: None)
-        is_tf_model (bool): TensorFlow models are not supported. (Default: False)
-        device (str or torch.device): ``None``: the model's. (Default: None)
+        seed (int): seed of all attacks; ``None``: taken from the clock, as in the original. (Default: None)
+        verbose (bool): whether to print what happens. (Default: True)
+        attacks_to_run (sequence): names and attacks; only with the version ``"custom"``. (Default: ())
+        version (str): one of the above, or ``"custom"``; ``None``: ``"custom"`` with ``attacks_to_run``, else
+            ``"standard"``. (Default: None)
+        is_tf_model (bool): must be False, as TensorFlow models are not supported. (Default: False)
+        device (str or torch.device): where the attacks run; ``None``: the model's. (Default: None)
         log_path (str): a file to which what is printed is added. (Default: None)
 
     Attributes:
         flags (list of Flag): after a run, what speaks against its result.
         stages (dict): after a run, by attack, which samples (N,) were robust when it had finished.
-        robust (Tensor): after a run, which samples (N,) are.
-        robust_accuracy (float): after a run, in [0, 1]; of a random model, the mean over its draws.
-        draws (int): predictions by which a random model is judged. (Default: 20)
+        robust (Tensor): after a run, which samples (N,) are robust.
+        robust_accuracy (float): after a run, the robust accuracy, in [0, 1]; of a random model, the mean over its draws.
+        draws (int): number of predictions by which a random model is judged. (Default: 20)
         eot_iter (int): draws of every iterate of this package's attacks on a random model. (Default: 20)
 
     Raises:
-        ValueError: an unknown version or attack (names the nearest one).
+        TypeError, ValueError: Where an argument cannot be used; for an unknown version or attack the message names the
+            nearest one.
 
     Examples::
         >>> from ensemble_attacks import AutoAttack
@@ -187,7 +191,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self._ready = True
 
     def set_version(self, version: str = "standard") -> None:
-        """Switch to another version."""
+        """Switch to another version and its attacks, and keep all other settings."""
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
@@ -210,15 +214,17 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
         Args:
             x_orig, y_orig: images (N, C, H, W) in [0, 1], and classes (N,).
-            bs: samples per batch.
-            return_labels: also return what the model predicts, (N,).
+            bs: the number of samples per batch.
+            return_labels: whether to return also what the model predicts, (N,).
             state_path: a file to which the run is saved, images included, and from which the same run goes on.
 
         Returns:
-            The images, clean where none succeeded.
+            The images (N, C, H, W), clean where none succeeded; with ``return_labels``, a pair of these and the predictions.
 
         Raises:
-            TypeError, ValueError: unusable arguments, or a state of another run (says what differs); nothing has been run.
+            TypeError, ValueError: Where arguments are unusable, or the state is of another run (the message says what
+                differs); nothing has been run.
+            FileNotFoundError: Where the folder of ``state_path`` does not exist.
         """
         path = None if state_path is None else Path(state_path)
         if path is not None and not path.parent.is_dir():
@@ -239,7 +245,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        """Each attack by itself, on all samples: by name, what `run_standard_evaluation` returns of it."""
+        """Run each attack by itself, on all samples; return by name what `run_standard_evaluation` returns of it."""
         version, names, results = self.version, self.attacks_to_run, {}
         with self._untouched():
             chosen = self._prepare(x_orig, y_orig, bs)
@@ -253,14 +259,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         return results
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """Share of right predictions, in [0, 1]."""
+        """Return the share of right predictions, in [0, 1]."""
         with self._untouched():
             accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=1.0, batch_size=bs).accuracy
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
     def _prepare(self, x: Tensor, y: Tensor, bs: int) -> dict[str, Name]:
-        """Look at the model; the attacks that will run, by what they are called."""
+        """Look at the model, and return the attacks that will run, by what they are called."""
         check_images(x, "x_orig")
         check_labels(y, x, "y_orig")
         y = y.long()
@@ -301,7 +307,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         return chosen
 
     def _choose(self, structure: Structure, x: Tensor, y: Tensor) -> Sequence[Name]:
-        """The attacks of this version."""
+        """Return the attacks of this version."""
         if self.version not in LOOKING:
             return self.attacks_to_run
         if self.version == "adaptive" or self.norm != "Linf" or len(x) < FEWEST_DIAGNOSED:
@@ -317,7 +323,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         return diagnosis.attacks
 
     def _look_at_scores(self, x: Tensor, y: Tensor) -> None:
-        """Flag probabilities, and gradients of the margin that are exactly zero."""
+        """Flag scores that are probabilities, and gradients of the margin that are exactly zero."""
         images = x.detach().clone().requires_grad_()
         with private_random_state(self.seed or 0, self.model):
             try:
@@ -335,7 +341,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             self._flag("zero_gradients", vanished, message)
 
     def _begin(self, x: Tensor, y: Tensor, bs: int, chosen: dict[str, Name], path: Path | None) -> State:
-        """The state of this run: as stored, or before the first attack."""
+        """Return the state of this run: as stored, or as it is before the first attack."""
         identity = {
             "version": self.version,
             "attacks": {called: _without_addresses(str(name)) for called, name in chosen.items()},
@@ -396,7 +402,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
 
     def _settled(self, state: State) -> bool:
-        """Has nothing moved, in version ``"auto"``, in the last two of at least three attacks?"""
+        """Tell whether, in version ``"auto"``, the last two of at least three attacks moved nothing."""
         counts = [int(robust.sum()) for robust in state.stages.values()]
         if self.version != "auto" or len(counts) < 3 or counts[-1] < counts[-3]:
             return False
@@ -404,7 +410,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         return True
 
     def _craft(self, name: Name, x: Tensor, y: Tensor) -> Tensor:
-        """What one attack makes of one batch."""
+        """Return what one attack makes of one batch."""
         seed = int(self.get_seed())
         if isinstance(name, Attack):
             return craft(name, x, y, seed=seed, batch_size=len(x))
@@ -417,14 +423,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         return attack.perturb(x.clone(), y.clone())
 
     def _make(self, name: str, batch_size: int, seed: int = 0) -> Attack:
-        """An attack of the registry, on the twin."""
+        """Return an attack of the registry, made for the twin."""
         draws = self.eot_iter if self.random else None
         settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
         return find_maker(name)(self._twin, **settings)
 
     @torch.no_grad()
     def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every sample: the share of right draws, what is predicted (last), and are the scores finite; each (N,)."""
+        """Return the share of right draws, the last prediction, and whether the scores decide (`decided`); each (N,)."""
         if not self.random:
             scores_NK = ask(self.model, images.to(self.device)).to(labels.device)
             return (scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), decided(scores_NK)

@@ -1,4 +1,4 @@
-"""Is the installation sound? torchattacks, AutoAttack and RobustBench as published get in each other's way."""
+"""Check whether the installation is sound: torchattacks, AutoAttack and RobustBench as published get in each other's way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its status (ok, note or broken), what was found, and the command that mends it."""
+    """A finding of one check: its status (ok, note or broken), what was found, and the command that mends it."""
 
     name: str
     status: str
@@ -22,7 +22,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Run all checks. Nothing is imported that could fail, nothing is changed."""
+    """Run all checks, and return their findings; nothing is imported that could fail, and nothing is changed."""
     findings = [_installed(name) for name in REQUIREMENTS]
     findings += [_autoattack(), _robustbench_files(), _pkg_resources(), _robustbench_import()]
     return findings
@@ -43,7 +43,7 @@ def _autoattack() -> Finding:
 
 
 def _robustbench_files() -> Finding:
-    """The torchattacks wheel holds an old copy of robustbench, in which ``eval.py`` is commented out."""
+    """Check that robustbench is not the old copy in the torchattacks wheel, whose ``eval.py`` is commented out."""
     name = "robustbench's files"
     spec = importlib.util.find_spec("robustbench")
     if spec is None or spec.origin is None:

@@ -1,4 +1,4 @@
-"""AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
+"""Run AutoAttack, versions ``standard`` and ``rand``, from whichever package is installed: fra31's ``autoattack`` or PyPI's
 ``pyautoattack``.
 
 The two are the same mathematics behind different interfaces. Each attack of the standard suite is run as a segment of its
@@ -28,10 +28,10 @@ SUITES = {"standard": STANDARD, "rand": RAND}
 
 
 def installed_autoattack() -> ModuleType:
-    """The package that provides AutoAttack.
+    """Import the package that provides AutoAttack, and return it.
 
     Raises:
-        ImportError: neither is installed; says which command installs one.
+        ImportError: Where neither is installed; the message says which command installs one.
     """
     for name in ("autoattack", "pyautoattack"):
         try:
@@ -44,7 +44,7 @@ def installed_autoattack() -> ModuleType:
 def make_adversary(
     model: nn.Module, version: str, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int
 ) -> Any:
-    """An AutoAttack object of that version: one restart, nine targets (or as many as there are), 20 draws (``"rand"``)."""
+    """Return an AutoAttack object: one restart, nine targets (or as many as there are), 20 draws (``"rand"``)."""
     package = installed_autoattack()
     arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, version=version, device=device)
     if package.__name__ == "autoattack":
@@ -56,7 +56,7 @@ def make_adversary(
 
 
 def run_segment(adversary: Any, names: Sequence[str], x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Some of the suite's attacks on all of ``x``; returns the images, clean where none succeeded, and its robust flags."""
+    """Run some of the suite's attacks on all of ``x``; return the images, clean where none succeeded, and robust flags."""
     adversary.attacks_to_run = list(names)
     if type(adversary).__module__.partition(".")[0] == "autoattack":
         images, predicted = adversary.run_standard_evaluation(x, y, bs=batch_size, return_labels=True)
@@ -83,13 +83,18 @@ def run_autoattack(
     Args:
         model: images in [0, 1] -> scores (N, K).
         x, y: images (N, C, H, W) and labels (N,).
-        eps: radius of the ball, in pixel units of [0, 1].
+        eps, norm: the radius and norm of the ball; eps in pixel units of [0, 1].
+        seed: the seed of the attacks, and of the model's own randomness.
+        batch_size: the number of samples per batch.
         version: ``"standard"`` or ``"rand"``.
-        attacks: of the version's, which; ``None``: all.
+        attacks: which of the version's attacks to run; ``None``: all.
         on_attack: called with each attack's name when it has finished.
 
     Returns:
         The images, and by attack name the suite's own robust flags (N,) after it; of ``"rand"`` after its last.
+
+    Raises:
+        ValueError: Where the version or an attack is unknown, or the model has too few classes for ``apgd-t``.
     """
     check_choice("version of AutoAttack", version, tuple(SUITES))
     attacks = SUITES[version] if attacks is None else attacks

@@ -1,4 +1,5 @@
-"""RobustBench 1.1.1, unforked: importable beside PyPI's ``pyautoattack``, and with this package's pipeline in its benchmark.
+"""Work with RobustBench 1.1.1, unforked: importable beside PyPI's ``pyautoattack``, and with this package's pipeline in its
+benchmark.
 
 Nothing here imports robustbench before a function is called, and nothing is patched but inside `pipeline`.
 """
@@ -31,8 +32,8 @@ def ensure() -> ModuleType:
     `AutoAttack`, which has the interface that robustbench asks for, stands in while it is imported.
 
     Raises:
-        ImportError: robustbench, or something that it imports, is missing, or it was overwritten by the copy inside
-            torchattacks' wheel; names the command that mends it.
+        ImportError: Where robustbench, or something that it imports, is missing, or it was overwritten by the copy inside
+            torchattacks' wheel; the message names the command that mends it.
     """
     if hasattr(sys.modules.get("robustbench"), "benchmark"):
         return sys.modules["robustbench"]
@@ -49,14 +50,14 @@ def ensure() -> ModuleType:
 
 
 class EvaluationState:
-    """What robustbench asks of a stored state: the attacks, and which samples are robust."""
+    """A stored state that has what robustbench asks of one: the attacks, and which samples are robust."""
 
     def __init__(self, attacks_to_run: set[str], robust_flags: torch.Tensor) -> None:
         self.attacks_to_run, self.robust_flags = attacks_to_run, robust_flags
 
     @classmethod
     def from_disk(cls, path: str | Path) -> EvaluationState:
-        """Read what `AutoAttack` stored."""
+        """Return the state that `AutoAttack` stored in a file."""
         state = State.load(Path(path), {}, torch.device("cpu"))
         return cls(set(state.stages), state.robust.float())  # robustbench takes their mean
 
@@ -72,10 +73,10 @@ def _stand_in() -> dict[str, ModuleType]:
 def pipeline(
     version: str | None = None, *, seed: int | None = None, attacks_to_run: Sequence[Name] = ()
 ) -> Iterator[list[AutoAttack]]:
-    """Within it, the unforked ``robustbench.benchmark()`` runs this package's pipeline.
+    """Make the unforked ``robustbench.benchmark()`` run this package's pipeline within the context.
 
     Args:
-        version, seed, attacks_to_run: as of `AutoAttack`.
+        version, seed, attacks_to_run: the arguments of `AutoAttack` of these names.
 
     Yields:
         A list, to which the adversary of every run is added.
@@ -116,21 +117,23 @@ def benchmark(
     seed: int | None = None,
     attacks_to_run: Sequence[Name] = (),
 ) -> tuple[float, float]:
-    """RobustBench's ``benchmark()``, with this package's pipeline.
+    """Run RobustBench's ``benchmark()`` with this package's pipeline.
 
     Args:
         model: images in [0, 1] -> scores (N, K).
-        aa_state_path: the run is saved there, and goes on from there.
-        version: of `AutoAttack`; ``None``: ``"ensemble"``, or what ``attacks_to_run`` says.
-        seed, attacks_to_run: as of `AutoAttack`.
-        others: as of ``robustbench.benchmark``. Corruptions are left to the original.
+        aa_state_path: the file to which the run is saved, and from which it goes on.
+        version: the version of `AutoAttack`; ``None``: ``"custom"`` with ``attacks_to_run``, else ``"ensemble"``.
+        seed, attacks_to_run: the arguments of `AutoAttack` of these names.
+        others: the arguments of ``robustbench.benchmark``. Corruptions are left to the original.
 
     Returns:
         Clean and robust accuracy, in [0, 1]; of a random model, the robust accuracy is the mean over fresh draws.
 
     Raises:
-        ImportError: as of `ensure`.
-        ValueError: no ``eps`` for an Lp threat model, an unknown version or attack; nothing has been run.
+        ImportError: As `ensure` raises it.
+        TypeError: Where there are several models or devices.
+        ValueError: Where there is no ``eps`` for an Lp threat model, or a version or attack is unknown; nothing has been
+            run.
     """
     threat = str(getattr(threat_model, "value", threat_model))
     if threat in ("Linf", "L2") and eps is None:

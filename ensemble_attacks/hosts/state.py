@@ -1,4 +1,4 @@
-"""How far a run of AutoAttack has come, stored so that it can go on."""
+"""Store how far a run of AutoAttack has come, so that it can go on."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ TENSORS = ("x_adv", "right", "predicted", "pending")
 
 @dataclass(eq=False)
 class State:
-    """How far a run has come. Stored as safetensors, replaced in one piece.
+    """A record of how far a run has come, which is stored as safetensors and replaced in one piece.
 
     Attributes:
-        x_adv: images so far, (N, C, H, W): of every sample, those that are right in the fewest draws.
+        x_adv: the images so far, (N, C, H, W): of every sample, the one that is right in the fewest draws.
         right, predicted: the share of right draws, float64, and the last prediction, (N,).
-        pending: what the attack called ``current`` has yet to attack, (N,).
+        pending: the samples that the attack called ``current`` has yet to attack, (N,).
         stages: the robust samples after each attack that has finished.
+        current: the name of the attack that is running, or ran last.
         identity: what a run must have in common with the stored one.
-        flags: those of `AutoAttack` so far.
+        path: the file in which it is stored; ``None``: it is not stored.
+        flags: the flags of `AutoAttack` so far.
+        saved: when it was last stored, in seconds of the monotonic clock.
     """
 
     x_adv: Tensor
@@ -46,11 +49,11 @@ class State:
 
     @property
     def robust(self) -> Tensor:
-        """(N,) bool: right in most draws."""
+        """Return the samples that are right in most draws, (N,) bool."""
         return self.right > 0.5
 
     def save(self, now: bool = False) -> None:
-        """Store, but not more often than every `SAVE_EVERY` seconds, unless ``now``."""
+        """Store the state, but not more often than every `SAVE_EVERY` seconds, unless ``now``."""
         if self.path is None or (not now and time.monotonic() - self.saved < SAVE_EVERY):
             return
         tensors = {name: getattr(self, name) for name in TENSORS} | {f"stage {n}": s for n, s in self.stages.items()}
@@ -66,7 +69,7 @@ class State:
         """Read the state of the same run.
 
         Raises:
-            ValueError: not a state, or one of another run.
+            ValueError: Where the file is no state, or one of another run.
         """
         try:
             with safe_open(path, "pt") as file:
