@@ -1,4 +1,4 @@
-"""A run looked at from outside: how far it is, and whether its images are worth what it says."""
+"""Look at a run from outside: how far it is, and whether its images are worth what it says."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def verify(
     """Judge every stored image anew, from the model and the data alone, which may lie elsewhere by now.
 
     Returns:
-        For each unit ``unit`` (its name), ``n``, ``robust`` (now) and ``differ``, the samples whose verdict is not the one
-        stored; ``None`` for a unit that is missing or damaged.
+        For each unit ``unit`` (its name), ``n``, ``robust`` (now) and ``differ``, the number of samples whose verdict is not
+        the one stored; ``differ`` is ``None`` for a unit that is missing or damaged. A unit that attacked no images is left
+        out.
 
     Raises:
-        OutOfBallError: a stored image outside the ball.
+        LedgerError: Where weights or images are not those that the run began with.
+        OutOfBallError: Where a stored image is outside the ball.
     """
     findings: list[dict[str, Any]] = []
     warn_of_code(ledger)
@@ -44,8 +46,10 @@ def verify(
 
 
 def progress(ledger: Ledger) -> dict[str, Any]:
-    """How far a run is: units ``done`` of ``all``, ``per_hour`` and ``hours_left`` by the last hundred, ``failed``,
-    ``quarantined``, ``running``, and ``killed``, units whose process is no more.
+    """Return how far a run is.
+
+    It has the units ``done`` of ``all``, ``per_hour`` and ``hours_left`` by the last hundred, ``failed``, ``quarantined``,
+    ``running``, and ``killed``, the units whose process is no more.
     """
     units = [unit for chain in chains_of(ledger.manifest) for unit in chain]
     marks = ledger.in_work()

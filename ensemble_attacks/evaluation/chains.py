@@ -1,5 +1,6 @@
-"""Running units: all attacks of a cell on one range of images, in order. With ``cascade``, an image that an earlier
-attack has fooled is not attacked again.
+"""Run units: all attacks of a cell on one range of images, in order.
+
+With ``cascade``, an image that an earlier attack has fooled is not attacked again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ensemble_attacks.models.twins import prepare
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
-    """Run what is not done of one chain; returns the names of units that were given up."""
+    """Run what is not done of one chain; return the names of units that were given up."""
     ledger = Ledger(Path(folder))
     units = chains_of(ledger.manifest)[index]
     context: Context | None = None
@@ -54,10 +55,10 @@ def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
 
 
 class Context:
-    """What the units of a chain share: the model, its twin and the images of the range.
+    """A context that the units of a chain share: the model, its twin and the images of the range.
 
     Raises:
-        LedgerError: code (unless another will do), weights or images are not those that the run began with.
+        LedgerError: Where code (unless another will do), weights or images are not those that the run began with.
     """
 
     def __init__(self, manifest: dict[str, Any], unit: Unit, device: str, *, same_code: bool = True) -> None:
@@ -121,8 +122,10 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
 
 
 def _judged_in_place(context: Context, rows: Tensor, images: Tensor, batch_size: int) -> Judgement:
-    """The verdict on the images of some ``rows``, judged among the whole range: the draws of a random model follow the place
-    in the batch, and only where they are the same is the worst case over attacks no luckiest draw.
+    """Return the verdict on the images of some ``rows``, judged among the whole range.
+
+    The draws of a random model follow the place in the batch, and only where they are the same is the worst case over
+    attacks no luckiest draw.
     """
     whole = context.x.clone().to(images)
     whole[rows] = images

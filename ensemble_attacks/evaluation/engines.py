@@ -1,5 +1,6 @@
-"""Who runs the chains: this process, several, a Ray cluster, or Slurm. Each takes a run's folder and the numbers of its
-chains; paths travel, never models.
+"""Run the chains in this process, in several, on a Ray cluster, or by Slurm.
+
+Each engine takes a run's folder and the numbers of its chains; paths travel, never models.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ Report = Callable[[int], object]  # called with the number of every chain that h
 
 
 def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain: None, **options: Any) -> dict[str, Any]:
-    """Run what is not done, and summarise.
+    """Run what is not done, and return the summary.
 
     Args:
-        engine: of `ENGINES`.
-        options: of the engine.
+        ledger: the run's folder.
+        engine: the name of an engine, a key of `ENGINES`.
+        report: called with the number of every chain that has ended.
+        options: further arguments of the engine.
 
     Raises:
-        ValueError: an unknown engine.
-        KeyboardInterrupt, SystemExit(143): stopped by SIGINT or SIGTERM; what was finished is kept.
+        ValueError: Where the engine is unknown.
+        KeyboardInterrupt, SystemExit(143): Where it is stopped by SIGINT or SIGTERM; what was finished is kept.
     """
     check_choice("engine", engine, tuple(ENGINES))
     chains = chains_of(ledger.manifest)
@@ -57,7 +60,7 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
 
 
 def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
-    """Is there work left in a chain? With ``cascade``, none behind a unit that was given up."""
+    """Tell whether there is work left in a chain; with ``cascade``, there is none behind a unit that was given up."""
     for unit in units:
         if ledger.open(unit):
             return True
@@ -68,7 +71,10 @@ def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the process as SIGINT does: at once, with what was finished kept, and exit code 143."""
+    """Let SIGTERM end the process as SIGINT does, within the context: at once, with what was finished kept.
+
+    The exit code is 143.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -86,7 +92,7 @@ def _terminable() -> Iterator[None]:
 def local(
     ledger: Ledger, chains: Sequence[int], report: Report, *, workers: int = 1, devices: Sequence[str] = ("cpu",)
 ) -> None:
-    """Processes of this machine, each with its share of the threads; one is this process itself."""
+    """Run chains in processes of this machine, each with its share of the threads; with one worker, in this process."""
     if workers == 1:
         for index in chains:
             run_chain(str(ledger.folder), index, devices[0])
@@ -129,7 +135,7 @@ def local(
 
 
 def _lost(ledger: Ledger, index: int, error: Exception) -> None:
-    """A task of somebody else's engine did not come back: a failure of the unit that it was at."""
+    """Book a task that did not come back as a failure of the first open unit of its chain, at which it must have been."""
     unit = next((unit for unit in chains_of(ledger.manifest)[index] if ledger.open(unit)), None)
     if unit is not None:
         logger.warning("%s: %s", unit.name, error)
@@ -137,7 +143,7 @@ def _lost(ledger: Ledger, index: int, error: Exception) -> None:
 
 
 def _worker(threads: int, parent: int) -> None:
-    """Of a worker: leave interrupts to the parent, and end with it."""
+    """Prepare a worker: leave interrupts to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
@@ -159,10 +165,10 @@ def ray(
     gpus: float = 0,
     devices: Sequence[str] = ("cpu",),
 ) -> None:
-    """A Ray cluster at ``address``, or one started on the spot. The folder must be the same on every node.
+    """Run chains on a Ray cluster at ``address``, or on one started on the spot; the folder must be the same on every node.
 
     Args:
-        cpus, gpus: of every task; fractions share a GPU.
+        cpus, gpus: what every task takes; fractions share a GPU.
     """
     try:
         library: Any = importlib.import_module("ray")
@@ -201,12 +207,14 @@ def slurm(
     at_once: int = 64,
     devices: Sequence[str] = ("cpu",),
 ) -> None:
-    """A Slurm job array, through submitit: preempted or timed-out jobs are requeued, and go on where they were.
+    """Run chains as a Slurm job array, through submitit.
+
+    Preempted or timed-out jobs are requeued, and go on where they were.
 
     Args:
-        cluster: ``None``: Slurm where there is one, else processes of this machine; ``"local"``: those.
-        minutes, cpus, gpus: of every job.
-        at_once: jobs of the array that may run at the same time.
+        cluster: ``None``: Slurm where there is one, else processes of this machine; ``"local"``: processes of this machine.
+        minutes, cpus, gpus: what every job takes.
+        at_once: the number of jobs of the array that may run at the same time.
     """
     try:
         import submitit
@@ -227,7 +235,7 @@ def slurm(
 
 
 class Chain:
-    """A chain as submitit's task: sent again as it is when its job is preempted or out of time."""
+    """A chain as submitit's task, which is sent again as it is when its job is preempted or out of time."""
 
     def __init__(self, folder: Path, index: int, device: str) -> None:
         self.folder, self.index, self.device = str(folder), index, device

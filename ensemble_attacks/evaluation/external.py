@@ -1,4 +1,4 @@
-"""RobustBench's external evaluations: a bundle to submit, and the judgement of anybody's bundle.
+"""Write and read RobustBench's external evaluations: a bundle to submit, and anybody's bundle to be judged.
 
 RobustBench asks (issue template "new external evaluation") for the model, the adversarial images as a ``.pt`` tensor the
 size of the test set, the robust accuracy, and how the images were made.
@@ -31,15 +31,15 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     Args:
         run: the folder of a finished ``evaluate``.
         out: a new folder.
-        partial: also of fewer images than the test set has, which RobustBench does not take.
+        partial: whether a run on fewer images than the test set has may be exported, which RobustBench does not take.
 
     Returns:
-        ``out``.
+        The path ``out``.
 
     Raises:
-        FileNotFoundError: ``run`` holds no run.
-        FileExistsError: ``out`` is there already.
-        ValueError: the run is not finished, of several cells, or not of the whole test set.
+        FileNotFoundError: Where ``run`` holds no run.
+        FileExistsError: Where ``out`` is there already.
+        ValueError: Where the run is not finished, of several cells, or not of the whole test set.
     """
     ledger = Ledger(run)
     cells = summarise(ledger)["cells"]
@@ -66,7 +66,7 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
 
 
 def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
-    """Of every sample, the image that is least often right, the clean one if none is less; and its share of right draws."""
+    """Return every sample's image that is least often right, by default the clean one, and its share of right draws."""
     images, rights = [], []
     for chain in chains_of(ledger.manifest):
         results = [result for unit in chain if (result := ledger.read(unit))]
@@ -81,7 +81,7 @@ def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
 
 
 def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
-    """The fields of RobustBench's ``model_info`` that an external evaluation changes, and those that say of what it is."""
+    """Return the fields of RobustBench's ``model_info`` that an external evaluation changes, and those that identify it."""
     alone = not summary["cascade"] or next(iter(summary["attacks"])) == "autoattack"
     suite = summary["attacks"].get("autoattack") if alone else None
     autoattack = None if suite is None else 100 * suite["accuracy"]
@@ -113,14 +113,14 @@ def _text(summary: dict[str, Any], accuracy: float) -> str:
 
 
 def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The images (N, C, H, W) and what is said of them: of a folder that `export_robustbench` wrote, or of a ``.pt`` file of
-    one tensor, of which nothing is.
+    """Return the images (N, C, H, W) of a bundle, and what is said of them.
 
-    Only tensors are unpickled (``weights_only``), of at most 4 GiB.
+    The bundle is a folder that `export_robustbench` wrote, or a ``.pt`` file of one tensor, of which nothing is said. Only
+    tensors are unpickled (``weights_only``), of at most 4 GiB.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no tensor of images in [0, 1], or too large a file.
+        FileNotFoundError: Where nothing is there.
+        ValueError: Where it holds no tensor of images in [0, 1], or too large a file.
     """
     file = path / IMAGES if path.is_dir() else path
     if not file.exists():

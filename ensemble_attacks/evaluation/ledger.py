@@ -1,4 +1,4 @@
-"""What a run has done, so that it can be killed at any instant: a folder of units, each of which is there or is not.
+"""Keep what a run has done, so that it can be killed at any instant: a folder of units, each of which is there or is not.
 
 A unit is one attack on one range of images of one cell (model, vote, eps, seed, ...). Its identity is the hash of all that
 decides its result. It is done when ``units/<identity>.json`` exists, which is written last (under another name, flushed,
@@ -36,19 +36,19 @@ FOLDERS = ("units", "failed", "running", "quarantine")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a unit left: tensors, and numbers."""
+    """A record of what a unit left: tensors, and numbers."""
 
     tensors: dict[str, Tensor]
     info: dict[str, Any]
 
 
 def sealed(content: dict[str, Any]) -> bytes:
-    """JSON with its own checksum."""
+    """Return content as JSON with its own checksum."""
     return json.dumps(content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}, indent=1).encode() + b"\n"
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """Back again; ValueError if anything has changed."""
+    """Return the content of sealed JSON; raise a `ValueError` if anything has changed."""
     content = json.loads(data)
     if not isinstance(content, dict) or content.pop("sha256", None) != hashlib.sha256(canonical(content)).hexdigest():
         raise ValueError("checksum mismatch")
@@ -56,7 +56,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Is there such a process on this machine?"""
+    """Tell whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -67,15 +67,16 @@ def alive(pid: int) -> bool:
 
 
 class Ledger:
-    """A run's folder.
+    """A run's folder, which tells and takes what each unit has left.
 
     Args:
-        folder: no symbolic link.
-        manifest: what the run is: ``None`` reads it. An existing run must be the same, but for ``places``.
+        folder: the folder, which is no symbolic link.
+        manifest: what the run is; ``None`` reads it. An existing run must be the same, but for ``places``.
 
     Raises:
-        FileNotFoundError: nothing to read.
-        LedgerError: a folder that cannot be used, a damaged manifest, or another run (says what differs).
+        FileNotFoundError: Where there is nothing to read.
+        LedgerError: Where the folder cannot be used, a manifest that is to be read is damaged, or the run is another (the
+            message says what differs).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
@@ -122,11 +123,14 @@ class Ledger:
         return self._info(unit).exists()
 
     def open(self, unit: Unit) -> bool:
-        """Neither done nor given up."""
+        """Tell whether a unit is neither done nor given up."""
         return not self.done(unit) and self.failures(unit) < ATTEMPTS
 
     def read(self, unit: Unit) -> Result | None:
-        """The unit's result; ``None`` if it is not done. One that is damaged is put into quarantine, and not done."""
+        """Return the unit's result; ``None`` if it is not done.
+
+        A result that is damaged is put into quarantine, and its unit is then not done.
+        """
         info_path, tensors_path = self._info(unit), self._tensors(unit)
         if not info_path.exists():
             return None
@@ -145,14 +149,14 @@ class Ledger:
             return None
 
     def info(self, unit: Unit) -> dict[str, Any] | None:
-        """The numbers of a unit that is done, without its tensors; ``None`` where they are missing or damaged."""
+        """Return the numbers of a unit that is done, without its tensors; ``None`` where they are missing or damaged."""
         try:
             return unsealed(self._info(unit).read_bytes())
         except (OSError, ValueError):
             return None
 
     def write(self, unit: Unit, tensors: dict[str, Tensor], info: dict[str, Any]) -> Result:
-        """Make the unit done."""
+        """Make the unit done: store its tensors and numbers, and return them as its result."""
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         write_whole(self._tensors(unit), data)
         info = info | {"unit": unit.content, "tensors": hashlib.sha256(data).hexdigest()}
@@ -162,7 +166,7 @@ class Ledger:
 
     @contextmanager
     def running(self, unit: Unit) -> Iterator[None]:
-        """Within it, the unit is marked as in work, by this process."""
+        """Mark the unit as in work, by this process, within the context."""
         mark = self.folder / "running" / f"{unit.identity}.json"
         here = {"host": platform.node(), "pid": os.getpid(), "since": time.time()}
         write_whole(mark, sealed({"unit": unit.content, **here}))
@@ -172,12 +176,15 @@ class Ledger:
             mark.unlink(missing_ok=True)
 
     def in_work(self) -> list[dict[str, Any]]:
-        """What is marked as in work; ``alive``: by a process that still is, as far as this machine can tell."""
+        """Return what is marked as in work.
+
+        ``alive`` tells whether the process that does it still is, as far as this machine can tell.
+        """
         here = platform.node()
         return [mark | {"alive": mark.get("host") != here or alive(mark["pid"])} for mark in self._all("running")]
 
     def forget_running(self) -> None:
-        """Remove marks, and files that were being written, of processes that are no more."""
+        """Remove all marks of units in work, and the files that were being written by processes that are no more."""
         for mark in (self.folder / "running").glob("*.json"):
             mark.unlink(missing_ok=True)
         for left in self.folder.glob("**/.*.tmp"):
@@ -188,7 +195,7 @@ class Ledger:
     # -- failures
 
     def fail(self, unit: Unit, error: str) -> int:
-        """Note one more failure of the unit; returns how many there are."""
+        """Note one more failure of the unit; return how many there are."""
         failures = self.failures(unit) + 1
         where = self.folder / "failed" / f"{unit.identity}.json"
         write_whole(where, sealed({"unit": unit.content, "failures": failures, "error": error}))
@@ -202,11 +209,11 @@ class Ledger:
             return 0
 
     def failed(self) -> list[dict[str, Any]]:
-        """What has failed and is not done: each unit's content, failures and last error."""
+        """Return what has failed and is not done: each unit's content, failures and last error."""
         return list(self._all("failed"))
 
     def quarantined(self) -> list[str]:
-        """Names of the files that were damaged."""
+        """Return the names of the files that were damaged."""
         return sorted(path.name for path in (self.folder / "quarantine").iterdir())
 
     def retry_failed(self) -> None:
@@ -234,12 +241,12 @@ class Ledger:
 
 
 def _unfinished(path: Path) -> bool:
-    """Is it what a run leaves that was killed as it began?"""
+    """Tell whether a path is what a run leaves that was killed as it began."""
     return path.name in FOLDERS or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def difference(stored: Any, new: Any, where: str = "") -> str:
-    """What differs first between two JSON values, for people; empty if nothing does."""
+    """Return what differs first between two JSON values, for people; empty if nothing does."""
     if isinstance(stored, dict) and isinstance(new, dict):
         for key in {**new, **stored}:
             inside = difference(stored.get(key), new.get(key), f"{where}.{key}" if where else key)

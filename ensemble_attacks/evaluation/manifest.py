@@ -1,4 +1,4 @@
-"""What to evaluate, and all that decides the result, by its hashes."""
+"""Describe what to evaluate, and all that decides the result, by its hashes."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ DEFAULT_VOTES = ("softmax",)
 
 @dataclass(frozen=True)
 class Sweep(Shared):
-    """What to evaluate: every model with every vote, eps and seed.
+    """A record of what to evaluate: every model with every vote, eps and seed.
 
     Attributes:
         models, votes, attacks: names.
-        eps: radii, in pixel units of [0, 1].
-        n: test images, in file order; ``None``: all.
-        shard_size: images of every task.
-        cascade: an image that an attack has fooled is not attacked by the next.
-        others: as of `suite.Shared`.
+        eps: the radii, in pixel units of [0, 1].
+        dataset: the name of the dataset.
+        seeds: the seeds.
+        n: the number of test images, in file order; ``None``: all.
+        shard_size: the number of images of every task.
+        cascade: whether an image that an attack has fooled is not attacked by the next.
+        others: the attributes of `ensemble_attacks.evaluation.settings.Shared`.
     """
 
     models: tuple[str, ...]
@@ -57,11 +59,12 @@ class Sweep(Shared):
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """From a TOML file with these names as keys; a list may be a single value.
+        """Read a sweep from a TOML file with these names as keys; a list may be a single value.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not TOML, an unknown key (names the nearest one), one that is missing, or a value of another type.
+            FileNotFoundError: Where there is no such file.
+            ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
+                type.
         """
         try:
             given = tomllib.loads(path.read_text())
@@ -71,7 +74,7 @@ class Sweep(Shared):
 
     @classmethod
     def of(cls, given: dict[str, Any], where: str) -> Sweep:
-        """From names and values, as of `read`."""
+        """Return the sweep of names and values, checked as in `read`; ``where`` is what errors call their source."""
         known = {field.name: field for field in fields(cls)}
         for key in given:
             if key not in known:
@@ -97,10 +100,12 @@ class Sweep(Shared):
 
 
 def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download: bool = False) -> dict[str, Any]:
-    """What decides a run's results, resolved: weights, images and code by their hashes. Checks everything that can be.
+    """Return what decides a run's results, resolved: weights, images and code by their hashes.
+
+    Everything is checked that can be.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: something that cannot be run.
+        ValueError, TypeError, FileNotFoundError: Where something cannot be run.
     """
     check_count("shard_size", sweep.shard_size)
     n = len(load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)[1])
@@ -130,7 +135,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
 
 @cache
 def data_digest(dataset: str, data_dir: str, n: int) -> str:
-    """The hash of the first ``n`` images and their labels, read piece by piece."""
+    """Return the hash of the first ``n`` images and their labels, read piece by piece."""
     parts = [(first, min(PIECE, n - first)) for first in range(0, n, PIECE)]
     hashes = [digest(*load_dataset(dataset, data_dir=data_dir, first=first, n=count)) for first, count in parts]
     return sha256("".join(hashes).encode()).hexdigest()
@@ -138,7 +143,7 @@ def data_digest(dataset: str, data_dir: str, n: int) -> str:
 
 @cache
 def code_version() -> str:
-    """This package's version, and a hash of its sources, of the models' packages, and of the versions that they stand on."""
+    """Return this package's version, and a hash of its sources, the models' sources, and the versions they stand on."""
     modules = [provider.__file__ for provider in providers.providers() if provider.__file__]
     folders = [Path(__file__).parents[1], *(Path(file).parent for file in modules)]
     state = sha256(f"{torch.__version__} {Original.__module__} {torchattacks.__version__}".encode())
@@ -149,7 +154,7 @@ def code_version() -> str:
 
 
 def warn_of_code(ledger: Ledger) -> None:
-    """Say so where a run began with other code than this, which may judge it all the same."""
+    """Log a warning where a run began with other code than this, which may judge it all the same."""
     if (code := ledger.manifest["code"]) != code_version():
         logger.warning(
             "the run began with code %s, this is %s: what is computed now may differ from it", code, code_version()
@@ -157,5 +162,5 @@ def warn_of_code(ledger: Ledger) -> None:
 
 
 def run_identity(manifest: dict[str, Any]) -> str:
-    """A short name for a run: its hash, apart from where things lie."""
+    """Return a short name for a run: its hash, apart from where things lie."""
     return sha256(canonical(manifest | {"places": None})).hexdigest()[:10]

@@ -37,12 +37,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Attacked:
-    """What an attack did, and what the judge says of it.
+    """A record of what an attack did, and of what the judge says of it.
 
     Attributes:
-        stages: of a suite, after each of its parts, which samples (N,) are robust, and forward and backward passes so far.
-        batch_size: with which it fitted into memory.
-        outside: images that left the ball, and count as the clean ones.
+        images: the images that the attack returned.
+        judgement: the judge's verdict on them.
+        stages: after each part of a suite, which samples (N,) are robust, and the forward and backward passes so far.
+        trace: the convergence of an attack of this package (`Trace.rows`).
+        forwards, backwards: the image passes that the attack spent.
+        seconds: the time that it took.
+        batch_size: the batch size with which it fitted into memory.
+        outside: the number of images that left the ball, and count as the clean ones.
     """
 
     images: Tensor
@@ -57,7 +62,7 @@ class Attacked:
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
-    """Raise, before anything is run, on a model, images, attacks or settings that cannot be."""
+    """Raise, before anything is run, where a model, images, attacks or settings cannot be used."""
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", settings.eps)
@@ -83,16 +88,16 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
 
 
 def judged(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, settings: Settings) -> Judgement:
-    """`judge`, with these settings."""
+    """Return the verdict of `judge` with these settings."""
     given = {key: getattr(settings, key) for key in ("eps", "norm", "draws", "batch_size")}
     return judge(model, x, y, x_adv, **given)
 
 
 def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
-    """Craft on the twin, judge on the model; with half the batch size as often as memory runs out.
+    """Craft on the twin, and judge on the model; try again with half the batch size as often as memory runs out.
 
     Raises:
-        OutOfBallError: an attack returned an image outside the ball.
+        OutOfBallError: Where an attack returned an image outside the ball.
     """
     while True:
         try:
@@ -137,21 +142,24 @@ def evaluate(
     report: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
     keep: Callable[[str, Attacked], object] = lambda name, attacked: None,
 ) -> dict[str, Any]:
-    """Attack, judge, and summarise, in this process, storing nothing; a run (`manifest`, `chains`) does it for good.
+    """Run attacks on one model, judge their images, and summarise, in this process.
+
+    Nothing is stored; a run (`manifest`, `chains`) stores what it finds.
 
     Args:
         model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
         x, y: images (N, C, H, W) and labels (N,).
         attacks: names, as listed in `suite.attack_names`.
-        report: called with each attack's name and row as soon as it is judged.
+        settings: the ball, the seed, and what else all attacks share.
+        report: called with each attack's name and row as soon as it is judged; also for ``clean`` and ``worst case``.
         keep: called with each attack's name and all that it left.
 
     Returns:
         The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample.
 
     Raises:
-        ValueError, TypeError: unusable arguments; nothing has been run.
-        OutOfBallError: an attack returned an image outside the ball.
+        ValueError, TypeError: Where arguments are unusable; nothing has been run.
+        OutOfBallError: Where an attack returned an image outside the ball.
     """
     check_arguments(model, x, y, attacks, settings)
     y = y.long()

@@ -1,4 +1,4 @@
-"""The settings of an evaluation."""
+"""Define the settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cells of a run share.
+    """A record of what all cells of a run share.
 
     Attributes:
-        draws: fresh forward passes by which the judge decides on each image of a random model.
-        eot_iter: of a random model, draws of every iterate; ``None``: the model is deterministic.
-        amp: craft in mixed precision; the judge does not.
+        norm: the norm of the ball.
+        batch_size: the number of images per pass.
+        draws: the number of fresh forward passes by which the judge decides on each image of a random model.
+        eot_iter: the number of draws of every iterate of a random model; ``None``: the model is deterministic.
+        amp: whether to craft in mixed precision; the judge does not.
     """
 
     norm: str = field(default="Linf", kw_only=True)
@@ -24,10 +26,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class Settings(Shared):
-    """What all attacks of one evaluation share.
+    """A record of what all attacks of one evaluation share.
 
     Attributes:
-        eps: radius of the ball, in pixel units of [0, 1].
+        eps: the radius of the ball, in pixel units of [0, 1].
+        seed: the seed of all attacks, and of the models' randomness while they run.
     """
 
     eps: float

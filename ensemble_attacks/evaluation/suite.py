@@ -1,4 +1,4 @@
-"""The attacks that ``evaluate`` knows by name."""
+"""Provide the attacks that ``evaluate`` knows by name."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Crafted:
-    """What an attack returns.
+    """A record of what an attack returns.
 
     Attributes:
         images: (N, C, H, W).
-        stages: of a suite, after each of its parts: its own robust flags (N,), and forward and backward passes so far.
-        trace: of an attack of this package, its convergence (`Trace.rows`).
-        outside: how many images left the ball, and were replaced by the clean ones.
+        stages: after each part of a suite, its own robust flags (N,), and the forward and backward passes so far.
+        trace: the convergence of an attack of this package (`Trace.rows`).
+        outside: the number of images that left the ball, and were replaced by the clean ones.
     """
 
     images: Tensor
@@ -127,12 +127,16 @@ PIPELINES: dict[str, Craft] = {  # of the records that are no attack that could 
 
 
 def attack_names() -> list[str]:
-    """What ``evaluate`` runs, but for torchattacks'."""
+    """Return the names of the attacks that ``evaluate`` runs, but for torchattacks'."""
     return [name for name, record in registered().items() if record.make is not None or name in PIPELINES]
 
 
 def crafting(name: str) -> Craft:
-    """How the attack of that name is run; ValueError with the nearest one otherwise."""
+    """Return the function that runs the attack of a name.
+
+    Raises:
+        ValueError: Where the name is unknown; the message names the nearest one.
+    """
     record = find_attack(name)
     if name in PIPELINES:
         return PIPELINES[name]
@@ -142,7 +146,7 @@ def crafting(name: str) -> Craft:
 
 
 def check_attack(name: str, model: nn.Module, settings: Settings) -> None:
-    """Raise where the attack of that name cannot be run on a model, with these settings."""
+    """Raise where the attack of a name cannot be run on a model, with these settings."""
     record = find_attack(name)
     crafting(name)
     record.check(model, name)

@@ -1,4 +1,4 @@
-"""From units to a summary: what was found, and nothing that another run of the same would change."""
+"""Turn units into a summary: what was found, and nothing that another run of the same would change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ensemble_attacks.version import __version__
 def row_of(
     judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int, outside: int = 0
 ) -> dict[str, Any]:
-    """An attack's row of a summary."""
+    """Return an attack's row of a summary."""
     n = len(judgement.robust)
     row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     row |= {"outside": outside} if outside else {}
@@ -32,12 +32,12 @@ def row_of(
 
 
 def share_right(judgement: Judgement, before: Tensor) -> Tensor:
-    """Of every sample, the share of right draws (N,); as ``before`` where it is invalid, which is no success."""
+    """Return the share of right draws of every sample, (N,); as ``before`` where it is invalid, which is no success."""
     return torch.where(judgement.invalid, before, judgement.correct.double().mean(0))
 
 
 def worst_case(right: Tensor) -> dict[str, Any]:
-    """The row of the worst case, from every sample's share of right draws (N,) under the attack that is worst for it."""
+    """Return the row of the worst case, from every sample's share of right draws (N,) under its worst attack."""
     interval = wilson_interval(right.sum().item(), len(right))
     robust = int((right > 0.5).sum())
     return {"n": len(right), "robust": robust, "accuracy": right.mean().item(), "interval": list(interval)}
@@ -47,7 +47,7 @@ LIGHT = ("robust", "invalid", "correct", "right", "margin")  # tensors that a su
 
 
 def summarise(ledger: Ledger) -> dict[str, Any]:
-    """Read all units and write ``summary.json``: what was found, and nothing that another run of the same would change."""
+    """Read all units, write ``summary.json``, and return it: what was found, and nothing that another run would change."""
     cells = []
     for cell, chains in by_cell(ledger.manifest):
         shown = {key: value for key, value in asdict(cell).items() if key not in ("code", "batch_size")}
@@ -108,7 +108,7 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
 
 
 def merged(lists: Iterable[list[str]]) -> list[str]:
-    """Every name once, each behind those that it is behind in its own list."""
+    """Return every name once, each behind those that it is behind in its own list."""
     order: list[str] = []
     for names in lists:
         at = 0
@@ -120,12 +120,12 @@ def merged(lists: Iterable[list[str]]) -> list[str]:
 
 
 def _until(stages: dict[str, Any], parts: list[str]) -> str:
-    """The last of these parts that was run, as a range may have skipped some; its first one if none of them was."""
+    """Return the last of these parts that was run, as a range may have skipped some; its first one if none of them was."""
     return next((part for part in reversed(parts) if part in stages), next(iter(stages)))
 
 
 def seconds_of(ledger: Ledger) -> dict[str, float]:
-    """Seconds that each attack took in each cell, over all ranges, by ``model vote eps seed attack``."""
+    """Return the seconds that each attack took in each cell, over all ranges, by ``model vote eps seed attack``."""
     spent: dict[str, float] = {}
     for unit in (unit for chain in chains_of(ledger.manifest) for unit in chain):
         if (info := ledger.info(unit)) is not None:

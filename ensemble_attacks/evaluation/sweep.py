@@ -1,4 +1,4 @@
-"""Runs: what to evaluate, and what was found (`manifest`, `summary` and `audit`)."""
+"""Provide what is known of runs: what to evaluate, and what was found (`manifest`, `summary` and `audit`)."""
 
 from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.manifest import Sweep, code_version, manifest_of

@@ -1,4 +1,4 @@
-"""What a run is made of: cells (model, vote, eps, seed), and units, one attack on one range of images of a cell."""
+"""Define what a run is made of: cells (model, vote, eps, seed), and units, one attack on one range of images of a cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAN = "clean"  # the unit that judges the clean images
 
 
 def seed_said(seed: int) -> str:
-    """What titles end in: ``, seed 1``; nothing of the seed 0."""
+    """Return what titles end in, such as ``, seed 1``; nothing for the seed 0."""
     return f", seed {seed}" if seed else ""
 
 
@@ -26,11 +26,12 @@ def canonical(content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Cell(Settings):
-    """One model under one vote, eps and seed, and all else that decides its results.
+    """A cell of a run: one model under one vote, eps and seed, and all else that decides its results.
 
     Attributes:
-        n: images of the run.
-        cascade: an image that an attack has fooled is not attacked by the next.
+        model, vote, dataset: names.
+        n: the number of images of the run.
+        cascade: whether an image that an attack has fooled is not attacked by the next.
         weights, data, code: hashes of the model, the images and the package.
     """
 
@@ -45,17 +46,17 @@ class Cell(Settings):
 
     @property
     def settings(self) -> Settings:
-        """What its attacks share."""
+        """Return what its attacks share."""
         return Settings(**{known.name: getattr(self, known.name) for known in fields(Settings)})
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Return a title for people."""
         return f"{self.model}, {self.vote}, {self.norm} {self.eps:g}{seed_said(self.seed)}"
 
     @property
     def key(self) -> str:
-        """What tells the cells of a run apart."""
+        """Return what tells the cells of a run apart."""
         return f"{self.model} {self.vote} {self.eps} {self.seed}"
 
 
@@ -64,7 +65,8 @@ class Unit:
     """A piece of work: one attack on one range of the images of a cell.
 
     Attributes:
-        attack: its name; `CLEAN` judges the clean images.
+        cell: the cell.
+        attack: the name of the attack; `CLEAN` judges the clean images.
         before: with ``cascade``, the attacks whose results it depends on.
         range: the first image, and the one behind the last.
     """
@@ -76,31 +78,31 @@ class Unit:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Unit:
-        """Back from `content`."""
+        """Return the unit that has this `content`."""
         own = {key: content[key] for key in ("attack", "before", "range")}
         cell = Cell(**{key: value for key, value in content.items() if key not in own})
         return cls(cell, own["attack"], tuple(own["before"]), (own["range"][0], own["range"][1]))
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """All that decides the result, as JSON has it."""
+        """Return all that decides the result, as JSON has it."""
         return {**asdict(self.cell), "attack": self.attack, "before": list(self.before), "range": list(self.range)}
 
     @cached_property
     def identity(self) -> str:
-        """The hash of `content`."""
+        """Return the hash of `content`."""
         return sha256(canonical(self.content)).hexdigest()[:32]
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return a name for people."""
         cell, (start, stop) = self.cell, self.range
         seed = f" seed {cell.seed}" if cell.seed else ""
         return f"{cell.model} {cell.vote} {cell.eps:g}{seed} {self.attack} {start}-{stop}"
 
 
 def cells_of(manifest: dict[str, Any]) -> list[Cell]:
-    """The cells of a run: what its units have in common."""
+    """Return the cells of a run: what its units have in common."""
     sweep = manifest["sweep"]
     shared = {key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "amp", "cascade")}
     hashes = {key: manifest[key] for key in ("data", "code")}
@@ -111,7 +113,7 @@ def cells_of(manifest: dict[str, Any]) -> list[Cell]:
 
 
 def chains_of(manifest: dict[str, Any]) -> list[list[Unit]]:
-    """The units, by the task that runs them: the clean images first, then the attacks in order."""
+    """Return the units, by the task that runs them: the clean images first, then the attacks in order."""
     sweep = manifest["sweep"]
     names = [CLEAN, *sweep["attacks"]]
     before = [tuple(names[:index]) if sweep["cascade"] else () for index in range(len(names))]
@@ -126,7 +128,7 @@ def chains_of(manifest: dict[str, Any]) -> list[list[Unit]]:
 
 
 def by_cell(manifest: dict[str, Any]) -> Iterator[tuple[Cell, list[list[Unit]]]]:
-    """Every cell with its chains."""
+    """Yield every cell with its chains."""
     chains, cells = chains_of(manifest), cells_of(manifest)
     shards = len(chains) // len(cells)
     for index, cell in enumerate(cells):

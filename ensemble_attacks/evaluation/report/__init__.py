@@ -1,4 +1,4 @@
-"""A report of a run that a reviewer can check."""
+"""Write a report of a run that a reviewer can check."""
 
 from ensemble_attacks.evaluation.report.pages import write_report
 

@@ -1,4 +1,4 @@
-"""The figures of a report, each with the data behind it."""
+"""Draw the figures of a report, each with the data behind it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIAGNOSED = 32  # images that a diagnosis looks at
 
 @dataclass
 class Picture:
-    """A figure, its caption, and the data behind it."""
+    """A figure that has a name, a caption, and the data behind it."""
 
     name: str
     caption: str
@@ -43,7 +43,7 @@ class Picture:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
 
     def png(self) -> str:
-        """For an ``img`` of the page."""
+        """Return the figure as base64, for an ``img`` of the page."""
         self.figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, bbox_inches="tight")
         return base64.b64encode(buffer.getvalue()).decode()
 
@@ -59,7 +59,7 @@ def _title(unit: Unit) -> str:
 
 
 def _curves(ledger: Ledger) -> list[Picture]:
-    """Robust images against passes, all attacks of a cell on one axis (MORA, figure 4)."""
+    """Draw robust images against passes, all attacks of a cell on one axis (MORA, figure 4)."""
     pictures = []
     chains, cells = chains_of(ledger.manifest), cells_of(ledger.manifest)
     shards = len(chains) // len(cells)
@@ -84,7 +84,7 @@ def _curves(ledger: Ledger) -> list[Picture]:
 
 
 def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
-    """Points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
+    """Return points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
     if not all(info["trace"] for info in infos):
         return []
     moments: dict[tuple[int, int], tuple[float, float]] = {}
@@ -101,7 +101,7 @@ def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
 
 
 def _by_eps(summary: dict[str, Any]) -> list[Picture]:
-    """The worst case against the radius, where a run has several."""
+    """Draw the worst case against the radius, where a run has several."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in summary["cells"]:
         at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
@@ -141,7 +141,7 @@ def _read(ledger: Ledger, unit: Unit) -> dict[str, Tensor]:
 
 
 def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture | None:
-    """Clean, adversarial, and the perturbation magnified."""
+    """Draw clean and adversarial images, and the perturbations magnified; nothing where no moved image fools the model."""
     moved = (tensors["x_adv"] != context.x[tensors["rows"]]).flatten(1).any(1)
     fooled = torch.nonzero(~tensors["robust"].bool() & moved).squeeze(-1)[:SHOWN]
     if not len(fooled):
@@ -161,7 +161,7 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
 
 @torch.no_grad()
 def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture:
-    """How many members are wrong where the ensemble is fooled, and where it is not (MORA, figures 1c and 3a)."""
+    """Draw how many members are wrong where the ensemble is fooled, and where it is not (MORA, figures 1c and 3a)."""
     device = next(context.model.parameters(), tensors["x_adv"]).device
     net: Any = context.model
     wrong = ask_members(net, tensors["x_adv"].to(device)).argmax(-1).cpu() != tensors["labels"]
@@ -178,7 +178,10 @@ def _members(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
 
 
 def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
-    """How far adversarial examples carry from one member to another; nothing where members have no gradient."""
+    """Draw how far adversarial examples carry from one member to another.
+
+    Nothing is drawn where there is one member or too many, no image that all get right, or a member without a gradient.
+    """
     device = next(context.model.parameters(), context.x).device
     x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
     net: Any = context.model
@@ -206,7 +209,10 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
 
 
 def _surface(context: Context, unit: Unit, index: int) -> Picture:
-    """The margin of the first right image along its gradient's sign and a random one; beside it, of the members' mean."""
+    """Draw the margin of the first right image along its gradient's sign and random signs.
+
+    Beside it stands the margin of the members' mean, where the model shows members.
+    """
     device = next(context.model.parameters(), context.x).device
     nets: dict[str, Any] = {"the model": context.model}
     if hasattr(context.model, "member_logits"):

@@ -1,4 +1,4 @@
-"""A report of a run that a reviewer can check: a page that needs nothing else; the same as Markdown, CSV and figures."""
+"""Write a report of a run: a page that needs nothing else, and the same as Markdown, CSV and figures."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ STYLE = "tableau-colorblind10"
 
 
 def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
-    """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; returns the page's path.
+    """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; return the page's path.
 
     Raises:
-        FileNotFoundError, LedgerError: no run, or one that has not finished.
-        FileExistsError: ``out`` is there already.
+        FileNotFoundError, LedgerError: Where there is no run, or one that has not finished.
+        FileExistsError: Where ``out`` is there already.
     """
     ledger = Ledger(run)
     summary = summarise(ledger)
@@ -62,13 +62,13 @@ def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
 
 
 def _first_chains(ledger: Ledger) -> list[list[Unit]]:
-    """Of every cell, the units on its first images."""
+    """Return the units of every cell on its first images."""
     chains = chains_of(ledger.manifest)
     return chains[:: len(chains) // len(cells_of(ledger.manifest))]
 
 
 def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
-    """Of the first images; ``None`` of too few."""
+    """Return the diagnosis on the run's first images; ``None`` where there are too few."""
     manifest = ledger.manifest
     n = min(manifest["sweep"]["n"], DIAGNOSED)
     if n < FEWEST_DIAGNOSED:
@@ -81,7 +81,7 @@ TEMPLATES = Path(__file__).parent
 
 
 def render_page(template: Path, **content: Any) -> str:
-    """A self-contained page; the template extends ``page.html.jinja``, and all content is escaped."""
+    """Return a self-contained page; the template extends ``page.html.jinja``, and all content is escaped."""
     loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     return environment.get_template(template.name).render(**content)
@@ -115,7 +115,7 @@ def _name(ledger: Ledger) -> str:
 
 
 def _manifest(ledger: Ledger) -> str:
-    """Settings, hashes and versions, as `sweep`'s file has them."""
+    """Return settings, hashes and versions as lines; the settings have the names that a sweep's file gives them."""
     manifest = ledger.manifest
     lines = [f"{key} = {value!r}" for key, value in manifest["sweep"].items() if value is not None]
     lines += [f"weights of {model}: {value}" for model, value in manifest["weights"].items()]

@@ -1,4 +1,4 @@
-"""The comparison as rows, and rows as CSV."""
+"""Turn the comparison into rows, and rows into CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", 
 
 
 def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple[Any, ...]]:
-    """The comparison, a row for each attack of each cell, in the order of `COLUMNS`."""
+    """Return the comparison, with a row for each attack of each cell, in the order of `COLUMNS`."""
     rows: list[tuple[Any, ...]] = []
     for cell in summary["cells"]:
         start = tuple(cell[key] for key in ("model", "vote", "eps", "seed"))
@@ -28,7 +28,7 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
-    """A table; text that a spreadsheet would take for a formula gets an apostrophe."""
+    """Write a table as CSV; text that a spreadsheet would take for a formula gets an apostrophe."""
     safe = lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" and value else value  # noqa: E731
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *([safe(value) for value in row] for row in rows)])
