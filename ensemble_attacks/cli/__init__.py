@@ -1,4 +1,4 @@
-"""The command line: ``ensemble-attacks``."""
+"""Provide the command line, ``ensemble-attacks``."""
 
 from ensemble_attacks.cli.group import main
 

@@ -1,4 +1,4 @@
-"""demo."""
+"""Define the command ``demo``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEMO_EPS, DEMO_N = 0.12, 50
 @click.option("--n", type=int, default=DEMO_N, help="Test images of each ensemble.")
 @click.option("--seed", type=int, default=0)
 def demo(n: int, seed: int) -> None:
-    """Handwritten digits: what the standard AutoAttack and MORA say of two ensembles, in about a minute."""
+    """Handwritten digits: print what the standard AutoAttack and MORA say of two ensembles, in about a minute."""
     load_dataset("digits", n=n)
     began = time.perf_counter()
     table = Table(title=f"Robust accuracy (%) of three-member ensembles: digits, Linf {DEMO_EPS}, {n} images")
@@ -43,7 +43,7 @@ def demo(n: int, seed: int) -> None:
 
 
 def demo_row(model: str, vote: str, n: int, seed: int) -> list[str]:
-    """One row of the demo's table."""
+    """Return one row of the demo's table."""
     x, y = load_dataset("digits", n=n)
     ensemble = providers.load_model(model, dataset="digits", vote=vote)
     summary = run_evaluation(ensemble, x, y, ["autoattack", "mora"], Settings(eps=DEMO_EPS, seed=seed))

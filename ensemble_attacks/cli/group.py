@@ -1,4 +1,4 @@
-"""The group of commands. Errors are shown as one line, and with ``--debug`` as tracebacks.
+"""Define the group of commands, which shows errors as one line, and with ``--debug`` as tracebacks.
 
 A command's module is imported when the command is called: help and completion answer without torch.
 """
@@ -33,7 +33,7 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
 
 
 class Commands(click.Group):
-    """Shows an error as one line and exits with 2, or with 130 after SIGINT; ``--debug`` shows the traceback."""
+    """A group that shows an error as one line and exits with 2, or 130 after SIGINT; ``--debug`` shows the traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -64,5 +64,5 @@ class Commands(click.Group):
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
-    """Attacks that tell the truth about ensemble defenses."""
+    """Evaluate ensemble defenses with attacks that tell the truth."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")

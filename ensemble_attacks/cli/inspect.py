@@ -1,4 +1,4 @@
-"""diagnose, verify, report, export."""
+"""Define the commands ``diagnose``, ``verify``, ``report`` and ``export``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def diagnose(
     data_dir: str,
     download: bool,
 ) -> None:
-    """Is a model masking its gradients? Checks with figure, threshold and verdict, and the attacks to run."""
+    """Is a model masking its gradients? Print checks with figure, threshold and verdict, and the attacks to run."""
     check_device(device)
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json {path}: there is no folder {path.parent}, make it first")
@@ -109,7 +109,7 @@ def export() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
 @click.option("--partial", is_flag=True, help="Also a run on fewer images than the test set has.")
 def robustbench(run: Path, out: Path, partial: bool) -> None:
-    """RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
+    """Write RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
     export_robustbench(run, out, partial=partial)
     console.print((out / TEXT).read_text(), markup=False)
     console.print(f"Stored in {out}")
@@ -136,8 +136,9 @@ def verify(
     eps: float | None,
     draws: int | None,
 ) -> None:
-    """Judge stored images anew, from them, the model and the data alone: a run's folder, or an external evaluation, ours or
-    anybody's (a folder, or a .pt file of images).
+    """Judge stored images anew, from them, the model and the data alone.
+
+    PATH is a run's folder, or an external evaluation, ours or anybody's (a folder, or a .pt file of images).
     """
     if (path / MANIFEST).exists():
         decided = {"model": model, "vote": vote, "dataset": dataset, "norm": norm, "eps": eps, "draws": draws}

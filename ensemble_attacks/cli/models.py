@@ -1,4 +1,4 @@
-"""train, convert, attacks, models, doctor."""
+"""Define the commands ``train``, ``convert``, ``attacks``, ``models`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from ensemble_attacks.validation import check_device
 def train(recipe: str, **options: Any) -> None:
     """Train a defense, with one command, resumable.
 
-    standard, at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at: adversarial training, of
-    the backbone in frontend_at.
+    RECIPE is standard, at, each_at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at, which
+    adds adversarial training; in frontend_at it is that of the backbone.
     """
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)
@@ -77,7 +77,7 @@ def models(dataset: str | None) -> None:
 def attacks() -> None:
     """List the attacks: what each does, needs and costs.
 
-    The cost is in forward and backward passes of an image that holds out; of a random model, times its draws.
+    The cost is the number of forward and backward passes of an image that holds out; of a random model, times its draws.
     """
     table = Table(Column("name", no_wrap=True), "what it does", "norms", "needs", Column("passes", justify="right"))
     for name, record in registered().items():
@@ -91,7 +91,7 @@ def attacks() -> None:
 
 @click.command()
 def doctor() -> None:
-    """Check the installation; exits with 1 where something is broken."""
+    """Check the installation; exit with 1 where something is broken."""
     findings = examine()
     colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
     for finding in findings:

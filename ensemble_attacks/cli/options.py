@@ -1,4 +1,4 @@
-"""What several commands share: options, their values, the console."""
+"""Define what several commands share: options, their values, the console."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ console = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def places(command: Callable[..., None]) -> Callable[..., None]:
-    """Where things lie."""
+    """Add the options that say where models and data lie."""
     options = [
         click.option("--model-dir", help="Where trained models lie, if not among those that ship."),
         click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py."),
@@ -31,7 +31,7 @@ def places(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def machines(command: Callable[..., None]) -> Callable[..., None]:
-    """Who does the work."""
+    """Add the options that say who does the work."""
     options = [
         click.option("--engine", default="local", help=", ".join(ENGINES) + "."),
         click.option("--workers", type=int, default=1, help="Processes of the engine local."),
@@ -42,7 +42,7 @@ def machines(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
-    """Raise on an engine or options that cannot be; the devices of other machines are not looked at."""
+    """Raise on an engine or options that cannot be used; the devices of other machines are not looked at."""
     check_choice("engine", engine, tuple(ENGINES))
     check_count("workers", workers)
     known = [name for name, of in signature(ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
@@ -66,7 +66,11 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def radius(text: object) -> float:
-    """A number, or a fraction such as RobustBench's ``8/255``."""
+    """Return the number that a text stands for, also as a fraction such as RobustBench's ``8/255``.
+
+    Raises:
+        ValueError: Where it is no number.
+    """
     try:
         return float(Fraction(str(text).replace(" ", "")))
     except (ValueError, ZeroDivisionError) as error:

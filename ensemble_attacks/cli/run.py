@@ -1,4 +1,4 @@
-"""evaluate, sweep, resume, status."""
+"""Define the commands ``evaluate``, ``sweep``, ``resume`` and ``status``."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def resume(run: Path, **machine: Any) -> None:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def status(run: Path) -> None:
-    """How far a run is, and what failed."""
+    """How far a run is, and what failed: print the units that are done, running, killed, failed or damaged."""
     ledger = Ledger(run)
     found = progress(ledger)
     console.print(f"{found['done']} of {found['all']} units done", highlight=False)
