@@ -1,4 +1,4 @@
-"""Attacks that tell the truth about ensemble defenses, alongside torchattacks, AutoAttack and RobustBench.
+"""Evaluate ensemble defenses with attacks that tell the truth, alongside torchattacks, AutoAttack and RobustBench.
 
 Names are imported when they are first asked for, so that the command line answers without torch.
 """
@@ -79,7 +79,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package, in which ``judge`` is the function, also once the module of that name has been imported."""
+    """A module type in which ``judge`` is the function, also once the module of that name has been imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.judge if name == "judge" and isinstance(value, ModuleType) else value)

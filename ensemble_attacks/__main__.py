@@ -1,4 +1,4 @@
-"""``python -m ensemble_attacks``: the command line."""
+"""Run the command line, as ``python -m ensemble_attacks``."""
 
 from ensemble_attacks.cli.group import main
 

@@ -1,4 +1,4 @@
-"""AutoAttack, with any attack in it (`ensemble_attacks.hosts.autoattack`)."""
+"""Provide AutoAttack, with any attack in it (`ensemble_attacks.hosts.autoattack`)."""
 
 from ensemble_attacks.hosts.autoattack import DRAWS, SLOTS, VERSIONS, AutoAttack, Flag
 from ensemble_attacks.hosts.state import State

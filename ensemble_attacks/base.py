@@ -1,4 +1,4 @@
-"""What attacks are made of (`ensemble_attacks.attacks.base`)."""
+"""Provide what attacks are made of (`ensemble_attacks.attacks.base`)."""
 
 from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack
 

@@ -1,4 +1,4 @@
-"""Images and labels: scikit-learn's bundled digits (the offline default) and the official CIFAR-10.
+"""Load images and labels: scikit-learn's bundled digits (the offline default) and the official CIFAR-10.
 
 Both come as ``(images, labels)``: float32 (N, C, H, W) in [0, 1] and int64 (N,). Normalisation belongs to the models.
 """
@@ -20,14 +20,14 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What is known of a dataset.
+    """A record of what is known of a dataset.
 
     Attributes:
-        read: (split, folder, download) -> images (N, ...) of whole numbers, and labels (N,).
+        read: the function (split, folder, download) -> images (N, ...) of whole numbers, and labels (N,).
         scale: the largest of these numbers.
-        classes: how many.
-        shape: of an image.
-        test_images: how many.
+        classes: the number of classes.
+        shape: the shape of an image.
+        test_images: the number of test images.
     """
 
     read: Callable[[str, Path, bool], Split]
@@ -52,13 +52,16 @@ def load_dataset(
         name: ``"digits"`` (1,797 8x8 images; 1,200 to train, 597 to test) or ``"cifar10"``.
         split: ``"train"`` or ``"test"``.
         data_dir: the folder that holds ``cifar-10-batches-py`` (digits need none).
-        n: how many; ``None`` is all of them.
-        first: from which on.
-        download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
+        n: how many examples; ``None`` is all of them.
+        first: the number of the first example, counted from 0.
+        download: whether torchvision may fetch CIFAR-10 into ``data_dir`` where it is absent.
+
+    Returns:
+        Images, float32 (N, C, H, W) in [0, 1], and labels, int64 (N,).
 
     Raises:
-        ValueError: unknown name or split, or an ``n`` that the split cannot give.
-        FileNotFoundError: no CIFAR-10 under ``data_dir``.
+        ValueError: Where the name or split is unknown, or the split cannot give ``n`` examples.
+        FileNotFoundError: Where there is no CIFAR-10 under ``data_dir``.
 
     >>> images, labels = load_dataset("digits", n=4)
     >>> images.shape, labels.dtype

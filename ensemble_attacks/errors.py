@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each message names the argument, the value and the remedy."""
+"""Define errors that a user can act on: each message names the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Iterable
 
 
 class NotAnEnsembleError(TypeError):
-    """The attack needs the members of an ensemble and the model does not show any."""
+    """An error that is raised where an attack needs the members of an ensemble and the model does not show any."""
 
 
 class AggregateMismatchError(ValueError):
-    """The claimed members and vote do not reproduce the model's own predictions."""
+    """An error that is raised where the claimed members and vote do not reproduce the model's own predictions."""
 
 
 class OutOfBallError(ValueError):
-    """An image that claims to be adversarial lies outside the threat model's ball or the [0, 1] box."""
+    """An error that is raised where an image leaves the threat model's ball or the box of the images, or is not finite."""
 
 
 class PartError(ValueError):
-    """No such part of the model, or one that the identity cannot stand in for."""
+    """An error that is raised where a model has no such part, or the part does not suit what is asked of it."""
 
 
 class WeightsError(ValueError):
-    """A weights file that is not what the registry says it is."""
+    """An error that is raised where a weights file or checkpoint is not what its card, or its name, says it is."""
 
 
 class LedgerError(RuntimeError):
-    """A run's folder that cannot be used: damaged, not writable, or of another run."""
+    """An error that is raised where a run's folder cannot be used: damaged, not writable, unfinished, or of another run."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
-    """A ValueError for a name that is not registered, with the nearest one that is."""
+    """Return a `ValueError` for a name that is not registered, which tells the nearest one that is."""
     known = sorted(known)
     by_case = {one.lower(): one for one in known}
     nearest = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.4)

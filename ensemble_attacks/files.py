@@ -1,6 +1,4 @@
-"""Files that are written whole or not at all, files of tensors that are read as tensors or not at all, and digests of
-what models hold.
-"""
+"""Write files whole or not at all, read files of tensors as tensors or not at all, and digest what models hold."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ LARGEST = 4 << 30  # bytes, as they lie and unpacked
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` once it is written and flushed."""
+    """Yield a file to write to, which takes the place of ``path`` once it is written and flushed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -35,10 +33,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def load_tensors(path: Path) -> Any:
-    """What ``torch.save`` wrote, if it is made of tensors, numbers, strings and containers of them, 4 GiB at most.
+    """Return what ``torch.save`` wrote, if it is made of tensors, numbers, strings and containers of them, 4 GiB at most.
 
     Raises:
-        ValueError: it is something else, or larger, also if only once unpacked.
+        ValueError: Where it is something else, or larger, also if only once unpacked.
     """
     size = path.stat().st_size
     try:
@@ -56,7 +54,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def digest(*values: object) -> str:
-    """A hash of tensors, by types, shapes and values; of whatever else a model's state holds, by what it prints."""
+    """Return a hash of tensors, by types, shapes and values; of whatever else a model's state holds, by what it prints."""
     state = sha256()
     for value in values:
         if not isinstance(value, Tensor):
@@ -69,7 +67,11 @@ def digest(*values: object) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there entirely or not at all."""
+    """Write a file that is there entirely or not at all.
+
+    Raises:
+        LedgerError: Where it cannot be written.
+    """
     try:
         with whole_file(path) as file:
             file.write(data)

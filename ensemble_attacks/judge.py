@@ -1,4 +1,4 @@
-"""The only code that says 'robust' or 'fooled': from the stored images and fresh forward passes, never from an attack."""
+"""Decide what is 'robust' or 'fooled': no other code does, and it goes by stored images and fresh forward passes alone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ensemble_attacks.validation import (
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """The verdict on N samples.
+    """A verdict on N samples.
 
     Attributes:
         robust: (N,) bool: predicted right in more than half of the draws.
-        fooled: (N,) bool: the others, but for the invalid ones.
+        fooled: (N,) bool: all other samples but the invalid ones.
         invalid: (N,) bool: scores in any draw that decide nothing (`decided`); neither robust nor fooled.
         correct: (draws, N) bool: predicted right in each draw; never for an invalid sample.
         margin: (N,): by how much the label's score leads the best other one, in the first draw.
@@ -43,22 +43,22 @@ class Judgement:
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions over samples and draws, in [0, 1]."""
+        """Return the share of right predictions over samples and draws, in [0, 1]."""
         return self.correct.double().mean().item()
 
     @property
     def worst_of_draws(self) -> float:
-        """Share of samples predicted right in every draw."""
+        """Return the share of samples predicted right in every draw, in [0, 1]."""
         return self.correct.all(0).double().mean().item()
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson 95% interval of the accuracy over samples."""
+        """Return the Wilson 95% interval of the accuracy over samples."""
         n = len(self.robust)
         return wilson_interval(self.accuracy * n, n)
 
     def summary(self) -> dict[str, float | int | list[float]]:
-        """Counts and rates, for printing and storing."""
+        """Return counts and rates, for printing and storing."""
         summary: dict[str, float | int | list[float]] = {
             "n": len(self.robust),
             "robust": int(self.robust.sum()),
@@ -80,7 +80,10 @@ class Judgement:
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; ``successes`` may be fractional (a mean over draws). 95% by default."""
+    """Return Wilson's score interval of a proportion, by default at 95%.
+
+    ``successes`` may be fractional (a mean over draws).
+    """
     if n < 1:
         return 0.0, 1.0
     p = successes / n
@@ -90,24 +93,24 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
 
 
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
-    """Size of every sample's perturbation, (N,), in float64."""
+    """Return the size of every sample's perturbation, (N,), in float64."""
     delta = (x_adv.double() - x.double()).flatten(1)
     return delta.norm(NORMS[norm].order, dim=1)
 
 
 def rounding(images: Tensor) -> float:
-    """One unit in the last place of 1, in float32 or the images' type, whichever is finer."""
+    """Return one unit in the last place of 1, in float32 or the images' type, whichever is finer."""
     return min(torch.finfo(images.dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def allowed(x_adv: Tensor, norm: str) -> float:
-    """By how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
+    """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
     pixels = x_adv[0].numel()
     return rounding(x_adv) * pixels ** (1 / NORMS[norm].order)
 
 
 def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
-    """Which samples (N,) `check_adversarial` would raise an error for; also in the norm L1."""
+    """Return the samples that `check_adversarial` would raise an error for, (N,) bool; also in the norm L1."""
     if not len(x):
         return torch.zeros(0, dtype=torch.bool)
     exact = x_adv.double().flatten(1)
@@ -116,15 +119,15 @@ def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Bo
 
 
 def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
-    """``x_adv``, with the clean image in place of every one `outside`: no success, and no error either."""
+    """Return ``x_adv`` with the clean image in place of every one that is `outside`: no success, and no error either."""
     return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm, box=box), x), x, x_adv)
 
 
 def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> None:
     """Raise `OutOfBallError` unless every image is finite, in the box and within ``eps`` of its clean image.
 
-    Measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit in the last place
-    of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
+    The distances are measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit
+    in the last place of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
     """
     bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
     if len(bad):
@@ -155,18 +158,22 @@ def judge(
     seed: int = 2**31 - 1,
     box: Box = UNIT,
 ) -> Judgement:
-    """Decide, for every sample, whether ``x_adv`` fools ``model``.
+    """Decide, for every sample, whether ``x_adv`` fools ``model``, from fresh forward passes.
 
     Args:
         model: images in [0, 1] -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
         x, y, x_adv: clean images, their classes, and the images to judge; (N, C, H, W), (N,), (N, C, H, W).
-        eps, norm, box: the ball, and the values that images can take; eps in their units.
-        draws: fresh forward passes of each image, for a model that is random.
-        seed: of the model's own randomness; apart from the seeds that attacks use, so that no draw is one they saw.
+        eps, norm, box: the radius and norm of the ball, and the values that images can take; eps in their units.
+        draws: the number of fresh forward passes of each image, for a model that is random.
+        batch_size: the number of images per forward pass.
+        seed: the seed of the model's own randomness; apart from the seeds that attacks use, so that no draw is one they saw.
+
+    Returns:
+        The verdict on each sample.
 
     Raises:
-        OutOfBallError: an image outside the ball or the box; it names the sample and the excess.
-        TypeError, ValueError: arguments that cannot be used.
+        OutOfBallError: Where an image lies outside the ball or the box; the message names the sample and the excess.
+        TypeError, ValueError: Where arguments cannot be used.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> x, y = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The threat model's norm, and the box that images live in."""
+"""Define the threat model's norm, and the box that images live in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Norm:
     """A norm that perturbations are measured in.
 
     Attributes:
-        name: by which it is asked for.
-        order: as PyTorch's ``norm`` takes it.
+        name: the name by which it is asked for.
+        order: the order that PyTorch's ``norm`` takes.
         dual: the order of the norm that slopes are measured in: no linear function grows faster than its slope's dual norm.
         gaussian: whether random starts are normal noise; else it is uniform in [-1, 1].
         attacked: whether this package's attacks know it; AutoAttack's know all.
@@ -27,11 +27,11 @@ class Norm:
     attacked: bool = True
 
     def size(self, delta: Tensor) -> Tensor:
-        """Of every sample's perturbation (N, ...), (N,)."""
+        """Return the size of every sample's perturbation (N, ...), (N,)."""
         return delta.flatten(1).norm(self.order, dim=1)
 
     def dual_size(self, slope: Tensor) -> Tensor:
-        """Of every sample's slope (N, ...), in the dual norm, (N,)."""
+        """Return the size of every sample's slope (N, ...), in the dual norm, (N,)."""
         return slope.flatten(1).norm(self.dual, dim=1)
 
 
@@ -42,13 +42,13 @@ NORMS: dict[str, Norm] = {norm.name: norm for norm in (LINF, L2, L1)}
 
 
 def attacked_norms() -> list[str]:
-    """The names of the norms that this package's attacks know."""
+    """Return the names of the norms that this package's attacks know."""
     return [name for name, norm in NORMS.items() if norm.attacked]
 
 
 @dataclass(frozen=True)
 class Box:
-    """The values that images can take, ``low <= x <= high``."""
+    """A box that holds the values that images can take, ``low <= x <= high``."""
 
     low: float = 0.0
     high: float = 1.0
@@ -58,11 +58,11 @@ class Box:
         return self.high - self.low
 
     def clamp(self, x: Tensor) -> Tensor:
-        """``x`` with what lies outside put on the edge."""
+        """Return ``x`` with what lies outside put on the edge."""
         return x.clamp(self.low, self.high)
 
     def excess(self, x: Tensor) -> Tensor:
-        """By how much each sample (N, ...) leaves the box, (N,); not above 0 where it does not."""
+        """Return by how much each sample (N, ...) leaves the box, (N,); not above 0 where it does not."""
         flat = x.flatten(1)
         return torch.maximum(self.low - flat, flat - self.high).amax(1)
 

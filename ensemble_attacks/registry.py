@@ -1,4 +1,4 @@
-"""Attacks by name (`ensemble_attacks.attacks.registry`)."""
+"""Provide attacks by name (`ensemble_attacks.attacks.registry`)."""
 
 from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.attacks.registry import GROUP, NamedAttack, find_attack, registered

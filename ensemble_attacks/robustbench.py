@@ -1,4 +1,4 @@
-"""RobustBench, unforked (`ensemble_attacks.hosts.robustbench`)."""
+"""Provide RobustBench, unforked (`ensemble_attacks.hosts.robustbench`)."""
 
 from ensemble_attacks.hosts.robustbench import EvaluationState, benchmark, ensure, pipeline
 

@@ -1,4 +1,4 @@
-"""What scores say: pure functions of logits, one value per sample.
+"""Read what scores say: pure functions of logits, with one value per sample.
 
 Shape suffixes: M members, N samples, K classes.
 """
@@ -11,34 +11,35 @@ from torch.nn import functional as F
 
 
 def gather(scores: Tensor, classes_N: Tensor) -> Tensor:
-    """The score of one class per sample: (..., N, K), (N,) -> (..., N)."""
+    """Return the score of one class per sample: (..., N, K), (N,) -> (..., N)."""
     return scores.gather(-1, classes_N.expand(scores.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 
 def mask_class(scores: Tensor, classes_N: Tensor) -> Tensor:
-    """``scores`` (..., N, K) with -inf at one class per sample."""
+    """Return ``scores`` (..., N, K) with -inf at one class per sample."""
     at_class = F.one_hot(classes_N, scores.shape[-1]).bool()
     return scores.masked_fill(at_class, -torch.inf)
 
 
 def best_other(scores: Tensor, classes_N: Tensor) -> Tensor:
-    """The best-scored class that is not the given one: (..., N, K) -> (..., N), int64."""
+    """Return the best-scored class that is not the given one: (..., N, K) -> (..., N), int64."""
     return mask_class(scores, classes_N).argmax(-1)
 
 
 def margin(scores: Tensor, labels: Tensor) -> Tensor:
-    """``z_y - max_{j != y} z_j``: negative exactly where the prediction is wrong beyond a tie. (..., N, K) -> (..., N)."""
+    """Return ``z_y - max_{j != y} z_j``, (..., N, K) -> (..., N), negative where the prediction is wrong beyond a tie."""
     return gather(scores, labels) - mask_class(scores, labels).amax(-1)
 
 
 def targeted_margin(scores: Tensor, targets: Tensor) -> Tensor:
-    """``max_{j != t} z_j - z_t``: negative exactly where the prediction is the target, beyond a tie."""
+    """Return ``max_{j != t} z_j - z_t``, (..., N), negative exactly where the prediction is the target, beyond a tie."""
     return -margin(scores, targets)
 
 
 def decided(scores_NK: Tensor) -> Tensor:
-    """Which samples (N,) have a prediction: the best score is finite, and none is NaN. The logarithm of a mean probability
-    may be -inf for a class that does not win.
+    """Return which samples have a prediction, (N,) bool: the best score is finite, and none is NaN.
+
+    The logarithm of a mean probability may be -inf for a class that does not win.
     """
     return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
 
@@ -51,13 +52,13 @@ DIFFERENT = 1e-4  # of normalised scores in L2, beyond which two of them differ 
 
 
 def differ(scores_NK: Tensor, others_NK: Tensor) -> bool:
-    """Are the scores of any image another, apart from their length?"""
+    """Tell whether the scores of any image are different, apart from their length."""
     unit, other = (z / (z.norm(dim=1, keepdim=True) + 1e-10) for z in (scores_NK, others_NK))
     return bool(((unit - other).norm(dim=1) > DIFFERENT).any())
 
 
 def are_probabilities(scores_NK: Tensor) -> bool:
-    """Does every image have scores of at least 0 that sum to 1 (AutoAttack's check_range_output)?"""
+    """Tell whether every image has scores of at least 0 that sum to 1 (AutoAttack's check_range_output)."""
     return bool(scores_NK.min() >= 0 and ((scores_NK.sum(1) - 1).abs() < PROBABILITY).all())
 
 
@@ -67,7 +68,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def at_least(gaps: Tensor, scores: Tensor) -> Tensor:
-    """Gaps (...) between some of the ``scores`` (..., K), but none so small that dividing by it would end in infinity."""
+    """Return gaps (...) between some of the ``scores`` (..., K), none so small that dividing by it would end in infinity."""
     spread = scores.amax(-1) - scores.amin(-1)
     spread = torch.where(spread > 0, spread.clamp(torch.finfo(scores.dtype).tiny ** 0.5, 1), 1)
     return gaps.maximum(SMALLEST_MARGIN * spread)

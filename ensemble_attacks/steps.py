@@ -1,4 +1,4 @@
-"""Step rules (`ensemble_attacks.descent.steps`)."""
+"""Provide the step rules (`ensemble_attacks.descent.steps`)."""
 
 from ensemble_attacks.descent.steps import CheckpointSteps, ConstantSteps, CosineSteps, DecayingSteps, StepRule
 

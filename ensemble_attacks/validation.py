@@ -1,4 +1,4 @@
-"""Checks of what a user passes, before any work is done. Each error names the argument, the value and the remedy."""
+"""Check what a user passes, before any work is done; each error names the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from ensemble_attacks.norms import UNIT, Box, attacked_norms
 
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
-    """Floating point, (N, C, H, W), finite, in the box (give or take ``slack``)."""
+    """Check that images are floating point, (N, C, H, W), finite and in the box (give or take ``slack``).
+
+    Raises:
+        TypeError: Where they are no tensor, or not floating point.
+        ValueError: Where they have another shape or values that are not allowed.
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
     if not images.is_floating_point():
@@ -35,7 +40,12 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
 
 
 def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
-    """Integer class indices, (N,), one per image, not negative."""
+    """Check that labels are integer class indices, (N,), one per image, and not negative.
+
+    Raises:
+        TypeError: Where they are no tensor, or not integers.
+        ValueError: Where they have another shape or values that are not allowed.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -50,7 +60,7 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
 
 
 def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") -> None:
-    """No class index that the model has no score for."""
+    """Raise a `ValueError` where labels hold a class index that the model has no score for."""
     if len(labels) and labels.max() >= num_classes:
         raise ValueError(
             f"{name} holds {labels.max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
@@ -58,8 +68,11 @@ def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") ->
 
 
 def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) -> None:
-    """What a model returned for ``n`` images: one floating-point tensor (N, K) of at least two classes, and of all that the
-    labels ``y`` hold.
+    """Check that a model returned for ``n`` images one floating-point tensor (N, K) of at least two classes.
+
+    Raises:
+        TypeError: Where it is no tensor, or not floating point.
+        ValueError: Where it has another shape, or lacks a class that the labels ``y`` hold.
     """
     if not isinstance(scores, Tensor):
         kind = type(scores).__name__
@@ -76,7 +89,7 @@ def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) ->
 
 
 def check_member_logits(logits: object, n: int, model: str) -> None:
-    """What ``member_logits`` returned for ``n`` images: one tensor (M, N, K)."""
+    """Raise a `ValueError` unless ``member_logits`` returned one tensor (M, N, K) for ``n`` images."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != n:
         raise ValueError(
@@ -86,7 +99,10 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
 
 
 def check_module(model: object) -> None:
-    """A module that tells its training mode, as each does but those of ``torch.jit.freeze``."""
+    """Raise a `TypeError` unless a model is a module that tells its training mode.
+
+    Every module does but those of ``torch.jit.freeze``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
     if not hasattr(model, "training"):
@@ -100,7 +116,7 @@ def check_norm(norm: str) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """A finite number above zero."""
+    """Raise a `TypeError` or `ValueError` unless a value is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
@@ -108,7 +124,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int, at_least: int = 1) -> None:
-    """A whole number not below ``at_least``."""
+    """Raise a `TypeError` or `ValueError` unless a value is a whole number not below ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
@@ -116,14 +132,14 @@ def check_count(name: str, value: int, at_least: int = 1) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """A whole number that PyTorch's generators take."""
+    """Raise a `TypeError` or `ValueError` unless a seed is a whole number that PyTorch's generators take."""
     check_count("seed", seed, at_least=0)
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
 
 
 def check_fractions(name: str, values: Sequence[float]) -> None:
-    """At least one number, all in [0, 1]."""
+    """Raise a `ValueError` unless values are at least one number, all in [0, 1]."""
     if not isinstance(values, Iterable) or isinstance(values, str) or not list(values):
         raise ValueError(f"{name} must be a sequence of at least one number in [0, 1], got {values!r}")
     for value in values:
@@ -137,7 +153,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def check_device(device: str) -> None:
-    """A device that torch knows and this machine has."""
+    """Raise a `ValueError` unless torch knows the device and this machine has it."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
