@@ -1,4 +1,4 @@
-"""Ensemble defenses as RobustBench-style models: images in [0, 1] -> logits (N, K), normalisation inside."""
+"""Provide ensemble defenses as RobustBench-style models: images in [0, 1] -> logits (N, K), normalisation inside."""
 
 from defenses.recipes import train_model
 from defenses.zoo.convert import convert

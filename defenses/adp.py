@@ -1,7 +1,8 @@
-"""``adp``: Adaptive Diversity Promoting training (Pang et al., "Improving Adversarial Robustness via Promoting Ensemble
-Diversity", ICML 2019), which spreads the members' non-true-class predictions apart.
+"""Implement ``adp``: Adaptive Diversity Promoting training (Pang et al., "Improving Adversarial Robustness via Promoting
+Ensemble Diversity", ICML 2019), which spreads the members' non-true-class predictions apart.
 
-The published code's constants: alpha = 2, beta = 0.5, Adam at 1e-3.
+The constants alpha = 2 and beta = 0.5 are those of the published code, which trains with Adam at 1e-3; the learning rate
+here is that of `RECIPE`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ ALPHA, BETA = 2.0, 0.5
 
 
 def ensemble_entropy(probabilities_MNK: Tensor) -> Tensor:
-    """Shannon entropy of the mean probability, (N,) in nats (Pang et al., eq. 4, first term)."""
+    """Return the Shannon entropy of the mean probability, (N,) in nats (Pang et al., eq. 4, first term)."""
     mean_NK = probabilities_MNK.mean(0)
     return -(mean_NK * mean_NK.clamp_min(1e-12).log()).sum(-1)
 
 
 def log_ensemble_diversity(probabilities_MNK: Tensor, labels: Tensor) -> Tensor:
-    """Logarithm of the ensemble diversity, (N,): log-determinant of the Gram matrix of the members' L2-normalised
-    non-true-class probability vectors (Pang et al., eq. 3), with 1e-6 on the diagonal against rank loss.
+    """Return the logarithm of the ensemble diversity, (N,) (Pang et al., eq. 3).
+
+    It is the log-determinant of the Gram matrix of the members' L2-normalised non-true-class probability vectors, with 1e-6
+    on the diagonal against rank loss.
     """
     members, samples, classes = probabilities_MNK.shape
     others = F.one_hot(labels, classes).logical_not().expand(members, -1, -1)
@@ -34,7 +37,7 @@ def log_ensemble_diversity(probabilities_MNK: Tensor, labels: Tensor) -> Tensor:
 
 
 def adp_loss(logits_MNK: Tensor, labels: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
-    """``sum_m CE - alpha * H(mean p) - beta * log ED``, batch mean (Pang et al., eq. 5)."""
+    """Return ``sum_m CE - alpha * H(mean p) - beta * log ED``, batch mean (Pang et al., eq. 5)."""
     probabilities_MNK = logits_MNK.softmax(-1)
     regulariser = alpha * ensemble_entropy(probabilities_MNK)
     regulariser = regulariser + beta * log_ensemble_diversity(probabilities_MNK, labels)

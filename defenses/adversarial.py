@@ -1,7 +1,7 @@
-"""Adversarial training (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018): ``at``,
-and as an option of every other recipe.
+"""Implement adversarial training (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018):
+the recipes ``at`` and ``each_at``, and an addition to other recipes (`with_adversarial_training`).
 
-On PGD-10 images of the ensemble, or, with DVERGE, of each member by itself.
+It trains on PGD-10 images of the ensemble, or, in ``each_at`` and with DVERGE, of each member by itself.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from defenses.training.ascent import pgd
 
 
 def loss_against_ensemble(batch: Batch) -> Tensor:
-    """``sum_m CE(f_m(x'), y)``, batch mean, at images x' that raise the ensemble's cross-entropy."""
+    """Return ``sum_m CE(f_m(x'), y)``, batch mean, at images x' that raise the ensemble's cross-entropy."""
     return cross_entropy_sum(batch.logits(pgd(batch)), batch.y)
 
 
 def loss_against_members(batch: Batch) -> Tensor:
-    """``sum_m CE(f_m(x'_m), y)``, batch mean, at images x'_m that raise the member's own cross-entropy."""
+    """Return ``sum_m CE(f_m(x'_m), y)``, batch mean, at images x'_m that raise the member's own cross-entropy."""
     members = range(len(batch.ensemble.members))
     return cross_entropy_sum(torch.stack([batch.logits(pgd(batch, m), m) for m in members]), batch.y)
 
 
 def with_adversarial_training(recipe: Recipe, *, each_member: bool = False) -> Recipe:
-    """``recipe`` with the loss on adversarial images added to its own; named ``<recipe>_at``."""
+    """Return ``recipe`` with the loss on adversarial images added to its own; it is named ``<recipe>_at``."""
     adversarial = loss_against_members if each_member else loss_against_ensemble
     whose = "each member" if each_member else "the ensemble"
     return replace(

@@ -1,4 +1,4 @@
-"""Member networks. Each takes images in [0, 1], normalises them itself and returns logits (N, K)."""
+"""Define the member networks, each of which takes images in [0, 1], normalises them itself and returns logits (N, K)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NORMALIZATIONS = {
 
 
 class Normalize(nn.Module):
-    """``(x - mean) / std`` per channel."""
+    """A module that returns ``(x - mean) / std`` per channel."""
 
     mean: Tensor
     std: Tensor
@@ -32,13 +32,15 @@ class Normalize(nn.Module):
 
 
 def activation(negative_slope: float) -> Callable[[Tensor], Tensor]:
-    """ReLU, or leaky ReLU where the slope is not 0."""
+    """Return ReLU, or leaky ReLU where the slope is not 0."""
     return partial(F.leaky_relu, negative_slope=negative_slope) if negative_slope else F.relu
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, section 4.2): where the planes grow, option A subsamples and pads
-    with zeros, option B (``projection``) is a 1x1 convolution.
+    """A block of two 3x3 convolutions and a shortcut (He et al. 2016, section 4.2).
+
+    Where the planes grow, option A, the default, subsamples the shortcut and pads it with zeros; option B (``projection``)
+    is a 1x1 convolution with batch norm.
     """
 
     def __init__(self, in_planes: int, planes: int, stride: int, projection: bool, negative_slope: float) -> None:
@@ -65,7 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet of He et al. (2016, section 4.2): depth 6n + 2, 16-32-64 planes.
+    """A CIFAR ResNet of He et al. (2016, section 4.2), of depth 6n + 2, with 16-32-64 planes.
 
     ``normalization`` is mean and standard deviation by channel, ``negative_slope`` that of a leaky ReLU.
     """
@@ -108,7 +110,7 @@ class ResNet(nn.Module):
         return self.linear(out.mean((2, 3)))
 
     def pre_activations(self) -> list[nn.Module]:
-        """The modules that put out the features before each nonlinearity, in order, and the logits."""
+        """Return the modules that put out the features before each nonlinearity, in order, and the logits."""
         modules: list[nn.Module] = [self.bn1]
         for block in (*self.layer1, *self.layer2, *self.layer3):
             modules += [block.get_submodule("bn1"), block.get_submodule("sum")]
@@ -116,7 +118,7 @@ class ResNet(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A small network for the 1x8x8 digits: two convolutions, one pooling, two linear layers."""
+    """A small network for the 1x8x8 digits, which has two convolutions, one pooling and two linear layers."""
 
     def __init__(self, num_classes: int = 10, *, in_channels: int = 1, negative_slope: float = 0.0) -> None:
         super().__init__()
@@ -132,12 +134,12 @@ class ConvNet(nn.Module):
         return self.linear2(self.activation(self.linear1(out.flatten(1))))
 
     def pre_activations(self) -> list[nn.Module]:
-        """The modules that put out the features before each nonlinearity, in order, and the logits."""
+        """Return the modules that put out the features before each nonlinearity, in order, and the logits."""
         return [self.conv1, self.conv2, self.linear1, self.linear2]
 
 
 class WideBlock(nn.Module):
-    """Batch norm, ReLU and convolution, twice, and a shortcut (Zagoruyko & Komodakis 2016, Fig. 1a)."""
+    """A block of batch norm, ReLU and convolution, twice, and a shortcut (Zagoruyko & Komodakis 2016, Fig. 1a)."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -154,7 +156,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide residual network (Zagoruyko & Komodakis 2016): depth 6n + 4, 16-32-64 planes times ``width``."""
+    """A wide residual network (Zagoruyko & Komodakis 2016), of depth 6n + 4, with 16-32-64 planes times ``width``."""
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class Mixer(nn.Module):
 
 
 class ConvMixer(nn.Module):
-    """ConvMixer (Trockman & Kolter, "Patches Are All You Need?", 2022): patches, then ``depth`` mixers of one size."""
+    """A ConvMixer (Trockman & Kolter, "Patches Are All You Need?", 2022), of patches, then ``depth`` mixers of one size."""
 
     def __init__(
         self,
@@ -236,7 +238,7 @@ MIXED = {"mixed": ("resnet20", "wrn16x2", "convmixer")}  # members that differ, 
 
 
 def networks(architecture: str, members: int) -> list[str]:
-    """The architecture of every member: its own, or the next of those that are mixed."""
+    """Return the architecture of every member: the one named, or the next of those that are mixed."""
     prefix, dash, name = architecture.rpartition("-")
     chosen = MIXED.get(name, (name,))
     return [f"{prefix}{dash}{chosen[index % len(chosen)]}" for index in range(members)]

@@ -1,5 +1,5 @@
-"""``crossmax``: the robust aggregation of Fort & Lakshminarayanan, "Ensemble Everything Everywhere: Multi-scale Aggregation
-for Adversarial Robustness" (arXiv:2408.05446, algorithm 1).
+"""Implement ``crossmax``: the robust aggregation of Fort & Lakshminarayanan, "Ensemble Everything Everywhere: Multi-scale
+Aggregation for Adversarial Robustness" (arXiv:2408.05446, algorithm 1).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from ensemble_attacks.validation import check_count
 
 
 def crossmax(logits_MNK: Tensor, k: int | None = None) -> Tensor:
-    """Scores (N, K), at most 0, of logits (M, N, K): from every predictor's logits their largest over classes is taken off,
-    then from every class its largest over predictors; the score is the ``k``-th largest over predictors of what is left,
-    the median (the lower one of an even number) if ``k`` is ``None``.
+    """Return CrossMax scores (N, K), at most 0, of logits (M, N, K).
+
+    From every predictor's logits their largest over classes is taken off, then from every class its largest over predictors;
+    the score is the ``k``-th largest over predictors of what is left, the median (the lower one of an even number) if ``k``
+    is ``None``.
     """
     relative_MNK = logits_MNK - logits_MNK.amax(-1, keepdim=True)
     relative_MNK = relative_MNK - relative_MNK.amax(0, keepdim=True)
@@ -25,14 +27,14 @@ def crossmax(logits_MNK: Tensor, k: int | None = None) -> Tensor:
 
 
 class CrossMax(Ensemble):
-    """Classifiers that decide by CrossMax.
+    """An ensemble of classifiers that decide by CrossMax.
 
     Args:
         members: modules (N, C, H, W) -> (N, K).
         k: which of the predictors' scores counts, 1 the largest; ``None``: the median, as for equivalent models.
 
     Raises:
-        ValueError: ``k`` is less than 1 or more than there are members.
+        ValueError: Where ``k`` is less than 1 or more than there are members.
     """
 
     def __init__(self, members: Sequence[nn.Module], k: int | None = None) -> None:

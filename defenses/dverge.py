@@ -1,7 +1,7 @@
-"""``dverge``: Diversifying Vulnerabilities for Enhanced Robust Generation of Ensembles (Yang et al., NeurIPS 2020), which
-teaches each member to resist the images that distil the non-robust features of the others.
+"""Implement ``dverge``: Diversifying Vulnerabilities for Enhanced Robust Generation of Ensembles (Yang et al., NeurIPS
+2020), which teaches each member to resist the images that distil the non-robust features of the others.
 
-As released: starts from the standard ensemble; each epoch distils one layer, drawn at random; SGD.
+It follows the released code: it starts from the standard ensemble; each epoch distils one layer, drawn at random; SGD.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from defenses.training.ascent import STEPS, sign_ascent
 
 
 class _Reached(Exception):
-    """The forward pass has come as far as it is needed."""
+    """A signal that the forward pass has come as far as it is needed."""
 
 
 def layers(member: Any) -> list[nn.Module]:
-    """The modules that put out the features before the nonlinearities, in order, the logits last; for ResNet-20, twenty.
+    """Return the modules that put out the features before the nonlinearities, in order, the logits last.
 
-    Those that the member names (``pre_activations``), or its batch norms, or convolutions if it has none, and linear layers.
+    In ResNet-20 there are twenty. They are those that the member names (``pre_activations``), or its batch norms, or
+    convolutions if it has none, and linear layers.
     """
     if hasattr(member, "pre_activations"):
         return member.pre_activations()
@@ -34,7 +35,7 @@ def layers(member: Any) -> list[nn.Module]:
 
 
 def features(member: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """The output of ``layer``, flattened to (N, D); nothing beyond it is computed."""
+    """Return the output of ``layer``, flattened to (N, D); nothing beyond it is computed."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -52,8 +53,9 @@ def features(member: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def distil(batch: Batch, member: int, targets: Tensor, layer: int) -> Tensor:
-    """Images near ``batch.x`` whose features in ``member`` are those of ``targets`` (DVERGE, eq. 1), (N, C, H, W): ten
-    signed steps of eps / 10 with momentum 1, minimising the squared distance.
+    """Return images near ``batch.x`` whose features in ``member`` are those of ``targets`` (DVERGE, eq. 1), (N, C, H, W).
+
+    They are made by ten signed steps of eps / 10 with momentum 1, which minimise the squared distance.
     """
     net: nn.Module = batch.ensemble.members[member]
     at = layers(net)[layer]
@@ -66,8 +68,9 @@ def distil(batch: Batch, member: int, targets: Tensor, layer: int) -> Tensor:
 
 
 def loss(batch: Batch) -> Tensor:
-    """``sum_i sum_{j != i} CE(f_i(distilled_j), y)``, batch mean (DVERGE, eq. 3). The distilled images are made first, so
-    that one step on the sum is a step of every member on its own part.
+    """Return ``sum_i sum_{j != i} CE(f_i(distilled_j), y)``, batch mean (DVERGE, eq. 3).
+
+    The distilled images are made first, so that one step on the sum is a step of every member on its own part.
     """
     members = len(batch.ensemble.members)
     count = len(layers(batch.ensemble.members[0]))

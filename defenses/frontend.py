@@ -1,6 +1,6 @@
-"""``frontend``: a fully convolutional front end with a skip connection before a frozen backbone (Boytsov, Joshi & Condessa,
-"A Curious Case of Remarkable Resilience to Gradient Attacks via Fully Convolutional and Differentiable Front End with a Skip
-Connection", arXiv:2402.17018).
+"""Implement ``frontend``: a fully convolutional front end with a skip connection before a frozen backbone (Boytsov, Joshi &
+Condessa, "A Curious Case of Remarkable Resilience to Gradient Attacks via Fully Convolutional and Differentiable Front End
+with a Skip Connection", arXiv:2402.17018).
 
 The front end is the DnCNN of Zhang et al. (2017), in the space of normalised images. It starts as the identity, and about an
 epoch of adversarial training at a small learning rate turns its gradient away from the useful one.
@@ -25,10 +25,10 @@ PREFIX = "frontend-"  # of the backbone's name
 
 
 class DnCNN(nn.Module):
-    """``x - f(x)``: convolution and ReLU; ``depth - 2`` times convolution, batch norm and ReLU; convolution. (N, C, H, W) ->
-    (N, C, H, W).
+    """A network that returns ``x - f(x)``, (N, C, H, W) -> (N, C, H, W).
 
-    The last convolution starts at zero, so that the whole starts as the identity.
+    ``f`` is convolution and ReLU; ``depth - 2`` times convolution, batch norm and ReLU; convolution. The last convolution
+    starts at zero, so that the whole starts as the identity.
     """
 
     def __init__(self, channels: int = 3, depth: int = DEPTH, width: int = WIDTH) -> None:
@@ -54,11 +54,12 @@ class DnCNN(nn.Module):
 
 
 class FrontEnded(nn.Module):
-    """A frozen backbone behind a front end. Images in [0, 1] (N, C, H, W) -> logits (N, K).
+    """A frozen backbone that stands behind a front end: images in [0, 1] (N, C, H, W) -> logits (N, K).
 
     Args:
-        backbone: takes images in [0, 1] and normalises them itself; its parameters are frozen, and it stays in eval mode.
-        frontend: (N, C, H, W) -> (N, C, H, W), on normalised images.
+        backbone: a network that takes images in [0, 1] and normalises them itself; its parameters are frozen, and it stays
+            in eval mode.
+        frontend: a network (N, C, H, W) -> (N, C, H, W), on normalised images.
         normalization: mean and standard deviation by channel.
     """
 
@@ -90,7 +91,7 @@ def front_ended(
     width: int = WIDTH,
     **options: Any,
 ) -> FrontEnded:
-    """An untrained front end before an untrained backbone; ``options`` of the backbone."""
+    """Return an untrained front end before an untrained backbone; ``options`` are those of the backbone."""
     frontend = DnCNN(len(normalization[0]), depth, width)
     return FrontEnded(backbone(**options), frontend, normalization)
 

@@ -1,7 +1,8 @@
-"""``gal``: Gradient Alignment Loss (Kariyappa & Qureshi, "Improving Adversarial Robustness of Ensembles with Diversity
-Training", arXiv:1901.09981), which turns the members' input gradients away from each other.
+"""Implement ``gal``: Gradient Alignment Loss (Kariyappa & Qureshi, "Improving Adversarial Robustness of Ensembles with
+Diversity Training", arXiv:1901.09981), which turns the members' input gradients away from each other.
 
-As released with DVERGE: Adam, members with leaky ReLU (slope 0.1), Gaussian noise of 0.045 with probability 1/2.
+It follows the code released with DVERGE: Adam, members with leaky ReLU (slope 0.1), Gaussian noise of 0.045 with probability
+1/2.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ NAME = "gal"
 
 
 def slope_of(name: str) -> float:
-    """The members' leaky-ReLU slope in a model of that name, which checkpoints do not tell: GAL's have one."""
+    """Return the members' leaky-ReLU slope in a model of that name, which checkpoints do not tell: 0 but for GAL's."""
     return NEGATIVE_SLOPE if name.lower().startswith(NAME) else 0.0
 
 
 def coherence(gradients_MN: Tensor) -> Tensor:
-    """``log sum_{a<b} exp(cos(g_a, g_b))``, (N,): the smooth maximum of the cosines between members' input gradients
-    (M, N, ...), the "GAL" regulariser of Kariyappa & Qureshi, section 4. Least, ``log(pairs) - 1``, where all oppose.
+    """Return ``log sum_{a<b} exp(cos(g_a, g_b))``, (N,): the smooth maximum of the cosines between members' input gradients.
+
+    It is the "GAL" regulariser of Kariyappa & Qureshi, section 4, for gradients (M, N, ...). Its least value is
+    ``log(pairs) - 1``, where all oppose.
     """
     return pair_cosines(gradients_MN).logsumexp(0)
 
 
 def loss(batch: Batch) -> Tensor:
-    """``mean_m CE + 0.5 * coherence``, batch mean."""
+    """Return ``mean_m CE + 0.5 * coherence``, batch mean."""
     noisy = torch.rand((), generator=batch.generator) < NOISE_SHARE
     noise = torch.randn(batch.x.shape, generator=batch.generator) * NOISE * noisy
     logits_MNK, gradients_MN = input_gradients(batch, batch.x + noise.to(batch.x))

@@ -1,9 +1,11 @@
-"""``multiresolution``: Ensemble everything everywhere (Fort & Lakshminarayanan, "Ensemble Everything Everywhere: Multi-scale
-Aggregation for Adversarial Robustness", arXiv:2408.05446): one network sees a stack of noisy copies of the image at several
-resolutions, linear probes read its intermediate layers, and CrossMax aggregates them.
+"""Implement ``multiresolution``: Ensemble everything everywhere (Fort & Lakshminarayanan, "Ensemble Everything Everywhere:
+Multi-scale Aggregation for Adversarial Robustness", arXiv:2408.05446).
 
-As in the published notebook, including where it departs from the paper: the noise is uniform in [0, 1) times its strength,
-and the contrast is that of the colour draw (``faithful_contrast_bug``).
+One network sees a stack of noisy copies of the image at several resolutions, linear probes read its intermediate layers, and
+CrossMax aggregates them.
+
+It follows the published notebook, including where that departs from the paper: the noise is uniform in [0, 1) times its
+strength, and the contrast is that of the colour draw (``faithful_contrast_bug``).
 """
 
 from __future__ import annotations
@@ -31,27 +33,31 @@ PREFIX = "multiresolution-"  # of the network's name
 
 
 class Probe(nn.Sequential):
-    """A linear read-out of features: flattened, batch norm, linear. (N, ...) -> (N, K)."""
+    """A linear read-out of features, which are flattened and batch-normalised first: (N, ...) -> (N, K)."""
 
     def __init__(self, features: int, num_classes: int) -> None:
         super().__init__(nn.Flatten(), nn.BatchNorm1d(features), nn.Linear(features, num_classes))
 
 
 class Multiresolution(OwnDraws):
-    """A self-ensemble: the probes of one network, and its own logits, aggregated by CrossMax.
+    """A self-ensemble that aggregates the probes of one network, and its own logits, by CrossMax.
 
     The probes share one draw of the stack, the network's logits have another. While training, the probes learn on features
     that they do not change.
 
     Args:
         stages: the network as modules to run one after another; the last puts out the logits (N, K).
-        taps: before which stages a probe reads.
+        taps: the stages before which a probe reads.
         stack: what the network sees.
         k: CrossMax's rank among the predictors (probes and logits).
-        size: to which the stack is resized, in pixels; ``None``: not.
-        mean, std: by channel of the image, that the stack is normalised by.
-        channels, image_size, num_classes: of the images.
-        seed: of the draws; ``None``: fresh ones in every process.
+        size: the size to which the stack is resized, in pixels; ``None``: it is not resized.
+        mean, std: the mean and standard deviation by channel of the image, that the stack is normalised by.
+        image_size: the size of the images, in pixels.
+        num_classes: the number of classes.
+        seed: the seed of the draws; ``None``: fresh ones in every process.
+
+    Raises:
+        TypeError, ValueError: Where taps, ``k`` or ``size`` cannot be used.
     """
 
     mean: Tensor
@@ -91,7 +97,7 @@ class Multiresolution(OwnDraws):
         self.probes = nn.ModuleList(Probe(features[0].numel(), num_classes) for features in seen[:-1])
 
     def _read(self, z: Tensor) -> list[Tensor]:
-        """The features at the taps, and the logits."""
+        """Return the features at the taps, and the logits."""
         seen = []
         for index, stage in enumerate(self.stages):
             if index in self.taps:
@@ -106,7 +112,7 @@ class Multiresolution(OwnDraws):
         return (z - self.mean) / self.std
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Logits of the probes and of the network, (M, N, K), from two draws."""
+        """Return the logits of the probes and of the network, (M, N, K), from two draws."""
         generator = self.next_draws()
         *features, _ = self._read(self._see(x, generator))
         if self.training:
@@ -115,7 +121,7 @@ class Multiresolution(OwnDraws):
         return torch.stack([*(probe(feature) for probe, feature in zip(self.probes, features, strict=True)), own])
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        """CrossMax, (M, N, K) -> (N, K)."""
+        """Return the scores (N, K) that CrossMax makes of logits (M, N, K)."""
         return crossmax(logits_MNK, self.k)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ class Multiresolution(OwnDraws):
 
 
 class SelfEnsembles(nn.Module):
-    """Several self-ensembles, aggregated by the median CrossMax of their scores.
+    """A group of self-ensembles that are aggregated by the median CrossMax of their scores.
 
     Args:
         members: `Multiresolution` models.
@@ -142,18 +148,18 @@ class SelfEnsembles(nn.Module):
 
     @contextmanager
     def frozen_noise(self, seed: int = 0) -> Iterator[None]:
-        """As `OwnDraws.frozen_noise`, for all members."""
+        """Freeze the draws of all members within the context, as `OwnDraws.frozen_noise` does."""
         with ExitStack() as stack:
             for index, member in enumerate(self.members):
                 stack.enter_context(member.frozen_noise(seed + index))
             yield
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Logits of all predictors of all members, (M, N, K)."""
+        """Return the logits of all predictors of all members, (M, N, K)."""
         return torch.cat([member.member_logits(x) for member in self.members])
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        """CrossMax within every member, then among them."""
+        """Return the scores (N, K) that CrossMax makes within every member, then among them, of logits (M, N, K)."""
         parts = logits_MNK.split([len(member.probes) + 1 for member in self.members])
         return crossmax(torch.stack([own.aggregate(part) for own, part in zip(self.members, parts, strict=True)]))
 
@@ -164,7 +170,10 @@ class SelfEnsembles(nn.Module):
 def resnet20(
     num_classes: int = 10, *, resolutions: Sequence[int] = (32, 16, 8, 4), k: int = 3, **options: Any
 ) -> Multiresolution:
-    """On ResNet-20 at 32 pixels: probes behind the last six blocks and the pooling. ``options`` of `Stack`."""
+    """Return a self-ensemble on ResNet-20 at 32 pixels, with probes behind the last six blocks and the pooling.
+
+    ``options`` are those of `Stack`.
+    """
     net = ResNet(20, num_classes, in_channels=3 * len(resolutions))
     stages = [
         nn.Sequential(net.conv1, net.bn1, nn.ReLU()),
@@ -181,8 +190,10 @@ def resnet20(
 
 
 class NormFreeBlock(nn.Module):
-    """Two 3x3 convolutions on a shortcut, without normalisation: the branch is multiplied by a scalar that starts at zero
-    (De & Smith, "Batch Normalization Biases Residual Blocks Towards the Identity Function", 2020).
+    """A block of two 3x3 convolutions on a shortcut, which has no normalisation.
+
+    The branch is multiplied by a scalar that starts at zero (De & Smith, "Batch Normalization Biases Residual Blocks Towards
+    the Identity Function", 2020).
     """
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
@@ -205,8 +216,10 @@ def resnet18(
     k: int = 3,
     **options: Any,
 ) -> Multiresolution:
-    """On a ResNet-18 without batch norm, at 32 pixels or resized to ``size``: ``width`` planes in the first stage (64 is the
-    usual one), probes behind the last six blocks and the pooling. ``options`` of `Stack`.
+    """Return a self-ensemble on a ResNet-18 without batch norm, at 32 pixels or resized to ``size``.
+
+    It has ``width`` planes in the first stage (64 is the usual number), and probes behind the last six blocks. ``options``
+    are those of `Stack`.
     """
     planes = [width, width, 2 * width, 4 * width, 8 * width]
     blocks: list[nn.Module] = []
@@ -224,7 +237,7 @@ def resnet18(
 
 
 def convnet(num_classes: int = 10, *, resolutions: Sequence[int] = (8, 4, 2), k: int = 2, **options: Any) -> Multiresolution:
-    """A small one for the 1x8x8 digits: probes behind both convolutions and the first linear layer."""
+    """Return a small self-ensemble for the 1x8x8 digits, with probes behind both convolutions and the first linear layer."""
     net = ConvNet(num_classes, in_channels=len(resolutions))
     stages = [
         nn.Sequential(net.conv1, nn.ReLU()),
@@ -237,7 +250,7 @@ def convnet(num_classes: int = 10, *, resolutions: Sequence[int] = (8, 4, 2), k:
 
 
 def resnet152(num_classes: int = 100, *, weights: Any = None, k: int = 3, **options: Any) -> Multiresolution:
-    """As published: torchvision's ResNet-152 at 224 pixels, ``weights`` torchvision's, seven probes."""
+    """Return a self-ensemble as published: torchvision's ResNet-152 at 224 pixels and its ``weights``, with seven probes."""
     from torchvision.models import resnet152 as build
 
     net = build(weights=weights)
@@ -267,7 +280,7 @@ SELF_ENSEMBLES: dict[str, Callable[..., Multiresolution]] = {
 
 
 def light_adversarial_loss(batch: Batch) -> Tensor:
-    """`standard.loss` on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
+    """Return `standard.loss` on images one signed step of eps away, made in eval mode from one draw, as in the notebook."""
     nets = len(getattr(batch.ensemble, "members", [None]))
 
     def objective(x: Tensor) -> Tensor:

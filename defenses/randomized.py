@@ -1,4 +1,4 @@
-"""``randomized``: one member, drawn at random, answers (Boytsov, Joshi & Condessa, arXiv:2402.17018; Pinot et al.,
+"""Implement ``randomized``: one member, drawn at random, answers (Boytsov, Joshi & Condessa, arXiv:2402.17018; Pinot et al.,
 "Randomization Matters: How to Defend Against Strong Adversarial Attacks", ICML 2020).
 """
 
@@ -19,19 +19,20 @@ PER = ("image", "batch")
 
 
 class RandomizedEnsemble(OwnDraws, Ensemble):
-    """Classifiers of which one, drawn at random, answers.
+    """An ensemble of classifiers of which one, drawn at random, answers.
 
     It shows its members and their probabilities, so that an attack can take the expectation exactly; `aggregate` is the
     logarithm of the expected probability, not what a forward pass returns.
 
     Args:
         members: modules (N, C, H, W) -> (N, K).
-        probabilities: of each member, summing to 1; ``None``: all equal.
+        probabilities: the probability of each member, summing to 1; ``None``: all equal.
         per: whether each ``"image"`` draws a member, or each ``"batch"``.
-        seed: of the draws; ``None``: fresh ones in every process.
+        seed: the seed of the draws; ``None``: fresh ones in every process.
 
     Raises:
-        ValueError: not one probability per member, a negative one, or a sum that is not 1.
+        ValueError: Where there is not one probability per member, one is negative, their sum is not 1, or ``per`` is
+            unknown.
     """
 
     probabilities: Tensor
@@ -58,7 +59,7 @@ class RandomizedEnsemble(OwnDraws, Ensemble):
         self.own_draws(seed)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        """``log sum_m p_m softmax(z^m)``, (N, K)."""
+        """Return ``log sum_m p_m softmax(z^m)``, (N, K)."""
         return log_expected_softmax(logits_MNK, self.probabilities)
 
     def forward(self, x: Tensor) -> Tensor:

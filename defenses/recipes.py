@@ -1,4 +1,4 @@
-"""The recipes by name, and the one call that makes a model of one."""
+"""Provide the recipes by name, and the one call that makes a model of one."""
 
 from __future__ import annotations
 
@@ -72,22 +72,34 @@ def train_model(
 ) -> Path:
     """Train a defense and put its weights and card where ``load_model(..., model_dir=model_dir)`` finds them.
 
-    Resumes from the checkpoint in ``out``, if there is one. ``model_dir`` defaults to ``out``.
+    It resumes from the checkpoint in ``out``, if there is one.
 
     Args:
-        start_from: a model whose weights training starts from; ``None``: as the recipe has it (DVERGE: the standard
-            ensemble of this size, the others: random ones).
-        max_lr: peak of the one-cycle schedule; ``None``: the recipe's.
-        amp: run the networks in bfloat16 autocast.
+        recipe: the name of the recipe, a key of ``RECIPES``.
+        dataset: ``"digits"`` or ``"cifar10"``.
+        architecture: the network of every member; ``None``: ``convnet`` for digits, ``resnet20`` for CIFAR-10.
+        members: the number of members.
+        epochs: the number of epochs.
+        batch_size: the number of images per step.
+        seed: the seed of the initial weights and of all randomness of the training.
+        data_dir: the folder that holds ``cifar-10-batches-py`` (digits need none).
+        out: the folder of checkpoint and log.
+        model_dir: the folder of the finished model; ``None``: ``out``.
+        start_from: a model whose weights training starts from; ``None``: as the recipe has it (DVERGE starts from the
+            standard ensemble of this size, front ends from the backbones of an ensemble of three, the others from random
+            weights).
+        max_lr: the peak of the one-cycle schedule; ``None``: the recipe's.
+        device: the device to train on.
+        amp: whether to run the networks in bfloat16 autocast.
         minutes: how long to train, in place of ``epochs``, with a schedule that follows the clock.
-        download: let torchvision fetch CIFAR-10 into ``data_dir`` where it is absent.
+        download: whether torchvision may fetch CIFAR-10 into ``data_dir`` where it is absent.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: an argument that cannot be used, or a folder that holds another run; nothing has been trained.
-        FloatingPointError: training diverged; the last finite checkpoint stays.
+        TypeError, ValueError: Where an argument cannot be used, or a folder holds another run; nothing has been trained.
+        FloatingPointError: Where training diverged; the last finite checkpoint stays.
     """
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
@@ -164,7 +176,7 @@ def _check_fits(ensemble: Ensemble, images: Tensor, architecture: str, dataset: 
 
 
 def _check_free(stem: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError if there is a model of this name that was trained otherwise."""
+    """Raise a `ValueError` if there is a model of this name that was trained otherwise."""
     if stem.with_suffix(".json").exists():
         found = read_card(stem).get("training", {})
         differ = [key for key in settings if found.get(key) != settings[key]]
@@ -175,7 +187,11 @@ def _check_free(stem: Path, settings: dict[str, Any]) -> None:
 
 
 def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str, recipe: Recipe) -> None:
-    """Give ``ensemble``, or the backbones behind its front ends, the weights of the model ``name``, if they fit."""
+    """Give ``ensemble``, or the backbones behind its front ends, the weights of the model ``name``.
+
+    Raises:
+        ValueError: Where there is no such model, or its weights do not fit.
+    """
     if name not in list_models(dataset, model_dir):
         raise ValueError(f"{unknown_name(f'model for {dataset}', name, list_models(dataset, model_dir))}; train it first")
     start = load_model(name, model_dir, dataset)
@@ -205,7 +221,7 @@ def _start(ensemble: Any, name: str, model_dir: str | Path, dataset: str, recipe
 
 
 def hardware(device: str | torch.device) -> str:
-    """What the training ran on."""
+    """Return the name of what the training ran on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"

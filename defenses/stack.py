@@ -1,4 +1,4 @@
-"""The multi-resolution stack of noisy copies that 'Ensemble everything everywhere' looks at (arXiv:2408.05446)."""
+"""Build the multi-resolution stack of noisy copies that 'Ensemble everything everywhere' looks at (arXiv:2408.05446)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ GREY = (0.2989, 0.587, 0.114)  # of red, green and blue
 
 
 class Stack(nn.Module):
-    """Images (N, C, H, W) in [0, 1] -> their noisy copies at several resolutions, (N, C R, H, W), in [0, 1].
+    """A module that makes of images (N, C, H, W) in [0, 1] noisy copies at several resolutions, (N, C R, H, W), in [0, 1].
 
     For every resolution and image: contrast, circular jitter, colour, downscaling, noise, upscaling, noise, clipping; all of
     it differentiable in the image.
 
     Args:
-        resolutions: in pixels, none above the image's.
+        resolutions: the resolutions in pixels, none above the image's.
         noise: ``"uniform"`` in [0, 1), or standard ``"gaussian"``.
-        down_noise, up_noise: its strength at the low resolution, and after upscaling.
-        jitter: largest shift, in pixels.
+        down_noise, up_noise: the noise's strength at the low resolution, and after upscaling.
+        jitter: the largest shift, in pixels.
         contrast, colour: the intervals that their factors are drawn from.
-        faithful_contrast_bug: contrast by the factor drawn for the colour, as published.
+        faithful_contrast_bug: whether the contrast takes the factor drawn for the colour, as published.
 
     Raises:
-        ValueError: no resolutions, or one that cannot be.
+        ValueError: Where there are no resolutions, or one that cannot be, or the noise is unknown.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Stack(nn.Module):
         self.faithful_contrast_bug = faithful_contrast_bug
 
     def forward(self, x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
-        """``draws``: as many as images (``None``), or one for all of them."""
+        """Return the noisy copies of images; ``draws`` is as many as images (``None``), or one for all of them."""
         size = min(x.shape[-2:])
         if max(self.resolutions) > size:
             raise ValueError(f"resolutions {self.resolutions} hold one above the images' {size} pixels: leave it out")
@@ -93,5 +93,5 @@ def roll(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, without anti-aliasing."""
+    """Resize images by bicubic interpolation, without anti-aliasing."""
     return x if x.shape[-2:] == (height, width) else F.interpolate(x, (height, width), mode="bicubic", align_corners=False)

@@ -1,4 +1,4 @@
-"""``standard``: members trained independently on cross-entropy, the baseline of every ensemble defense."""
+"""Implement ``standard``: members trained independently on cross-entropy, the baseline of every ensemble defense."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from defenses.training import Batch, Recipe, sgd
 
 
 def cross_entropy_sum(logits_MNK: Tensor, labels: Tensor) -> Tensor:
-    """``sum_m CE(z^m, y)``, batch mean: no term couples the members, so this trains each as if alone."""
+    """Return ``sum_m CE(z^m, y)``, batch mean: no term couples the members, so this trains each as if alone."""
     return torch.stack([F.cross_entropy(logits_NK, labels) for logits_NK in logits_MNK]).sum()
 
 

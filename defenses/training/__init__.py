@@ -1,4 +1,4 @@
-"""How the weights were made."""
+"""Train the ensembles whose weights ship."""
 
 from defenses.training.plan import Batch, Plan, Recipe, Settings
 from defenses.training.trainer import adam, input_gradients, pair_cosines, sgd, train

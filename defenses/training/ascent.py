@@ -1,4 +1,4 @@
-"""Images made while training: by signed gradient steps in an Linf ball."""
+"""Make images while training, by signed gradient steps in an Linf ball."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def sign_ascent(
 ) -> Tensor:
     """Maximise ``objective`` (images (N, C, H, W) -> (N,)) over the eps-ball around ``x`` and the [0, 1] box.
 
-    ``x <- clip(x + step * sign(g))``, with ``g <- momentum * g + gradient / |gradient|_1`` (Dong et al. 2018, eq. 6-7).
+    Each step is ``x <- clip(x + step * sign(g))``, with ``g <- momentum * g + gradient / |gradient|_1`` (Dong et al. 2018,
+    eq. 6-7).
     """
     adversarial = x if start is None else start
     accumulated = torch.zeros_like(x)
@@ -41,7 +42,10 @@ def sign_ascent(
 
 
 def pgd(batch: Batch, member: int | None = None) -> Tensor:
-    """PGD-10 (Madry et al. 2018), step eps / 4 from a random start, on the mean probability or one member; (N, C, H, W)."""
+    """Return images of PGD-10 (Madry et al. 2018) on the mean probability, or on one member's; (N, C, H, W).
+
+    It starts at random, and takes steps of eps / 4.
+    """
 
     def objective(x: Tensor) -> Tensor:
         scores_NK = log_mean_softmax(batch.logits(x)) if member is None else batch.logits(x, member)

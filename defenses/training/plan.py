@@ -1,4 +1,4 @@
-"""What a training is made of: the recipe, what its loss sees, and the plan of one run."""
+"""Define what a training is made of: the recipe, what its loss sees, and the plan of one run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ROUND = 600  # seconds between its checkpoints, where an epoch takes longer
 
 @dataclass(frozen=True)
 class Settings:
-    """What the dataset decides, whatever the recipe.
+    """A record of what the dataset decides, whatever the recipe.
 
     Attributes:
-        pad, flip: augmentation (`augment`).
-        eps: Linf radius of adversarial training, in pixel units of [0, 1].
-        distillation_eps: of the images that DVERGE distils.
+        pad, flip: the augmentation (`augment`).
+        eps: the Linf radius of adversarial training, in pixel units of [0, 1].
+        distillation_eps: the Linf radius of the images that DVERGE distils, in the same units.
     """
 
     pad: int
@@ -32,14 +32,14 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a recipe's loss sees of one step.
+    """A record of what a recipe's loss sees of one step.
 
     Attributes:
         ensemble: an `Ensemble`, or a self-ensemble, in training mode.
         x, y: augmented images (N, C, H, W) in [0, 1] and labels (N,).
         other_images: draws as many images of a second, independent stream.
-        generator: for any other draw of this step.
-        epoch_seed: for draws that hold for the whole epoch.
+        generator: the generator of any other draw of this step.
+        epoch_seed: the seed of draws that hold for the whole epoch.
         data: the dataset's settings.
         amp: whether networks run in bfloat16.
     """
@@ -57,14 +57,17 @@ class Batch:
         return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.amp)
 
     def logits(self, x: Tensor, member: int | None = None) -> Tensor:
-        """Logits in float32 of all members, (M, N, K), or of one, (N, K)."""
+        """Return the logits in float32 of all members, (M, N, K), or of one, (N, K)."""
         with self.autocast():
             scores = self.ensemble.member_logits(x) if member is None else self.ensemble.members[member](x)
         return scores.float()
 
     @contextmanager
     def crafting(self) -> Iterator[None]:
-        """Networks in eval mode, so that the images being made leave no trace in the batch statistics."""
+        """Put the networks into eval mode within the context.
+
+        Images that are made there leave no trace in the batch statistics.
+        """
         self.ensemble.eval()
         try:
             yield
@@ -74,15 +77,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one defense's training from another's.
+    """A record of what distinguishes one defense's training from another's.
 
     Attributes:
-        loss: what to minimise, a scalar.
-        max_lr: peak of the one-cycle schedule.
-        negative_slope: of the members' leaky ReLU; 0 is ReLU.
+        name: the name by which it is asked for.
+        loss: the function from a `Batch` to what is minimised, a scalar.
+        optimizer: makes the optimiser of the parameters.
+        max_lr: the peak of the one-cycle schedule.
+        summary: what the defense is, for its card.
+        negative_slope: the slope of the members' leaky ReLU; 0 is ReLU.
         start_from: the recipe whose weights training starts from; ``None``: random ones.
-        prefix: of the architecture, where it is more than the member's network.
-        fewest_members: that make sense.
+        prefix: what stands before the network's name in that of the architecture, where this is more than the member's
+            network.
+        fewest_members: the smallest number of members that makes sense.
     """
 
     name: str
@@ -98,14 +105,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of a recipe.
+    """A plan of one run of a recipe.
 
     Attributes:
-        epochs: how many, but for ``minutes``.
-        minutes: of training, over all sittings, in place of ``epochs``: the schedule follows the clock, so that the run ends
-            in time on whatever machine, however busy; what it ends with is not reproducible.
+        recipe: the recipe.
+        data: the dataset's settings.
+        epochs: the number of epochs, but for ``minutes``.
+        batch_size: the number of images per step.
+        seed: the seed of all randomness of the training.
         start_from: what the ensemble's weights are, to tell this run from others.
-        amp: run the networks in bfloat16 autocast.
+        amp: whether to run the networks in bfloat16 autocast.
+        minutes: the minutes of training, over all sittings, in place of ``epochs``: the schedule follows the clock, so that
+            the run ends in time on whatever machine, however busy; what it ends with is not reproducible.
     """
 
     recipe: Recipe
@@ -118,7 +129,7 @@ class Plan:
     minutes: float | None = None
 
     def identity(self, ensemble: nn.Module, images: Tensor) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run."""
+        """Return what a checkpoint must have in common with this run."""
         return {
             "recipe": self.recipe.name,
             "parameters": [list(p.shape) for p in ensemble.parameters()],
@@ -134,7 +145,7 @@ class Plan:
         }
 
     def for_card(self) -> dict[str, Any]:
-        """The same for people."""
+        """Return what a card says of the run, for people."""
         return {
             "recipe": self.recipe.name,
             "start_from": self.start_from,
@@ -148,14 +159,14 @@ class Plan:
         }
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-        """Of the learning rate; ``steps`` of an epoch."""
+        """Return the schedule of the learning rate; ``steps`` is the number of steps of an epoch."""
         total = self.epochs * steps if self.minutes is None else TICKS
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.recipe.max_lr, total_steps=total, pct_start=0.3, cycle_momentum=False
         )
 
     def going(self, epoch: float, seconds: float) -> bool:
-        """Is there anything left to do, after so many epochs and seconds?"""
+        """Tell whether there is anything left to do, after so many epochs and seconds."""
         return epoch < self.epochs if self.minutes is None else seconds < 60 * self.minutes
 
     def advance(self, schedule: torch.optim.lr_scheduler.OneCycleLR, seconds: float) -> None:
@@ -165,5 +176,5 @@ class Plan:
         schedule.step()
 
     def left(self, epoch: float, seconds: float) -> float:
-        """Seconds that the rest will take."""
+        """Return the seconds that the rest will take."""
         return seconds / epoch * (self.epochs - epoch) if self.minutes is None else 60 * self.minutes - seconds

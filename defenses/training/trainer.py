@@ -1,4 +1,4 @@
-"""The trainer: data, augmentation, schedule, checkpoint, resume, progress, log. A recipe brings the loss and optimiser.
+"""Train ensembles: data, augmentation, schedule, checkpoint, resume, progress, log; a recipe brings the loss and optimiser.
 
 Randomness is keyed by (seed, epoch), so that a run that was killed and resumed ends with the weights of one that was not.
 """
@@ -38,8 +38,9 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def input_gradients(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every member's logits (M, N, K) and gradient of its cross-entropy with respect to the image (M, N, C, H, W), through
-    which a loss can be differentiated.
+    """Return every member's logits (M, N, K) and gradient of its cross-entropy with respect to the image (M, N, C, H, W).
+
+    A loss can be differentiated through these gradients.
     """
     inputs = [x.detach().clone().requires_grad_() for _ in batch.ensemble.members]
     logits = [batch.logits(own, member) for member, own in enumerate(inputs)]
@@ -48,14 +49,17 @@ def input_gradients(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_cosines(gradients_MN: Tensor) -> Tensor:
-    """The cosines between the members' input gradients (M, N, ...), one row a pair of members, (M (M - 1) / 2, N)."""
+    """Return the cosines between the members' input gradients (M, N, ...), one row a pair of members, (M (M - 1) / 2, N)."""
     flat_MND = gradients_MN.flatten(2)
     pairs = combinations(range(len(flat_MND)), 2)
     return torch.stack([F.cosine_similarity(flat_MND[a], flat_MND[b], dim=-1) for a, b in pairs])
 
 
 def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random shifts by up to ``pad`` pixels (filled with zeros) and, with ``flip``, mirror images. (N, C, H, W)."""
+    """Return images (N, C, H, W) shifted at random by up to ``pad`` pixels, with zeros filled in.
+
+    With ``flip``, each is also mirrored with probability 1/2.
+    """
     n, _, height, width = images.shape
     padded = F.pad(images, (pad, pad, pad, pad))
     top = torch.randint(2 * pad + 1, (n, 1, 1, 1), generator=generator)
@@ -77,15 +81,16 @@ def train(
     out: Path,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Train ``ensemble`` in place by ``plan``, with a checkpoint in ``out`` after every epoch (by the clock, every ten
-    minutes at least); resumes from it.
+    """Train ``ensemble`` in place by ``plan``, and resume from the checkpoint in ``out``, if there is one.
+
+    A checkpoint is written after every epoch (by the clock, every ten minutes at least).
 
     Returns:
         ``{"seconds": training time over all sittings, "loss": mean loss of the last epoch, "epochs": as many as were run}``.
 
     Raises:
-        ValueError: ``out`` holds the checkpoint of another run.
-        FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        ValueError: Where ``out`` holds the checkpoint of another run, or there are fewer images than a batch takes.
+        FloatingPointError: Where the loss is not finite; the last good checkpoint stays.
     """
     steps = len(images) // plan.batch_size  # the last, short batch is left out: it would upset the batch statistics
     if not steps:
@@ -152,11 +157,13 @@ def _round(
     before: float,
     bar: Any,
 ) -> tuple[int, float, float]:
-    """One epoch, or as much of it as there is time for, ``before`` seconds into the run; returns the steps taken, their mean
-    loss, and the seconds.
+    """Run one epoch, or as much of it as there is time for, ``before`` seconds into the run.
+
+    Returns:
+        The steps taken, their mean loss, and the seconds.
 
     Raises:
-        FloatingPointError: the loss, or the weights, are no longer finite.
+        FloatingPointError: Where the loss, or the weights, are no longer finite.
     """
     device, steps = images.device, len(images) // plan.batch_size
     streams = [torch.Generator().manual_seed(3 * (plan.seed * 1_000_003 + number) + stream) for stream in range(3)]
@@ -186,7 +193,7 @@ def _round(
 
 
 def _batches(plan: Plan, images: Tensor, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images and labels, in an order of the generator's."""
+    """Yield augmented images and labels, in an order of the generator's."""
     steps = len(images) // plan.batch_size
     order = torch.randperm(len(images), generator=generator)[: steps * plan.batch_size].view(steps, plan.batch_size)
     for rows in order.to(images.device):
@@ -195,15 +202,15 @@ def _batches(plan: Plan, images: Tensor, labels: Tensor, generator: torch.Genera
 
 
 def finite(state: dict[str, Tensor]) -> bool:
-    """Is there no NaN and no infinity in it?"""
+    """Tell whether there is no NaN and no infinity in a state dict."""
     return all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 def _checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What `train` keeps after every epoch, of the same run; ``None`` where there is none yet.
+    """Return what `train` keeps after every epoch, of the same run; ``None`` where there is none yet.
 
     Raises:
-        ValueError: a file that it did not write, or one of another run (says what differs).
+        ValueError: Where it is a file that `train` did not write, or one of another run (the message says what differs).
     """
     if not checkpoint.exists():
         return None

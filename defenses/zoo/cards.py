@@ -1,4 +1,4 @@
-"""A model on disk: two files, ``<dataset>/<threat model>/<name>.safetensors`` and its card, ``<name>.json``.
+"""Read and write a model's two files: ``<dataset>/<threat model>/<name>.safetensors`` and its card, ``<name>.json``.
 
 The card holds what it takes to build the ensemble (architecture, members, and options of the architecture that are not its
 defaults), the sha256 that the weights must have, and, to be read, where they come from.
@@ -31,8 +31,9 @@ OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architectu
 
 
 def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Any:
-    """An untrained ensemble of equal members, or of ``mixed`` ones; ``options`` of the architecture. Self-ensembles have a
-    vote of their own.
+    """Return an untrained ensemble of equal members, or of ``mixed`` ones; ``options`` are those of the architecture.
+
+    Self-ensembles have a vote of their own.
     """
     if architecture in SELF_ENSEMBLES:
         parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
@@ -45,7 +46,7 @@ def make_ensemble(architecture: str, members: int, vote: str = "softmax", **opti
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError unless a model may be called so: it names files."""
+    """Raise a `ValueError` unless a model may be called so: its name names files."""
     if not NAME.fullmatch(name):
         raise ValueError(
             f"model name {name!r}: use letters, digits, '_' and '-', begin with a letter or digit, and stay within 200 "
@@ -54,7 +55,7 @@ def check_name(name: str) -> None:
 
 
 def read_card(stem: Path) -> dict[str, Any]:
-    """The card ``<stem>.json``; WeightsError if it does not say what it takes to build the model."""
+    """Return the card ``<stem>.json``; raise a `WeightsError` if it does not say what it takes to build the model."""
     path = stem.with_suffix(".json")
     try:
         card = json.loads(path.read_text())
@@ -67,10 +68,10 @@ def read_card(stem: Path) -> dict[str, Any]:
 
 
 def read_model(stem: Path, vote: str = "softmax") -> Any:
-    """The ensemble of ``<stem>.json`` and ``<stem>.safetensors``, in eval mode.
+    """Return the ensemble of ``<stem>.json`` and ``<stem>.safetensors``, in eval mode.
 
     Raises:
-        WeightsError: a card that says too little, or weights that are not those that it describes.
+        WeightsError: Where the card says too little, or the weights are not those that it describes.
     """
     card = read_card(stem)
     options = {key: card[key] for key in OPTIONS if key in card}
@@ -83,7 +84,7 @@ def read_model(stem: Path, vote: str = "softmax") -> Any:
 
 
 def write_model(stem: Path, ensemble: nn.Module, card: dict[str, Any], *, half: bool) -> Path:
-    """Store ``ensemble``, with ``half`` as `halved`, and its card, which gets the sha256; returns the card's path."""
+    """Store ``ensemble``, with ``half`` as `halved`, and its card, which gets the sha256; return the card's path."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in ensemble.state_dict().items()}
     content = save_safetensors(halved(state) if half else state)
@@ -96,12 +97,16 @@ def write_model(stem: Path, ensemble: nn.Module, card: dict[str, Any], *, half: 
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convolutions and linear layers in half precision, the rest as it is."""
+    """Return convolutions and linear layers in half precision, and the rest as it is."""
     return {key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in state.items()}
 
 
 def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in float32, after checking its digest."""
+    """Return the tensors of a safetensors file, in float32, after checking its digest.
+
+    Raises:
+        WeightsError: Where the file is missing, or its digest is another.
+    """
     if not path.exists():
         raise WeightsError(
             f"the weights {path} are missing: install the package again, or train them (ensemble-attacks train)"
@@ -115,8 +120,9 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def clean_accuracies(ensemble: Any, images: Tensor, labels: Tensor, device: str | torch.device) -> dict[str, Any]:
-    """Accuracy on the test set, in percent, of each member and of each vote, or of the ensemble's own; if it is random, of
-    one draw.
+    """Return the accuracy on the test set, in percent, of each member and of each vote, or of the ensemble's own.
+
+    If the ensemble is random, the accuracy is that of one draw.
     """
     ensemble.eval()
     batches = [ensemble.member_logits(batch.to(device)).cpu() for batch in images.split(500)]

@@ -1,4 +1,4 @@
-"""Weights that others published, as models of ours.
+"""Make models of ours of weights that others published.
 
 Read are torch checkpoints of CIFAR ResNets (He et al. 2016) in the layouts of DVERGE's repository (members under
 ``model_0``, ``model_1``, ..., each a network and its normaliser), of akamaster's (``state_dict``, ``module.`` prefixes),
@@ -33,11 +33,11 @@ RENAMED = ((r"stage_(\d)", r"layer\1"), (r"(conv|bn)_(\d)", r"\1\2"), (r"\bdowns
 
 
 def read_checkpoint(path: str | Path) -> list[State]:
-    """The state dict of every member in a checkpoint.
+    """Return the state dict of every member in a checkpoint.
 
     Raises:
-        FileNotFoundError: no such file.
-        WeightsError: not a checkpoint that can be read without running what it pickles, or no members in it.
+        FileNotFoundError: Where there is no such file.
+        WeightsError: Where it is no checkpoint that can be read without running what it pickles, or holds no members.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,9 +59,10 @@ def read_checkpoint(path: str | Path) -> list[State]:
 
 
 def _members(content: Any, path: str, depth: int = 0) -> list[State]:
-    """Descend through lists and dicts to the state dicts of networks; optimisers and the like are passed by.
+    """Descend through lists and dicts to the state dicts of networks, and return these.
 
-    Networks side by side are members if their keys differ in a number alone: ``best_state_dict`` or ``ema`` hold a copy.
+    Optimisers and the like are passed by. Networks side by side are members if their keys differ in a number alone:
+    ``best_state_dict`` or ``ema`` hold a copy.
     """
     if depth > DEEPEST or not isinstance(content, dict | list | tuple):
         return []
@@ -79,14 +80,15 @@ def _members(content: Any, path: str, depth: int = 0) -> list[State]:
 
 
 def _prefixes(state: State) -> list[str]:
-    """What stands before the first convolution of each network in a state dict."""
+    """Return what stands before the first convolution of each network in a state dict."""
     firsts = [match.group() for key in state if (match := FIRST.match(key)) and "layer" not in key and "stage" not in key]
     return sorted(firsts, key=_natural)
 
 
 def _split(state: State) -> list[State]:
-    """The state dicts of the networks in that of an ensemble: their prefixes differ in one part, ``members.0.``; what stands
-    beside them, such as a normaliser, is everybody's.
+    """Return the state dicts of the networks in that of an ensemble.
+
+    Their prefixes differ in one part, ``members.0.``; what stands beside them, such as a normaliser, is everybody's.
     """
     prefixes = [prefix.split(".") for prefix in _prefixes(state)]
     if len(prefixes) < 2:
@@ -98,15 +100,15 @@ def _split(state: State) -> list[State]:
 
 
 def _natural(key: object) -> list[tuple[int, str]]:
-    """So that ``model_10`` comes after ``model_9``."""
+    """Return a key to sort by, so that ``model_10`` comes after ``model_9``."""
     return [(int(part or 0), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(key))]
 
 
 def translate(state: State) -> tuple[State, Normalization | None]:
-    """A member's state dict with our names, and the normalisation stored beside the network, if any.
+    """Return a member's state dict with our names, and the normalisation stored beside the network, if any.
 
     Raises:
-        WeightsError: it is not that of a CIFAR ResNet.
+        WeightsError: Where it is not that of a CIFAR ResNet, or its values cannot be used.
     """
     prefixes = _prefixes(state)
     if len(prefixes) != 1:
@@ -134,7 +136,7 @@ def translate(state: State) -> tuple[State, Normalization | None]:
 
 
 def architecture_of(network: State) -> tuple[str, int]:
-    """Name of the architecture, and number of classes, of a translated state dict."""
+    """Return the name of the architecture, and the number of classes, of a translated state dict."""
     blocks = len({key.split(".")[1] for key in network if key.startswith("layer1.")})
     projection = "b" if any("shortcut" in key for key in network) else ""
     if "linear.weight" not in network:
@@ -150,15 +152,20 @@ def ensemble_from_checkpoint(
     negative_slope: float = 0.0,
     vote: str = "softmax",
 ) -> tuple[Ensemble, dict[str, Any]]:
-    """The members of one or several checkpoints, as an ensemble, and what a card must say to build it again.
+    """Return the members of one or several checkpoints, as an ensemble, and what a card must say to build it again.
 
     Args:
-        normalization: ``"cifar10"``, ``"imagenet"`` or ``"none"``: what the members were trained with; where the checkpoint
-            holds its own, that one.
-        negative_slope: of the members' leaky ReLU (GAL's have 0.1), which a checkpoint does not tell.
+        paths: one checkpoint, or several.
+        dataset: the name of the dataset.
+        normalization: what the members were trained with, ``"cifar10"``, ``"imagenet"`` or ``"none"``; where the checkpoint
+            holds a normalisation of its own, it is that one.
+        negative_slope: the slope of the members' leaky ReLU (GAL's have 0.1), which a checkpoint does not tell.
+        vote: the ensemble's vote.
 
     Raises:
-        FileNotFoundError, WeightsError: see `read_checkpoint`; also where members differ in architecture or classes.
+        ValueError: Where an argument cannot be used.
+        FileNotFoundError, WeightsError: As `read_checkpoint` raises them; also where members differ in architecture or
+            classes.
     """
     if normalization not in NORMALIZATIONS:
         raise unknown_name("normalization", normalization, NORMALIZATIONS)
@@ -191,7 +198,7 @@ def ensemble_from_checkpoint(
 
 
 def listed(paths: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """One path, or several; ValueError for none."""
+    """Return one path, or several, as a list; raise a `ValueError` for none."""
     several = [paths] if isinstance(paths, str | Path) else list(paths)
     if not several:
         raise ValueError("paths is empty: name at least one checkpoint")
@@ -215,12 +222,18 @@ def convert(
     normalization: str = "cifar10",
     negative_slope: float | None = None,
 ) -> Path:
-    """Make a model of published checkpoints, for ``load_model(name, model_dir, dataset)``; returns its card's path.
+    """Make a model of published checkpoints, for ``load_model(name, model_dir, dataset)``; return its card's path.
 
     Args:
-        negative_slope: of the members' leaky ReLU; ``None``: 0.1 for a name that begins with gal, else 0.
-        normalization, others, errors: as of `ensemble_from_checkpoint`; a name may say what is to be found
-            (`check_build`).
+        paths: one checkpoint, or several.
+        name: the name of the model, which may say what is to be found (`check_build`).
+        model_dir: the folder of the new model.
+        negative_slope: the slope of the members' leaky ReLU; ``None``: 0.1 for a name that begins with gal, else 0.
+        dataset, normalization: the arguments of `ensemble_from_checkpoint` of these names.
+
+    Raises:
+        FileExistsError: Where there is a model of this name already.
+        ValueError, FileNotFoundError, WeightsError: As `ensemble_from_checkpoint` and `check_build` raise them.
     """
     check_name(name)
     stem = Path(model_dir) / dataset / "Linf" / name

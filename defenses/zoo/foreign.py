@@ -1,4 +1,4 @@
-"""Ensembles of anybody's models: of this package, of RobustBench's zoo, of timm."""
+"""Make ensembles of anybody's models: of this package, of RobustBench's zoo, of timm."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ def ensemble_of(
     threat_model: str,
     vote: str,
 ) -> Ensemble:
-    """The models of these names, voting together, in eval mode.
+    """Return the models of these names, voting together, in eval mode.
 
     Args:
-        names: of this package's models (``own``, by name), of RobustBench's zoo, or ``timm/<name>``.
+        names: names of this package's models (``own``, by name), of RobustBench's zoo, or ``timm/<name>``.
+        own: the functions that load this package's models, by name.
         model_dir: where RobustBench keeps its checkpoints; ``None`` is its default, ``models``.
+        dataset, threat_model: names.
+        vote: the ensemble's vote.
 
     Raises:
-        ValueError: fewer than two names, one that nobody knows, a member that does not take the dataset's images, or members
-            with different classes.
+        ValueError: Where there are fewer than two names, one that nobody knows, a member that does not take the dataset's
+            images, or members with different classes.
     """
     if len(names) < 2 or not all(names):
         raise ValueError(
@@ -52,10 +55,11 @@ def ensemble_of(
 
 
 def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_model: str) -> nn.Module:
-    """A single model, in eval mode: ``robustbench:<name>`` of RobustBench's zoo, or ``timm:<name>``.
+    """Return a single model, in eval mode: ``robustbench:<name>`` of RobustBench's zoo, or ``timm:<name>``.
 
     Raises:
-        ValueError: the zoo knows no such model (names the nearest one), or it does not take the dataset's images.
+        ValueError: Where the zoo knows no such model (the message names the nearest one), or it does not take the dataset's
+            images.
     """
     zoo, _, theirs = name.partition(":")
     net = _timm(theirs) if zoo == "timm" else _robustbench(theirs, model_dir, dataset, threat_model)
@@ -65,7 +69,7 @@ def model_of(name: str, *, model_dir: str | Path | None, dataset: str, threat_mo
 
 @torch.no_grad()
 def _classes(name: str, net: nn.Module, dataset: str) -> int:
-    """How many classes a network has; ValueError if it does not take a dataset's images."""
+    """Return how many classes a network has; raise a `ValueError` if it does not take a dataset's images."""
     shape = DATASETS[dataset].shape
     try:
         return net(torch.zeros(1, *shape)).shape[-1]
@@ -75,7 +79,7 @@ def _classes(name: str, net: nn.Module, dataset: str) -> int:
 
 
 def _timm(name: str) -> nn.Module:
-    """A pretrained timm model that takes images in [0, 1]."""
+    """Return a pretrained timm model that takes images in [0, 1]."""
     import timm
 
     if not timm.is_model(name):

@@ -1,4 +1,4 @@
-"""The models that can be loaded by name: those that ship, those trained or converted here, and ensembles of anybody's."""
+"""Load models by name: those that ship, those trained or converted here, and ensembles of anybody's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOREIGN = ("robustbench:", "timm:")
 
 
 def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
-    """Names of the models that can be loaded, ``<defense>_<architecture>_<members>``, of one dataset or of all.
+    """Return the names of the models that can be loaded, ``<defense>_<architecture>_<members>``, of one dataset or of all.
 
     >>> "adp_convnet_3" in list_models("digits")
     True
@@ -37,14 +37,14 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
 
 
 def _named(kind: str, value: object, known: Sequence[str]) -> str:
-    """One of the known names, given as such, or as RobustBench's enum."""
+    """Return one of the known names, given as such, or as RobustBench's enum; raise a `ValueError` for any other."""
     name = str(getattr(value, "value", value))
     check_choice(kind, name, known)
     return name
 
 
 def _folders(model_dir: str | Path | None) -> list[Path]:
-    """Where models are looked for, in this order."""
+    """Return where models are looked for, in this order."""
     return [Path(model_dir), SHIPPED] if model_dir else [SHIPPED]
 
 
@@ -58,7 +58,9 @@ def load_model(
     checkpoint: str | Path | None = None,
     norm: str | None = None,
 ) -> Any:
-    """Load an ensemble defense: RobustBench's arguments, the vote, and a published checkpoint.
+    """Load an ensemble defense: images (N, C, H, W) in [0, 1] -> logits (N, K).
+
+    The arguments are RobustBench's, the vote, and a published checkpoint.
 
     Args:
         model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
@@ -72,12 +74,12 @@ def load_model(
         norm: RobustBench's older name of ``threat_model``.
 
     Returns:
-        The ensemble, in eval mode; a self-ensemble (``multiresolution``) has an aggregation of its own and no vote.
+        The model, in eval mode; a self-ensemble (``multiresolution``) has an aggregation of its own and no vote.
 
     Raises:
-        ValueError: an unknown model, dataset, threat model or vote; names the nearest known one.
-        FileNotFoundError: no such checkpoint.
-        WeightsError: the weights are not those that the card, or the name, describes.
+        ValueError: Where a model, dataset, threat model or vote is unknown; the message names the nearest known one.
+        FileNotFoundError: Where there is no such checkpoint.
+        WeightsError: Where the weights are not those that the card, or the name, describes.
     """
     dataset = _named("dataset", dataset, tuple(DATASETS))
     threat_model = _named("threat model", norm or threat_model, THREAT_MODELS)
@@ -96,13 +98,17 @@ def load_model(
 def model_card(
     model_name: str, model_dir: str | Path | None = None, dataset: str = "cifar10", threat_model: str = "Linf"
 ) -> dict[str, Any]:
-    """The card of the model that `load_model` finds under this name; ValueError with the nearest name otherwise."""
+    """Return the card of the model that `load_model` finds under this name.
+
+    Raises:
+        ValueError: Where there is no such model; the message names the nearest one.
+    """
     dataset = _named("dataset", dataset, tuple(DATASETS))
     return read_card(_stem(model_name, model_dir, dataset, _named("threat model", threat_model, THREAT_MODELS)))
 
 
 def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_model: str) -> Path:
-    """The path of a model's files, without what tells them apart; ValueError for a name that leads elsewhere."""
+    """Return the path of a model's files, without their suffixes; raise a `ValueError` for a name that leads elsewhere."""
     check_name(model_name)
     for folder in _folders(model_dir):
         stem = folder / dataset / threat_model / model_name
@@ -125,14 +131,14 @@ def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote
 
 
 def register_with_robustbench() -> list[str]:
-    """Make RobustBench's own ``load_model`` find the models that ship; returns their names there.
+    """Make RobustBench's own ``load_model`` find the models that ship; return their names there.
 
     ``robustbench.load_model("Gal_resnet20_3", dataset="cifar10", threat_model="Linf")`` is `load_model("gal_resnet20_3")`;
     with another vote, ``"Gal_resnet20_3_voting"`` or ``"Gal_resnet20_3_logits"``. Calling it again changes nothing.
 
     Raises:
-        ImportError: robustbench cannot be imported; names the command that mends it.
-        ValueError: RobustBench has a model of that name already; nothing has been registered.
+        ImportError: Where robustbench cannot be imported; the message names the command that mends it.
+        ValueError: Where RobustBench has a model of that name already; nothing has been registered.
     """
     from ensemble_attacks.robustbench import ensure
 
