@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 import torch
-from options import named
 
+from benchmarks.options import named
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.manifest import code_version

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 import torch
-from options import named
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks import AutoAttack, judge
 from ensemble_attacks.data import NUM_CLASSES, load_dataset

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cells import Cell, Run, choose, run_options, summary
-from table1 import cells_of
-from tables import save_table
 
+from benchmarks.cells import Cell, Run, choose, run_options, summary
+from benchmarks.table1 import cells_of
+from benchmarks.tables import save_table
 from ensemble_attacks.models.passes import passes_per_image
 
 ATTACKS = ("mora-mt", "autoattack")

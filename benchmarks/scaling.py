@@ -17,10 +17,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from options import named
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import EOTAPGD, MORA
 from ensemble_attacks.models.twins import prepare

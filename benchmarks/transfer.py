@@ -18,10 +18,10 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
-from tables import save_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.tables import save_table
 from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset

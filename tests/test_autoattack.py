@@ -8,12 +8,12 @@ import types
 import pyautoattack
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks.hosts import original as autoattack
 from ensemble_attacks.hosts.original import STANDARD, run_autoattack
+from tests.helpers import make_ensemble
 
 
 def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

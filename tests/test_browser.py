@@ -7,10 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import leaderboard
 import pytest
 from PIL import Image
 
+from benchmarks import leaderboard
 from ensemble_attacks.evaluation.report.pages import render_page
 
 BROWSER = next((found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None)

@@ -8,7 +8,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
@@ -24,6 +23,7 @@ from ensemble_attacks import (
     CrossMaxTransfer,
     FrontEndReversal,
 )
+from tests.helpers import make_ensemble
 
 EPS = 0.1
 ROUNDING = 1e-8  # in float64, carried through up to 800 steps

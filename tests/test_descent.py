@@ -7,7 +7,6 @@ from itertools import accumulate
 
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor
 
 from ensemble_attacks import MORA, Ensemble
@@ -20,6 +19,7 @@ from ensemble_attacks.descent.steps import ConstantSteps, CosineSteps
 from ensemble_attacks.models.passes import count_passes
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.scores import margin
+from tests.helpers import make_ensemble
 
 EPS = 0.03
 

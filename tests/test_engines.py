@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from test_ledger import ledger_in, summary
 
 from ensemble_attacks.evaluation import engines
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chains_of
+from tests.test_ledger import ledger_in, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOTES, make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.models.votes import log_mean_softmax, log_votes
+from tests.helpers import VOTES, make_ensemble, make_member
 
 
 def test_softmax_is_the_log_of_the_mean_probability() -> None:

@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import make_member
 from torch import Tensor, nn
 
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
+from tests.helpers import make_member
 
 ATTACKS = ("apgd-ce", "pgd")
 N = 12

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from ensemble_attacks import OutOfBallError, judge
 from ensemble_attacks.judge import wilson_interval
+from tests.helpers import make_ensemble
 
 EPS = 8 / 255
 

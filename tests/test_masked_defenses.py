@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_member
 from torchvision.transforms.v2 import functional as transforms
 
 from defenses.crossmax import crossmax
@@ -12,6 +11,7 @@ from defenses.frontend import DnCNN, FrontEnded
 from defenses.multiresolution import SelfEnsembles, convnet, resnet20, resnet152
 from defenses.stack import Stack, roll
 from ensemble_attacks import APGD, BPDAIdentity, CrossMaxTransfer, judge
+from tests.helpers import make_member
 
 
 def images(n: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:

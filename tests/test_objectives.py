@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOTES
 from torch import Tensor
 
 from ensemble_attacks.attacks.mora import WEIGHT_RULES, log_reweighing, mora, reweigh
@@ -12,6 +11,7 @@ from ensemble_attacks.descent.objectives import Goal, ce, dlr, dlr_targeted, nor
 from ensemble_attacks.models.votes import LOGITS, OWN, SOFTMAX, Vote, mean_logits
 from ensemble_attacks.models.votes import VOTES as AGGREGATES
 from ensemble_attacks.scores import best_other, gather, margin
+from tests.helpers import VOTES
 
 TAUS = (0.1, 1.0, 5.0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
@@ -18,6 +17,7 @@ from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.models.votes import OWN, SOFTMAX, Vote
+from tests.helpers import make_ensemble, make_member
 
 EPS = 0.1
 

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torchattacks
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses import load_model
@@ -31,6 +30,7 @@ from ensemble_attacks import (
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
 from ensemble_attacks.models.parts import premise, straight_through
+from tests.helpers import make_ensemble, make_member
 
 EPS = 0.1
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torchattacks
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from ensemble_attacks import APGD, MORA, Ensemble
+from tests.helpers import make_ensemble, make_member
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from ensemble_attacks import APGD, MORA, PGD, Ensemble
+from tests.helpers import make_ensemble
 
 MAKE = pytest.mark.parametrize("make", [MORA, APGD])
 
