@@ -22,8 +22,8 @@ from ensemble_attacks import EOTAPGD, MORA, AutoAttack, NotAnEnsembleError, judg
 from ensemble_attacks.attacks import registry
 from ensemble_attacks.diagnostics.advice import adaptive_attacks
 from ensemble_attacks.models.structure import structure_of
+from tests.attacks.test_random_models import Flipping
 from tests.helpers import make_ensemble, make_member
-from tests.test_random_models import Flipping
 
 EPS = 0.12
 

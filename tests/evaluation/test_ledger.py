@@ -29,7 +29,7 @@ from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
 from ensemble_attacks.evaluation.summary import _until, merged
 from ensemble_attacks.evaluation.units import chains_of
 from ensemble_attacks.models import providers
-from tests.test_random_models import Flipping
+from tests.attacks.test_random_models import Flipping
 
 SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
 
