@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,7 @@ class Run:
                     "code": code_version(),
                 },
                 out=where,
-                report=lambda name, row, at=f"{cell.name} {shard}": click.echo(
-                    f"{at} {name}: {100 * row['accuracy']:.1f}", err=True
-                ),
+                report=partial(_tell, f"{cell.name} {shard}"),
             )
 
     def _weights(self, cell: Cell) -> str:
@@ -127,6 +126,10 @@ class Run:
             for where in folders.values():
                 self._checked(where, cell, shard)
         return list(done.values())
+
+
+def _tell(at: str, name: str, row: dict[str, Any]) -> None:
+    click.echo(f"{at} {name}: {100 * row['accuracy']:.1f}", err=True)
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def prepared(what: str, size: int, steps: int) -> Callable[[], object]:
     """The attack to time, where one of the sizes differs from 16 images of 32 x 32 pixels, 10 classes and 2 members."""
     images = {"images": size, "pixels": 4, "draws": 2}.get(what, 16)
     side = round((size if what == "pixels" else 1024) ** 0.5)
-    options = {"num_classes": size} if what == "classes" else {}
+    options: dict[str, Any] = {"num_classes": size} if what == "classes" else {}
     model = make_ensemble("resnet20", size if what == "members" else 2, **options).eval()
     x = torch.rand(images, 3, side, side)
     twin: Any = prepare(model, x[:2])
