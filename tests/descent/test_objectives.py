@@ -114,7 +114,7 @@ def test_no_nan_at_the_edges(vote: str | None, rule: str, beta: float, tau: floa
     split[0, 0, 0], split[1, 0, 1] = 40.0, 40.0
     logits = torch.cat([sure, equal, all_wrong, split], dim=1).requires_grad_()
     labels = torch.zeros(4, dtype=torch.long)
-    chosen = AGGREGATES.get(vote, Vote(OWN, mean_logits))
+    chosen = Vote(OWN, mean_logits) if vote is None else AGGREGATES[vote]
     for targets in (None, torch.ones(4, dtype=torch.long)):
         loss = mora(logits, logits.mean(0), Goal(labels, targets), beta=beta, vote=chosen, tau=tau, rule=rule)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
