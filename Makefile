@@ -28,7 +28,6 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/lint-imports --no-logo
 
 docs: $(STAMP)

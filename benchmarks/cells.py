@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from options import named
 
+from benchmarks.options import named
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.manifest import code_version
@@ -90,10 +91,8 @@ class Run:
                 labels[part],
                 [attack],
                 Settings(cell.eps, seed=self.seed, batch_size=SHARD, draws=self.draws, eot_iter=self.eot_iter),
-                keep=lambda name, attacked, left=left: left.append(attacked),
-                report=lambda name, row, at=f"{cell.name} {shard}": click.echo(
-                    f"{at} {name}: {100 * row['accuracy']:.1f}", err=True
-                ),
+                keep=partial(_keep, left),
+                report=partial(_tell, f"{cell.name} {shard}"),
             )
             about = {"model": cell.model, "vote": cell.vote, "dataset": self.dataset, "first": shard * self.shard}
             record(where, about | {"weights": self._weights(cell), "code": code_version()} | found, left[0])
@@ -133,6 +132,14 @@ def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:
     flags = "".join("01"[robust] for robust in left.judgement.robust.tolist())
     content = found | {"seconds": round(left.seconds, 1), "flags": flags}
     write_whole(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _keep(left: list[Attacked], name: str, attacked: Attacked) -> None:
+    left.append(attacked)
+
+
+def _tell(at: str, name: str, row: dict[str, Any]) -> None:
+    click.echo(f"{at} {name}: {100 * row['accuracy']:.1f}", err=True)
 
 
 def summary(folder: Path) -> dict[str, Any]:

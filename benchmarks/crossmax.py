@@ -14,10 +14,10 @@ from typing import Any
 import click
 import torch
 import torchattacks
-from options import image_options, named
-from tables import save_table
 from torch import nn
 
+from benchmarks.options import image_options, named
+from benchmarks.tables import save_table
 from defenses import load_model
 from defenses.crossmax import CrossMax
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, judge

@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 import torch
-from tables import save_table
 from torch import Tensor
 
+from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import attack

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from options import image_options
-from tables import save_table
 
+from benchmarks.options import image_options
+from benchmarks.tables import save_table
 from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.data import load_dataset

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cells import Cell, Run, summary
-from options import named
-from tables import save_table
 
+from benchmarks.cells import Cell, Run, summary
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses import list_models, load_model
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import diagnose

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from options import image_options
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.options import image_options
+from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks import EOTAPGD, CrossMaxTransfer, Surrogate, judge
 from ensemble_attacks.data import load_dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ def named(names: str, known: Iterable[str], option: str) -> list[str]:
 
 def image_options(out: str, numerator: int = 8) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Which images in which ball (of ``numerator`` / 255), where models and images are, and where the tables go."""
-    eps = {"default": numerator / 255, "show_default": f"{numerator}/255"}
+    eps: dict[str, Any] = {"default": numerator / 255, "show_default": f"{numerator}/255"}
     options = [
         click.option("--model-dir"),
         click.option("--dataset", default="cifar10", show_default=True),

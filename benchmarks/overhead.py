@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import click
 import torch
@@ -24,6 +25,8 @@ from ensemble_attacks.models.twins import prepare
 class Recorder(Ensemble):
     """An ensemble that notes the size of every pass, and whether it had a gradient."""
 
+    log: list[tuple[int, bool]]
+
     def member_logits(self, x: Tensor) -> Tensor:
         self.log.append((len(x), x.requires_grad))
         return super().member_logits(x)
@@ -37,7 +40,7 @@ class Recorder(Ensemble):
 def main(rounds: int, steps: int, batch: int, eps: float) -> None:
     torch.manual_seed(0)
     images = torch.rand(batch, 3, 32, 32)
-    twin = prepare(make_ensemble("resnet20", 3).eval(), images[:8])
+    twin: Any = prepare(make_ensemble("resnet20", 3).eval(), images[:8])
     model = Recorder(list(twin.members), "softmax").eval()
     labels = twin(images).argmax(1)
     ratios = []

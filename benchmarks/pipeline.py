@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 import torch
-from options import named
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks import AutoAttack, judge
 from ensemble_attacks.data import DATASETS, load_dataset
@@ -60,9 +60,9 @@ def run(version: str, model: CountingModel, x: Tensor, y: Tensor, eps: float, ba
         images, flags = run_autoattack(model, x, y, eps=eps, seed=0, batch_size=batch_size)
         return images, flags["square"]
     adversary = AutoAttack(model, eps=eps, seed=0, version=version, verbose=False)
-    images = adversary.run_standard_evaluation(x, y, bs=batch_size)
-    assert isinstance(images, Tensor)
-    return images, adversary.robust
+    found = adversary.run_standard_evaluation(x, y, bs=batch_size)
+    assert isinstance(found, Tensor)
+    return found, adversary.robust
 
 
 @click.command()

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 import torch
-from options import image_options
-from tables import save_table
 
+from benchmarks.options import image_options
+from benchmarks.tables import save_table
 from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import ARC, EOTAPGD, MORA, PGD, Surrogate

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cells import Cell, Run, choose, run_options, summary
-from table1 import cells_of
-from tables import save_table
 
+from benchmarks.cells import Cell, Run, choose, run_options, summary
+from benchmarks.table1 import cells_of
+from benchmarks.tables import save_table
 from ensemble_attacks.models.passes import passes_per_image
 
 ATTACKS = ("mora-mt", "autoattack")
@@ -48,9 +48,9 @@ def row_of(cell: Cell, shards: list[dict[str, Path]]) -> dict[str, Any]:
         for peer, stage in PEERS.items():
             robust[peer] += suite["stages"][stage]["robust"]
             spent[peer] += passes_per_image(suite["stages"][stage]) * suite["n"]
-        for row in json.loads((folders["mora-mt"] / "mora-mt.trace.json").read_text()):
+        for at in json.loads((folders["mora-mt"] / "mora-mt.trace.json").read_text()):
             for kind in ("forwards", "backwards", "fooled"):
-                trace[row["stage"], row["step"], kind] += row[kind]
+                trace[at["stage"], at["step"], kind] += at[kind]
     row: dict[str, Any] = {"model": cell.model, "vote": cell.vote, "eps": cell.eps, "n": n}
     for peer in PEERS:
         ours = passes_until(trace, n, robust[peer])

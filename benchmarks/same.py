@@ -61,8 +61,8 @@ def cases(n: int, data_dir: str) -> Iterator[tuple[str, Any, str, Any, Any, dict
         }
         for name in ("arc", "mora", "eot-apgd", "pgd", "autoattack-rand", "crossmax-transfer", "bpda-mora"):
             if name != "bpda-mora":
-                for per, model in randomized.items():
-                    yield f"randomized {per} {norm} {name}", model, name, x, y, random
+                for per, drawn in randomized.items():
+                    yield f"randomized {per} {norm} {name}", drawn, name, x, y, random
         fronts = RandomizedEnsemble(list(fronted.members), seed=0).eval()
         for name in ("bpda", "bpda-mora", "eot-apgd"):
             yield f"randomized frontends {norm} {name}", fronts, name, x[: n // 2], y[: n // 2], random

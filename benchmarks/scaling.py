@@ -17,10 +17,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from options import named
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import EOTAPGD, MORA
 from ensemble_attacks.models.twins import prepare
@@ -50,7 +50,7 @@ def prepared(what: str, size: int, steps: int) -> Callable[[], object]:
     """The attack to time, where one of the sizes differs from 16 images of 32 x 32 pixels, 10 classes and 2 members."""
     images = {"images": size, "pixels": 4, "draws": 2}.get(what, 16)
     side = round((size if what == "pixels" else 1024) ** 0.5)
-    options = {"num_classes": size} if what == "classes" else {}
+    options: dict[str, Any] = {"num_classes": size} if what == "classes" else {}
     model = make_ensemble("resnet20", size if what == "members" else 2, **options).eval()
     x = torch.rand(images, 3, side, side)
     twin: Any = prepare(model, x[:2])

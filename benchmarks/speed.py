@@ -22,9 +22,9 @@ import timm
 import torch
 import torchattacks
 from pyautoattack.autopgd_base import APGDAttack
-from tables import save_table
 from torch import Tensor, nn
 
+from benchmarks.tables import save_table
 from defenses.architectures import ARCHITECTURES
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import APGD, MORA, PGD

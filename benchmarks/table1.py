@@ -17,10 +17,10 @@ import re
 from typing import Any
 
 import click
-from cells import Cell, Run, choose, run_options, summary
-from options import named
-from tables import save_table
 
+from benchmarks.cells import Cell, Run, choose, run_options, summary
+from benchmarks.options import named
+from benchmarks.tables import save_table
 from defenses import list_models
 from ensemble_attacks.models.passes import passes_per_image
 from ensemble_attacks.models.votes import VOTES

@@ -18,10 +18,10 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
-from tables import save_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.tables import save_table
 from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
@@ -54,7 +54,7 @@ def main(
     ensemble = load_model(model, model_dir, dataset)
     if not isinstance(ensemble, Ensemble):
         raise click.BadParameter(f"{model!r} is no ensemble of several networks", param_hint="--model")
-    right = right_for_all(ensemble.members, x, y)
+    right = right_for_all(list(ensemble.members), x, y)
     x, y = x[right], y[right]
     matrix = transfer_matrix(ensemble.members, x, y, eps=eps, steps=steps)
     apart = matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean().item()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOTES, make_ensemble
 from torch import Tensor
 
 from defenses import load_model
 from ensemble_attacks import Ensemble
 from ensemble_attacks.data import load_dataset
+from tests.helpers import VOTES, make_ensemble
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more than they bring
 

@@ -22,8 +22,8 @@ def make_member(classes: int = 4, seed: int = 0) -> nn.Module:
             nn.Dropout(0.1),
             nn.Linear(288, classes),
         )
-        net[1].running_mean.normal_(std=0.1)
-        net[1].running_var.uniform_(0.5, 1.5)
+        net.get_buffer("1.running_mean").normal_(std=0.1)
+        net.get_buffer("1.running_var").uniform_(0.5, 1.5)
     return net.eval()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 import pytest
-import reach
-import table1
-from cells import Cell, Run, choose
+
+from benchmarks import reach, table1
+from benchmarks.cells import Cell, Run, choose
 
 CELL = Cell("standard_convnet_3", "voting", 0.12)
 

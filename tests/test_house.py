@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor
 
 import ensemble_attacks
@@ -25,6 +24,7 @@ from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings, attack_names
 from ensemble_attacks.models.votes import VOTES, Vote
 from ensemble_attacks.norms import NORMS, Box, Norm
+from tests.helpers import make_ensemble
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ensemble_attacks", "defenses")
@@ -93,8 +93,11 @@ def test_models_are_asked_at_the_door_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
-            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if is_own(node.func) else ""
-            member = isinstance(node.func, ast.Attribute) and node.func.attr == "member_logits"
+            attribute = node.func if isinstance(node.func, ast.Attribute) else None
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            if attribute is not None and is_own(attribute):
+                name = attribute.attr
+            member = attribute is not None and attribute.attr == "member_logits"
             if name in called or (member and not is_super(node.func)):
                 found.append(f"{where}:{node.lineno}")
     allowed = {  # what a model is made of calls its parts
@@ -118,7 +121,7 @@ def is_super(function: ast.expr) -> bool:
 def test_a_vote_from_outside_touches_one_place(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
     monkeypatch.setitem(VOTES, "median", Vote("median", lambda logits_MNK: logits_MNK.median(0).values))
     images, _ = batch
-    model = Ensemble(make_ensemble().members, vote="median").eval()
+    model = Ensemble(list(make_ensemble().members), vote="median").eval()
     labels = model(images).argmax(1)
     assert not judge(model, images, labels, MORA(model, eps=0.2, steps=10)(images, labels), eps=0.2).robust.all()
     attacks = {"mora": 1.0, "auto": 1.0}

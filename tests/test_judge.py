@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from ensemble_attacks import OutOfBallError, judge
 from ensemble_attacks.judge import wilson_interval
+from tests.helpers import make_ensemble
 
 EPS = 8 / 255
 
@@ -150,9 +150,9 @@ def test_images_of_another_type_are_refused_and_the_model_left_as_it_was() -> No
     x, y = torch.rand(6, 1, 2, 2), torch.zeros(6, dtype=torch.long)
     with pytest.raises(TypeError, match=r"x_adv has dtype torch\.float64, the model torch\.float32: pass x_adv\.to"):
         judge(model, x, y, x.double(), eps=0.1)
-    assert torch.equal(model[0].running_mean, torch.zeros(1))
+    assert torch.equal(model.get_buffer("0.running_mean"), torch.zeros(1))
     with pytest.raises(TypeError, match="got ndarray"):
-        judge(model, x, y, x.numpy(), eps=0.1)
+        judge(model, x, y, x.numpy(), eps=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="returns a tuple: wrap it"):
         judge(Twice(), x, y, x, eps=0.1)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from ensemble_attacks import APGD, MORA, PGD, Ensemble
+from tests.helpers import make_ensemble
 
 MAKE = pytest.mark.parametrize("make", [MORA, APGD])
 
@@ -32,7 +33,7 @@ class Untouchable(nn.Module):
 
 X, Y = torch.full((4, 3, 6, 6), 0.5), torch.tensor([0, 1, 2, 3])
 
-BAD_INPUTS: dict[str, tuple[Tensor, Tensor, type[Exception], str]] = {
+BAD_INPUTS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "8-bit": ((X * 255).to(torch.uint8), Y, TypeError, "float"),
     "0-255": (X * 255, Y, ValueError, r"Divide 8-bit images by 255"),
     "negative": (X - 1, Y, ValueError, r"\[0, 1\].*set_normalization_used"),
@@ -99,8 +100,8 @@ def test_bad_settings(make: type, settings: dict[str, object], error: type[Excep
         (lambda: MORA(Untouchable(), betas=(-0.1,)), "betas must lie in"),
         (lambda: MORA(Untouchable(), betas=(float("nan"),)), "betas must lie in"),
         (lambda: MORA(Untouchable(), betas=()), "at least one number"),
-        (lambda: MORA(Untouchable(), betas=0.5), "sequence"),
-        (lambda: MORA(Untouchable(), betas=None), "sequence"),
+        (lambda: MORA(Untouchable(), betas=0.5), "sequence"),  # type: ignore[arg-type]
+        (lambda: MORA(Untouchable(), betas=None), "sequence"),  # type: ignore[arg-type]
         (lambda: MORA(Untouchable(), targets=-1), "targets must be at least 0"),
         (lambda: MORA(Untouchable(), tau=0.0), "tau"),
         (lambda: MORA(Untouchable(), weight_rule="derivatives"), "did you mean 'derivative'"),
@@ -116,7 +117,8 @@ def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) ->
 
 def test_numbers_of_numpy_are_numbers() -> None:
     model = make_ensemble(dtype=torch.float32)
-    settings = dict(eps=np.float32(0.1), steps=np.int64(3), betas=np.array([0.5, 0.0], dtype=np.float32), seed=np.int32(1))
+    betas = np.array([0.5, 0.0], dtype=np.float32)
+    settings: dict[str, Any] = dict(eps=np.float32(0.1), steps=np.int64(3), betas=betas, seed=np.int32(1))
     assert MORA(model, **settings)(X, Y).shape == X.shape
 
 

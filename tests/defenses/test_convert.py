@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from ensemble_attacks.hosts.robustbench import ensure
 X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def member_state(architecture: str = "resnet20b", seed: int = 0, **options: object) -> dict[str, Tensor]:
+def member_state(architecture: str = "resnet20b", seed: int = 0, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     return make_ensemble(architecture, 1, **options).members[0].state_dict()
 
@@ -33,7 +35,7 @@ def dverge_layout(states: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor
     return theirs
 
 
-def expected(states: list[dict[str, Tensor]], architecture: str = "resnet20b", **options: object) -> Tensor:
+def expected(states: list[dict[str, Tensor]], architecture: str = "resnet20b", **options: Any) -> Tensor:
     ensemble = make_ensemble(architecture, len(states), **options).eval()
     for member, state in zip(ensemble.members, states, strict=True):
         member.load_state_dict(state)
@@ -68,7 +70,7 @@ def with_training_state(state: dict[str, Tensor]) -> dict[str, object]:
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"state_dict": s, "best_prec1": 91.0}, lambda s: [s], with_training_state]
 )
-def test_single_networks(wrap: object, tmp_path: Path) -> None:
+def test_single_networks(wrap: Callable[[dict[str, Tensor]], object], tmp_path: Path) -> None:
     states = [member_state("resnet20", seed) for seed in range(2)]
     for index, state in enumerate(states):
         torch.save(wrap({f"module.{key}": value for key, value in state.items()}), tmp_path / f"{index}.th")

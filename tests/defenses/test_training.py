@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
         options = ["--dataset", "digits", "--members", "2", "--epochs", "8", "--out", str(tmp_path / name)]
         return [str(Path(sys.executable).with_name("ensemble-attacks")), "train", "standard", *options]
 
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet: dict[str, Any] = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run(command("whole"), check=True, **quiet)
     log = tmp_path / "shot" / "train.log"
     with subprocess.Popen(command("shot"), **quiet) as process:
@@ -77,7 +78,7 @@ def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    arguments = dict(dataset="digits", members=2, epochs=1, out=tmp_path)
+    arguments: dict[str, Any] = dict(dataset="digits", members=2, epochs=1, out=tmp_path)
     card = train_model("standard", **arguments)
     for change in ({"seed": 5}, {"epochs": 2}, {"members": 3}, {"batch_size": 64}, {"max_lr": 0.01}):
         with pytest.raises(ValueError, match="holds a run with other"):
@@ -115,7 +116,7 @@ def test_every_recipe_trains_reproducibly(name: str, amp: bool) -> None:
 
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
-        options = {"negative_slope": RECIPES[name].negative_slope} if RECIPES[name].negative_slope else {}
+        options: dict[str, Any] = {"negative_slope": RECIPES[name].negative_slope} if RECIPES[name].negative_slope else {}
         ensemble = make_ensemble(f"{RECIPES[name].prefix}convnet", 3, **options)
         seed_draws(ensemble, 0)
         generator = torch.Generator().manual_seed(0)
@@ -136,7 +137,7 @@ def test_every_recipe_trains_reproducibly(name: str, amp: bool) -> None:
 
 
 def test_training_starts_from_a_model(tmp_path: Path) -> None:
-    arguments = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
+    arguments: dict[str, Any] = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
     with pytest.raises(ValueError, match=r"unknown model for digits 'standard_convnet_2'.*train it first"):
         train_model("dverge", out=tmp_path / "dverge", **arguments)
     with pytest.raises(ValueError, match="has other members"):
@@ -165,7 +166,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 2"):
         train_model("adp", batch_size=1, out=tmp_path / "x")
     with pytest.raises(TypeError, match="seed must be a whole number"):
-        train_model("adp", seed=1.5, out=tmp_path / "x")
+        train_model("adp", seed=1.5, out=tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seed must be below"):
         train_model("adp", seed=2**62, out=tmp_path / "x")
     with pytest.raises(ValueError, match="unknown architecture for the recipe 'gal' 'multiresolution-convnet'"):
@@ -200,7 +201,7 @@ def test_a_frozen_backbone_keeps_its_slope(tmp_path: Path) -> None:
 
 
 def test_a_model_trained_otherwise_is_not_overwritten(tmp_path: Path) -> None:
-    arguments = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
+    arguments: dict[str, Any] = dict(dataset="digits", members=2, epochs=1, model_dir=tmp_path / "models")
     card = train_model("standard", out=tmp_path / "first", **arguments)
     before = card.read_bytes()
     with pytest.raises(ValueError, match="trained with other seed"):

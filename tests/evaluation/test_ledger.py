@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from test_random_models import Flipping
 from torch import Tensor, nn
 
 from defenses import load_model
@@ -26,10 +25,12 @@ from ensemble_attacks.evaluation import manifest as manifests
 from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger, difference
+from ensemble_attacks.evaluation.ledger import Result as Stored
 from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
 from ensemble_attacks.evaluation.summary import _until, merged
-from ensemble_attacks.evaluation.units import chains_of
+from ensemble_attacks.evaluation.units import Unit, chains_of
 from ensemble_attacks.models import providers
+from tests.attacks.test_random_models import Flipping
 
 SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
 
@@ -40,6 +41,12 @@ def manifest(small: Sweep = SMALL, **changes: Any) -> dict[str, Any]:
 
 def ledger_in(folder: Path, **changes: Any) -> Ledger:
     return Ledger(folder, manifest(**changes))
+
+
+def read(ledger: Ledger, unit: Unit) -> Stored:
+    stored = ledger.read(unit)
+    assert stored is not None
+    return stored
 
 
 def summary(folder: Path) -> bytes:
@@ -67,7 +74,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def count_attacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
     before = chains.attack
-    monkeypatch.setattr(chains, "attack", lambda *args: (ran.append(args[4]), before(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        ran.append(args[4])
+        return before(*args)
+
+    monkeypatch.setattr(chains, "attack", counted)
     return ran
 
 
@@ -92,9 +104,12 @@ def test_a_damaged_file_is_found_and_computed_again(
     path = folder / "units" / f"{unit.identity}.{kind}"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(data), "truncate": lambda: path.write_bytes(data[:-20]), "delete": path.unlink}[
-        damage
-    ]()
+    damages: dict[str, Callable[[], object]] = {
+        "flip": lambda: path.write_bytes(data),
+        "truncate": lambda: path.write_bytes(data[:-20]),
+        "delete": path.unlink,
+    }
+    damages[damage]()
     ran = count_attacks(monkeypatch)
     run(ledger_in(folder))
     assert ran == ["ea-apgd-ce"]
@@ -170,7 +185,7 @@ def test_batches_and_shards_change_nothing(
     for index, (batch, shard) in enumerate([(12, 12), (batch_size, shard_size)]):
         ledger = ledger_in(tmp_path / str(index), attacks=attacks, batch_size=batch, shard_size=shard)
         rows.append(but_for_passes(run(ledger)["cells"][0]))
-        flags = [ledger.read(unit).tensors["robust"] for chain in chains_of(ledger.manifest) for unit in chain[1:2]]
+        flags = [read(ledger, unit).tensors["robust"] for chain in chains_of(ledger.manifest) for unit in chain[1:2]]
         rows[-1]["flags"] = torch.cat(flags).tolist()
     assert rows[0] == rows[1]
 
@@ -375,8 +390,8 @@ def test_a_sweep_from_a_file(tmp_path: Path) -> None:
 
 
 def test_unknown_engines_and_options(tmp_path: Path) -> None:
-    arguments = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "2", "--attacks", "torchattacks:FGSM"]
-    arguments += ["--out", tmp_path / "run"]
+    arguments: list[object] = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "2"]
+    arguments += ["--attacks", "torchattacks:FGSM", "--out", tmp_path / "run"]
     assert "did you mean 'local'" in invoke(*arguments, "--engine", "locl").output
     assert "write KEY=VALUE" in invoke(*arguments, "-O", "minutes").output
     assert "unknown option of the engine 'local' (-O) 'minutes'" in invoke(*arguments, "-O", "minutes=3").output

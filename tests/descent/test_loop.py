@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor
 
 from ensemble_attacks import MORA, Ensemble
@@ -20,6 +20,7 @@ from ensemble_attacks.descent.steps import ConstantSteps, CosineSteps
 from ensemble_attacks.models.passes import count_passes
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.scores import margin
+from tests.helpers import make_ensemble
 
 EPS = 0.03
 
@@ -64,7 +65,7 @@ def test_stages_aim_at_every_class_before_any_a_second_time(batch: tuple[Tensor,
     aimed, labels = targets_of([3] * 4, images)
     assert len(aimed) == 4
     assert torch.equal(aimed[0], aimed[3])
-    counts = sum(torch.bincount(targets, minlength=4) for targets in aimed[:3])
+    counts = torch.stack([torch.bincount(targets, minlength=4) for targets in aimed[:3]]).sum(0)
     assert torch.equal(counts, len(images) - torch.bincount(labels, minlength=4))
     assert torch.equal(aimed[0], make_ensemble()(images).topk(2).indices[:, 1].sort().values)
 
@@ -99,7 +100,7 @@ class Watched(Ensemble):
 def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[Tensor, Tensor]) -> None:
     """At the clean images, or at the caller's: one pass gives the scores and the first gradient."""
     images, labels = batch
-    model = Watched(make_ensemble().members).eval()
+    model = Watched(list(make_ensemble().members)).eval()
     start = (images + moved).clamp(0, 1) if moved else None
     attack = MORA(count_passes(model), eps=EPS, steps=40)
     attack.trace = Trace()
@@ -128,7 +129,7 @@ def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[T
 def run(stages: list[Stage], images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
     model = make_ensemble()
     step_rule = partial(ConstantSteps, share=0.3)
-    arguments = dict(norm="Linf", eps=eps, steps=steps, step_rule=step_rule, seed=0)
+    arguments: dict[str, Any] = dict(norm="Linf", eps=eps, steps=steps, step_rule=step_rule, seed=0)
     return attack(lambda x: Outputs(model(x)), images, Goal(labels), stages, **arguments)
 
 
@@ -171,6 +172,7 @@ def test_directions_are_the_samples_own(batch: tuple[Tensor, Tensor]) -> None:
         return noise
 
     def along(outputs: Outputs, goal: Goal) -> Tensor:
+        assert goal.direction is not None
         return (outputs.scores_NK * goal.direction).sum(1)
 
     for part in (slice(0, 1), slice(0, 5)):

@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.hosts
 SITE = Path(sysconfig.get_paths()["purelib"])
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 LOAD = "from ensemble_attacks.robustbench import ensure; print(ensure().benchmark)"
 ATTACK = """
     import torch

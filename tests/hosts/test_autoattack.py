@@ -13,8 +13,6 @@ import pyautoattack
 import pytest
 import torch
 import torchattacks
-from helpers import make_ensemble, make_member
-from test_random_models import Flipping
 from torch import Tensor, nn
 
 from defenses import load_model
@@ -24,6 +22,8 @@ from ensemble_attacks import EOTAPGD, MORA, AutoAttack, NotAnEnsembleError, judg
 from ensemble_attacks.attacks import registry
 from ensemble_attacks.diagnostics.advice import adaptive_attacks
 from ensemble_attacks.models.structure import structure_of
+from tests.attacks.test_random_models import Flipping
+from tests.helpers import make_ensemble, make_member
 
 EPS = 0.12
 
@@ -91,7 +91,7 @@ def test_nan_is_a_success_there_and_none_here(digits: tuple[Tensor, Tensor]) -> 
     x = digits[0][:8]
     model = NaNCorner(x).eval()
     y = model(x).argmax(1)
-    with_labels = dict(version="custom", attacks=["square"])
+    with_labels: dict[str, Any] = dict(version="custom", attacks=["square"])
     assert (original(model, x, y, **with_labels)[1] == y).double().mean() < 0.5
     adversary = ours(model, attacks_to_run=["square"])
     adversary.run_standard_evaluation(x, y)
@@ -138,6 +138,7 @@ def test_an_image_outside_the_ball_is_believed_there_and_rejected_here(digits: t
     images = checked.run_standard_evaluation(x, y)
     right = model(x).argmax(1) == y
     assert torch.equal(checked.stages["Leaping"], right)
+    assert isinstance(images, Tensor)
     assert (images - x).abs().max() <= EPS + 1e-6
     assert [(flag.name, flag.value) for flag in checked.flags] == [("outside_ball", right.sum())]
 
@@ -172,7 +173,6 @@ def test_a_stop_within_an_attack_is_resumed_at_the_next_batch(
     model = load_model("gal_convnet_3", dataset="digits")
     x, y = digits[0][:20], digits[1][:20]
     whole = ours(model, attacks_to_run=["mora"]).run_standard_evaluation(x, y, bs=8)
-    stopped = ours(model, attacks_to_run=["mora"])
     crafted: list[int] = []
 
     def craft(name: Any, *batch: Tensor) -> Tensor:
@@ -187,7 +187,10 @@ def test_a_stop_within_an_attack_is_resumed_at_the_next_batch(
         if stopped:
             with pytest.raises(KeyboardInterrupt):
                 adversary.run_standard_evaluation(x, y, bs=8, state_path=tmp_path / "state")
-    assert torch.equal(adversary.run_standard_evaluation(x, y, bs=8, state_path=tmp_path / "state"), whole)
+    resumed = adversary.run_standard_evaluation(x, y, bs=8, state_path=tmp_path / "state")
+    assert isinstance(whole, Tensor)
+    assert isinstance(resumed, Tensor)
+    assert torch.equal(resumed, whole)
     assert len(crafted) == 3
 
 
@@ -211,6 +214,7 @@ def test_of_a_random_model_the_images_that_are_right_in_the_fewest_draws_are_kep
     x, y = digits[0][:30], digits[1][:30]
     adversary = AutoAttack(model, eps=EPS, seed=0, verbose=False, attacks_to_run=["eot-apgd"])
     images = adversary.run_standard_evaluation(x, y, bs=30)
+    assert isinstance(images, Tensor)
     alone = EOTAPGD(model, eps=EPS, seed=0, eot_iter=adversary.eot_iter)(x, y)
     ours_, theirs = (judge(model, x, y, found, eps=EPS, draws=50).accuracy for found in (images, alone))
     assert ours_ <= theirs + 0.03
@@ -234,6 +238,7 @@ def test_any_mix_of_attacks(digits: tuple[Tensor, Tensor]) -> None:
     adversary = ours(model, attacks_to_run=[*mixed, MORA(model, eps=EPS, steps=5), "apgd-ce"])
     images = adversary.run_standard_evaluation(x, y)
     assert list(adversary.stages) == ["torchattacks:PGD?steps=3&alpha=0.05", "FGSM", "FGSM#2", "MORA", "apgd-ce"]
+    assert isinstance(images, Tensor)
     assert judge(model, x, y, images, eps=EPS).accuracy == adversary.robust_accuracy
     each = ours(model, attacks_to_run=["apgd-ce", "mora"]).run_standard_evaluation_individual(x, y, return_labels=True)
     assert list(each) == ["apgd-ce", "mora"]
@@ -395,4 +400,6 @@ def test_any_state_and_any_whole_number(name: str) -> None:
     y = model(x).argmax(1).int()
     adversary = AutoAttack(model, eps=0.01, seed=0, verbose=False, attacks_to_run=[name])
     adversary.apgd.n_iter, adversary.square.n_queries = 5, 20
-    assert adversary.run_standard_evaluation(x, y).shape == x.shape
+    images = adversary.run_standard_evaluation(x, y)
+    assert isinstance(images, Tensor)
+    assert images.shape == x.shape

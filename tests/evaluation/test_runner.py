@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ from ensemble_attacks.evaluation.units import chains_of
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.passes import count_passes
 from ensemble_attacks.models.twins import prepare
+from tests.evaluation.test_ledger import read
 
 
-def invoke(*arguments: str) -> Result:
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
@@ -60,7 +62,7 @@ def test_evaluate_stores_what_the_judge_confirms(tmp_path: Path) -> None:
 def stored_in(run: Path) -> dict[str, Stored]:
     ledger = Ledger(run)
     (chain,) = chains_of(ledger.manifest)
-    return {unit.content["attack"]: ledger.read(unit) for unit in chain}
+    return {unit.content["attack"]: read(ledger, unit) for unit in chain}
 
 
 def test_a_suites_parts_and_the_trace_agree_with_the_whole(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
         assert invoke(*EVALUATE, "--attacks", "mora,apgd-ce", "--out", tmp_path / folder).exit_code == 0
     names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "units").glob("*.safetensors")]
     assert len(names) == 3
-    for name in ("summary.json", *names):
+    for name in (Path("summary.json"), *names):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -176,6 +178,7 @@ def test_prepare_folds_batch_norm_and_leaves_the_model_alone() -> None:
     model = make_zoo_ensemble("resnet20", 2).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
             module.running_mean.normal_(std=0.1)
     x = torch.rand(4, 3, 32, 32)
     expected = model(x)
@@ -192,7 +195,7 @@ def test_prepare_folds_batch_norm_and_leaves_the_model_alone() -> None:
 def test_mixed_precision_leaves_no_more_robust(vote: str, digits: tuple[Tensor, Tensor]) -> None:
     model = load_model("gal_convnet_3", dataset="digits", vote=vote)
     x, y = digits[0][:60], digits[1][:60]
-    twin = prepare(model, x[:8], amp=True)
+    twin: Any = prepare(model, x[:8], amp=True)
     scores = twin.member_logits(x)
     assert scores.dtype == x.dtype
     assert not torch.equal(scores, model.member_logits(x))
@@ -230,7 +233,7 @@ def test_prepare_keeps_the_parts_that_attacks_ask_for_and_the_draws() -> None:
     members = [FRONT_ENDED["frontend-resnet20"](depth=3, width=4).eval() for _ in range(2)]
     model = RandomizedEnsemble(members, seed=0).eval()
     x = torch.rand(6, 3, 32, 32)
-    twin = prepare(model, x)
+    twin: Any = prepare(model, x)
     assert twin is not model
     assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
     assert [name for name, _ in find_parts(twin, "frontend")] == ["members.0.frontend", "members.1.frontend"]
@@ -282,7 +285,9 @@ def test_models_that_a_layout_or_freezing_does_not_suit_are_attacked_all_the_sam
     torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
     assert evaluate(model, x, y, ["ea-apgd-ce"], Settings(eps=1e-6))["worst_case"]["robust"] == 6
     adversary = AutoAttack(model, eps=1e-6, seed=0, verbose=False, attacks_to_run=["ea-apgd-ce"])
-    assert adversary.run_standard_evaluation(x, y).shape == x.shape
+    images = adversary.run_standard_evaluation(x, y)
+    assert isinstance(images, Tensor)
+    assert images.shape == x.shape
 
 
 def test_a_random_model_is_not_left_to_one_lucky_draw_in_silence(caplog: pytest.LogCaptureFixture) -> None:

@@ -121,6 +121,7 @@ def test_monte_carlo_dropout_is_judged_as_it_runs(nets: list[nn.Module], few: tu
     adversary = AutoAttack(model, eps=0.05, seed=0, verbose=False, version="custom", attacks_to_run=["eot-apgd"])
     x_adv = adversary.run_standard_evaluation(x, y)
     assert [flag.name for flag in adversary.flags] == ["random"]
+    assert isinstance(x_adv, Tensor)
     recount = sum(right(model, x_adv, y) for _ in range(50)) / 50
     assert adversary.robust_accuracy == pytest.approx(recount, abs=0.06)
     images = EOTAPGD(model, eps=0.05, steps=5, eot_iter=5)(x, y)
@@ -156,7 +157,15 @@ def test_the_logarithm_of_a_probability_that_underflows(nets: list[nn.Module], f
     assert not clean.invalid.any()
     adversary = AutoAttack(model, eps=0.05, seed=0, verbose=False, version="custom", attacks_to_run=["ea-apgd-ce"])
     x_adv = adversary.run_standard_evaluation(x, y)
+    assert isinstance(x_adv, Tensor)
     assert adversary.robust_accuracy == right(model, x_adv, y)
+
+
+class Transposed(Ensemble):
+    """Puts the members second: (N, M, K)."""
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self.members], 1)
 
 
 def test_members_that_are_not_the_forward_are_refused(nets: list[nn.Module], few: tuple[Tensor, Tensor]) -> None:
@@ -168,10 +177,8 @@ def test_members_that_are_not_the_forward_are_refused(nets: list[nn.Module], few
     with pytest.raises(AggregateMismatchError, match="of 8 images"):
         evaluate(model, x, y, ["mora"], Settings(EPS))
     assert "protocol" in diagnose(model, x[:8], y[:8], eps=EPS).flags
-    model = Ensemble(nets).eval()
-    model.member_logits = lambda x: torch.stack([net(x) for net in nets], 1)  # (N, M, K)
     with pytest.raises(ValueError, match=r"\(40, 3, 10\) for 40 images|\(8, 3, 10\) for 8 images"):
-        MORA(model, eps=EPS, steps=2)(x, y)
+        MORA(Transposed(nets).eval(), eps=EPS, steps=2)(x, y)
 
 
 @pytest.mark.parametrize("members", [2, 4])
@@ -189,7 +196,7 @@ def test_ties_broken_otherwise_are_no_success(members: int, few: tuple[Tensor, T
             self.nets = nn.ModuleList(nets[:members])
 
         def forward(self, x: Tensor) -> Tensor:
-            return sum(torch.nn.functional.one_hot(net(x).argmax(1), 10) for net in self.nets).float()
+            return torch.stack([nn.functional.one_hot(net(x).argmax(1), 10) for net in self.nets]).sum(0).float()
 
     model = Majority().eval()
     counted = lambda logits: torch.nn.functional.one_hot(logits.argmax(-1), 10).sum(0).float()  # noqa: E731
@@ -279,11 +286,15 @@ def test_a_model_without_torch(nets: list[nn.Module], few: tuple[Tensor, Tensor]
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_functions_are_told_to_be_wrapped(nets: list[nn.Module], few: tuple[Tensor, Tensor]) -> None:
     x, y = few
+
+    def attack(net: nn.Module, eps: float) -> PGD:
+        return PGD(net, eps=eps)
+
     calls = (
         lambda model: judge(model, x, y, x, eps=EPS),
         lambda model: diagnose(model, x, y, eps=EPS),
         lambda model: as_ensemble(model),
-        lambda model: indicators(PGD, model, x, y, eps=EPS),
+        lambda model: indicators(attack, model, x, y, eps=EPS),
     )
     for call in calls:
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):

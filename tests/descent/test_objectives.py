@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOTES
 from torch import Tensor
 
 from ensemble_attacks.attacks.mora import WEIGHT_RULES, log_reweighing, mora, reweigh
@@ -12,6 +11,7 @@ from ensemble_attacks.descent.objectives import Goal, ce, dlr, dlr_targeted, nor
 from ensemble_attacks.models.votes import LOGITS, OWN, SOFTMAX, Vote, mean_logits
 from ensemble_attacks.models.votes import VOTES as AGGREGATES
 from ensemble_attacks.scores import best_other, gather, margin
+from tests.helpers import VOTES
 
 TAUS = (0.1, 1.0, 5.0)
 
@@ -114,7 +114,7 @@ def test_no_nan_at_the_edges(vote: str | None, rule: str, beta: float, tau: floa
     split[0, 0, 0], split[1, 0, 1] = 40.0, 40.0
     logits = torch.cat([sure, equal, all_wrong, split], dim=1).requires_grad_()
     labels = torch.zeros(4, dtype=torch.long)
-    chosen = AGGREGATES.get(vote, Vote(OWN, mean_logits))
+    chosen = Vote(OWN, mean_logits) if vote is None else AGGREGATES[vote]
     for targets in (None, torch.ones(4, dtype=torch.long)):
         loss = mora(logits, logits.mean(0), Goal(labels, targets), beta=beta, vote=chosen, tau=tau, rule=rule)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)

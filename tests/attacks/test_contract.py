@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
@@ -24,6 +24,7 @@ from ensemble_attacks import (
     CrossMaxTransfer,
     FrontEndReversal,
 )
+from tests.helpers import make_ensemble
 
 EPS = 0.1
 ROUNDING = 1e-8  # in float64, carried through up to 800 steps
@@ -122,6 +123,8 @@ def test_the_seed_decides(name: str, norm: str, batch: tuple[Tensor, Tensor]) ->
 class Failing(nn.Module):
     """An ensemble that counts its forward passes in a buffer, anew each time, and raises after some."""
 
+    calls: Tensor
+
     def __init__(self, after: int) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
@@ -149,13 +152,13 @@ def state(model: nn.Module) -> tuple[object, ...]:
         [parameter.requires_grad for parameter in model.parameters()],
         [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
         torch.get_rng_state(),
-        np.random.get_state()[1],  # noqa: NPY002
+        np.random.get_state(legacy=False)["state"]["key"],  # noqa: NPY002
         random.getstate(),
         torch.is_grad_enabled(),
     )
 
 
-def same(a: object, b: object) -> bool:
+def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, np.ndarray):
@@ -171,7 +174,8 @@ def test_nothing_is_touched(name: str, norm: str, after: int, training_mode: boo
     images, labels = batch
     model = Failing(after).train()
     model.inside.members[1].eval()  # a frozen member inside a model in training: torchattacks would wake it
-    model.inside.members[0][5].weight.grad = torch.ones_like(model.inside.members[0][5].weight)
+    weight = model.inside.get_parameter("members.0.5.weight")
+    weight.grad = torch.ones_like(weight)
     attack: Attack = ATTACKS[name](model, norm)
     attack.set_model_training_mode(training_mode, batchnorm_training=training_mode, dropout_training=training_mode)
     attack.set_normalization_used([0.5] * 3, [0.25] * 3)
@@ -206,7 +210,7 @@ def test_an_empty_batch_and_a_batch_already_wrong(name: str, norm: str, batch: t
 def test_a_model_of_nan_fools_nobody(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     model = make_ensemble()
-    model.members[0][5].bias.data.fill_(torch.nan)
+    model.get_parameter("members.0.5.bias").data.fill_(torch.nan)
     adversarial = ATTACKS[name](model, norm)(images, labels)
     assert torch.isfinite(adversarial).all()
     assert (size(images, adversarial, norm) <= EPS).all()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_ledger import ledger_in
 
 from ensemble_attacks import LedgerError
 from ensemble_attacks.cli.group import main
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import write_csv
+from tests.evaluation.test_ledger import ledger_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
 

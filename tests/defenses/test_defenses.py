@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ensemble_attacks import WeightsError, judge
 from ensemble_attacks.data import load_dataset
 
 
-def card_of(dataset: str, name: str) -> dict[str, object]:
+def card_of(dataset: str, name: str) -> dict[str, Any]:
     return json.loads((SHIPPED / dataset / "Linf" / f"{name}.json").read_text())
 
 
@@ -66,9 +67,10 @@ def test_robustbenchs_enums_are_understood() -> None:
     class Enum:
         value = "digits"
 
-    assert load_model("adp_convnet_3", dataset=Enum(), norm="Linf").vote == "softmax"
-    assert model_card("adp_convnet_3", dataset=Enum())["members"] == 3
-    assert "adp_convnet_3" in list_models(Enum())
+    digits: Any = Enum()
+    assert load_model("adp_convnet_3", dataset=digits, norm="Linf").vote == "softmax"
+    assert model_card("adp_convnet_3", dataset=digits)["members"] == 3
+    assert "adp_convnet_3" in list_models(digits)
 
 
 def test_unknown_names_get_the_nearest() -> None:
@@ -96,12 +98,12 @@ def test_corrupted_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(WeightsError, match="sha256"):
         load_model("adp_convnet_3", tmp_path, "digits")
-    for content, message in (
+    for text, message in (
         ("", "no JSON"),
         ("[]", "does not say its architecture"),
         ('{"members": "3"}', "members, sha256"),
     ):
-        (folder / "trs_convnet_3.json").write_text(content)
+        (folder / "trs_convnet_3.json").write_text(text)
         with pytest.raises(WeightsError, match=message):
             load_model("trs_convnet_3", tmp_path, "digits")
     weights.unlink()

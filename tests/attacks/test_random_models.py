@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
@@ -18,6 +19,7 @@ from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.models.votes import OWN, SOFTMAX, Vote
+from tests.helpers import make_ensemble, make_member
 
 EPS = 0.1
 
@@ -121,7 +123,7 @@ def test_the_expected_vote_is_what_mora_attacks(batch: tuple[Tensor, Tensor]) ->
     x, y = batch
     model = make_randomized()
     logits = model.member_logits(x)
-    arguments = dict(beta=0.0, probabilities=model.probabilities)
+    arguments: dict[str, Any] = dict(beta=0.0, probabilities=model.probabilities)
     votes = (SOFTMAX, Vote(OWN, model.aggregate))
     losses = [mora(logits, model.aggregate(logits), Goal(y), vote=vote, **arguments) for vote in votes]
     assert torch.equal(*losses)
@@ -173,7 +175,7 @@ def test_a_sample_leaves_when_no_draw_is_right(images: tuple[Tensor, Tensor]) ->
     assert always.passes == 1 + 3 + CONFIRMING  # one tells how many classes there are
 
 
-def make_randomized(**options: object) -> RandomizedEnsemble:
+def make_randomized(**options: Any) -> RandomizedEnsemble:
     members = [make_member(4, seed) for seed in range(2)]
     return RandomizedEnsemble(members, (0.7, 0.3), seed=0, **options).double().eval()
 

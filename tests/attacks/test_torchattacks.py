@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torchattacks
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from ensemble_attacks import APGD, MORA, Ensemble
+from tests.helpers import make_ensemble, make_member
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -68,12 +68,12 @@ def test_normalization_takes_float64_arrays(batch: tuple[Tensor, Tensor]) -> Non
 
     model, images, labels = float_batch(batch)
     attack = MORA(model, eps=0.1, steps=3)
-    attack.set_normalization_used(np.array(MEAN), np.array(STD))
+    attack.set_normalization_used(np.array(MEAN), np.array(STD))  # type: ignore[arg-type]
     mean, std = torch.tensor(MEAN).view(-1, 1, 1), torch.tensor(STD).view(-1, 1, 1)
     assert attack((images - mean) / std, labels).dtype == torch.float32
 
 
-@pytest.mark.parametrize("make", [MORA, APGD, lambda *args, **kw: APGD(*args, loss="dlr-targeted", **kw)])
+@pytest.mark.parametrize("make", [MORA, APGD, lambda model, **kw: APGD(model, loss="dlr-targeted", **kw)])
 def test_targeted_modes(make: type, batch: tuple[Tensor, Tensor]) -> None:
     model, images, labels = float_batch(batch)
     attack = make(model, eps=0.4, steps=20)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torchattacks
-from helpers import make_ensemble, make_member
 from torch import Tensor, nn
 
 from defenses import load_model
@@ -31,6 +31,7 @@ from ensemble_attacks import (
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
 from ensemble_attacks.models.parts import premise, straight_through
+from tests.helpers import make_ensemble, make_member
 
 EPS = 0.1
 
@@ -57,13 +58,13 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 @pytest.fixture
-def guarded(batch: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+def guarded(batch: tuple[Tensor, Tensor]) -> tuple[Guarded, Tensor, Tensor]:
     model = Guarded().eval()
     return model, batch[0], model(batch[0]).argmax(1)
 
 
 @pytest.mark.parametrize("attack", [APGD, PGD, torchattacks.PGD], ids=["apgd", "pgd", "torchattacks-pgd"])
-def test_bpda_takes_the_mask_off(attack: type, guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_bpda_takes_the_mask_off(attack: type, guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     model, x, y = guarded
     direct = attack(model, eps=EPS, steps=10)(x, y)
     bpda = BPDAIdentity(model, attack=attack, eps=EPS, steps=10)
@@ -74,7 +75,7 @@ def test_bpda_takes_the_mask_off(attack: type, guarded: tuple[nn.Module, Tensor,
     assert bpda.premise["gradient_cosine"] == 0
 
 
-def test_the_gradient_is_that_of_the_model_without_its_part(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_the_gradient_is_that_of_the_model_without_its_part(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     model, x, _ = guarded
     x = Shattering()(x).requires_grad_()  # where the front end is the identity, so is everything behind it
     (expected,) = torch.autograd.grad(model.backbone(x).logsumexp(1).sum(), x)
@@ -85,7 +86,7 @@ def test_the_gradient_is_that_of_the_model_without_its_part(guarded: tuple[nn.Mo
     assert torch.equal(scores, model(x))
 
 
-def test_parts_are_put_back_after_an_exception(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_parts_are_put_back_after_an_exception(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     model, x, y = guarded
 
     def failing(target: nn.Module, **arguments: object) -> APGD:
@@ -117,11 +118,19 @@ class Cutting(Shattering):
         return super().forward(x.detach())
 
 
-def called(how: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+class Called(Guarded):
     """A guarded model that calls its front end so."""
-    model = Guarded(frontend=Cutting()).eval()
-    model.forward = lambda x: model.backbone(how(model.frontend, x))
-    return model.requires_grad_(False)
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__(frontend=Cutting())
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(self.how(self.frontend, x))
+
+
+def called(how: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    return Called(how).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("how", [lambda part, x: part(x), lambda part, x: part(x=x)], ids=["by place", "by name"])
@@ -162,7 +171,7 @@ def test_a_part_far_from_the_identity_is_warned_of(batch: tuple[Tensor, Tensor])
     assert premise(model, "frontend", x, y)["gradient_cosine"] == pytest.approx(-1, abs=0.2)
 
 
-def test_settings_of_the_attack_inside(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_settings_of_the_attack_inside(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     model, x, y = guarded
     bpda = BPDAIdentity(model, eps=EPS, steps=5)
     first = bpda(x, y)
@@ -199,7 +208,7 @@ def test_crossmax_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def masked(digits: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+def masked(digits: tuple[Tensor, Tensor]) -> tuple[CrossMax, Tensor, Tensor]:
     """CrossMax of nine networks, on the digits that they get right."""
     names = ("standard", "adp", "gal")
     model = CrossMax([net for name in names for net in load_model(f"{name}_convnet_3", dataset="digits").members]).eval()
@@ -210,9 +219,9 @@ def masked(digits: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize(
     "attack", [APGD, EOTAPGD, MORA, torchattacks.PGD], ids=["apgd", "eotapgd", "mora", "torchattacks-pgd"]
 )
-def test_crossmax_transfer(attack: type, masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_crossmax_transfer(attack: type, masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     model, x, y = masked
-    arguments = {"eps": 0.12, "steps": 20} | ({"eot_iter": None} if attack is EOTAPGD else {})
+    arguments: dict[str, Any] = {"eps": 0.12, "steps": 20} | ({"eot_iter": None} if attack is EOTAPGD else {})
     direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
     transfer = CrossMaxTransfer(model, attack=attack, refine=None, **arguments)(x, y)
     refine = partial(APGD, norm="Linf")
@@ -223,7 +232,7 @@ def test_crossmax_transfer(attack: type, masked: tuple[nn.Module, Tensor, Tensor
         judge(model, x, y, adversarial, eps=0.12)
 
 
-def test_a_refinement_is_told_the_ball(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_a_refinement_is_told_the_ball(masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="PGDL2 does not say its norm, which the refinement needs"):
         CrossMaxTransfer(masked[0], attack=torchattacks.PGDL2, eps=0.3)
     attack = CrossMaxTransfer(masked[0], attack=torchattacks.PGDL2, refine=partial(APGD, norm="L2"), refine_steps=3, eps=0.3)
@@ -231,17 +240,19 @@ def test_a_refinement_is_told_the_ball(masked: tuple[nn.Module, Tensor, Tensor])
     judge(model, x, y, attack(x, y), eps=0.3, norm="L2")
 
 
-def test_both_parts_aim_at_the_same_class(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_both_parts_aim_at_the_same_class(masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     model, x, y = masked
     attack = CrossMaxTransfer(model, attack=APGD, refine=APGD, refine_steps=30, eps=0.3, steps=30)
     attack.set_mode_targeted_least_likely(quiet=True)
     aim = model(x).argmin(1)
     assert (model(attack(x, y)).argmax(1) == aim).float().mean() > 0.5
+    assert attack.refine is not None
     assert attack.inner._target_map_function != attack.refine._target_map_function
 
 
-def test_settings_are_those_of_both_parts(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_settings_are_those_of_both_parts(masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     attack = CrossMaxTransfer(masked[0], attack=MORA, eps=0.2, batch_size=30)
+    assert attack.refine is not None
     assert (attack.refine.eps, attack.refine.batch_size, attack.refine.eot_iter) == (0.2, 30, None)
     attack.eps = 0.1
     assert attack.refine.eps == attack.inner.eps == attack.eps == 0.1
@@ -252,7 +263,7 @@ def test_settings_are_those_of_both_parts(masked: tuple[nn.Module, Tensor, Tenso
     assert attack.inner.model.target is attack.refine.model is attack.model
 
 
-def test_the_target_decides_on_success(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_the_target_decides_on_success(masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     """The attack on the surrogate goes on until the target is wrong, and costs one pass of the members for both."""
     model, x, y = masked
     surrogate = Surrogate(model)
@@ -266,7 +277,7 @@ def test_the_target_decides_on_success(masked: tuple[nn.Module, Tensor, Tensor])
     assert fooled.any()
 
 
-def test_any_model_can_be_the_surrogate(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_any_model_can_be_the_surrogate(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     model, x, y = guarded
     adversarial = CrossMaxTransfer(model, attack=APGD, surrogate=model.backbone, refine=None, eps=EPS, steps=10)(x, y)
     assert accuracy(model, adversarial, y) < 0.8
@@ -274,7 +285,7 @@ def test_any_model_can_be_the_surrogate(guarded: tuple[nn.Module, Tensor, Tensor
     assert first(x, y).shape == x.shape
 
 
-def test_gradients_can_be_estimated(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_gradients_can_be_estimated(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     """On a front end that is flat nearly everywhere, differences over more than its steps see what gradients do not."""
     model, x, y = guarded
     x, y = x[:20], y[:20]
@@ -292,7 +303,7 @@ def test_gradients_can_be_estimated(guarded: tuple[nn.Module, Tensor, Tensor]) -
         ZeroOrder(model, queries=0)
 
 
-def test_lafeat_reads_the_probes(masked: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_lafeat_reads_the_probes(masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     model, x, y = masked
     direct = PGD(model, eps=0.12, steps=20, n_restarts=1)(x, y)
     adversarial = LAFEAT(Surrogate(model), eps=0.12, steps=20, probes=(0, 3, 6))(x, y)
@@ -303,7 +314,7 @@ def test_lafeat_reads_the_probes(masked: tuple[nn.Module, Tensor, Tensor]) -> No
         LAFEAT(model, probes=(9,))(x, y)
 
 
-def test_surrogates_that_do_not_exist(guarded: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_surrogates_that_do_not_exist(guarded: tuple[Guarded, Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="unknown surrogate 'maen': did you mean 'mean'"):
         CrossMaxTransfer(make_ensemble(), surrogate="maen")
     with pytest.raises(NotAnEnsembleError, match="Guarded has no member_logits"):
@@ -313,7 +324,7 @@ def test_surrogates_that_do_not_exist(guarded: tuple[nn.Module, Tensor, Tensor])
 
 
 def test_refinement_starts_where_told_and_stays_around_the_clean_image(
-    masked: tuple[nn.Module, Tensor, Tensor],
+    masked: tuple[CrossMax, Tensor, Tensor],
 ) -> None:
     model, x, y = masked
     far = (x + 0.5).clamp(0, 1)
@@ -403,7 +414,9 @@ def test_what_is_bound_to_the_refinement_stays(attack: Callable[..., object]) ->
     refinement = CrossMaxTransfer(make_ensemble(), attack=attack, refine=refine, eps=EPS).refine
     assert isinstance(refinement, EOTAPGD)
     assert (refinement.eps, refinement.eot_iter, refinement.seed, refinement.steps) == (0.05, 7, 3, 9)
-    assert CrossMaxTransfer(make_ensemble(), refine=A3, eps=EPS).refine.eps == EPS
+    refinement = CrossMaxTransfer(make_ensemble(), refine=A3, eps=EPS).refine
+    assert isinstance(refinement, A3)
+    assert refinement.eps == EPS
 
 
 def test_a_surrogate_ensemble_keeps_its_vote(batch: tuple[Tensor, Tensor]) -> None:

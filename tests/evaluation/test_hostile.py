@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import make_member
 from torch import Tensor, nn
 
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
+from tests.helpers import make_member
 
 ATTACKS = ("apgd-ce", "pgd")
 N = 12
@@ -20,7 +20,9 @@ N = 12
 class Wrapped(nn.Module):
     """A sound network, and what happens to its scores."""
 
-    def __init__(self, change: Callable[[nn.Module, Tensor, Tensor], object]) -> None:
+    calls: Tensor
+
+    def __init__(self, change: Callable[[Wrapped, Tensor, Tensor], object]) -> None:
         super().__init__()
         self.net = make_member().float()
         self.change = change
@@ -35,28 +37,28 @@ def dark(x: Tensor) -> Tensor:
     return (x.flatten(1).mean(1) < 0.4)[:, None]
 
 
-def counting(model: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+def counting(model: Wrapped, x: Tensor, scores: Tensor) -> Tensor:
     model.calls += 1
     return scores
 
 
-def remembering(model: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+def remembering(model: Wrapped, x: Tensor, scores: Tensor) -> Tensor:
     model.calls += 1
     return scores + model.calls % 2  # the same for all classes: no other verdict
 
 
-def seeding(model: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+def seeding(model: Wrapped, x: Tensor, scores: Tensor) -> Tensor:
     torch.manual_seed(0)
     return scores + 1e-4 * torch.randn_like(scores)
 
 
-def fussy(model: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+def fussy(model: Wrapped, x: Tensor, scores: Tensor) -> Tensor:
     if len(x) == 1:
         raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
     return scores
 
 
-WORK: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
+WORK: dict[str, Callable[[Wrapped, Tensor, Tensor], object]] = {
     "probabilities": lambda model, x, scores: scores.softmax(1),
     "mutates its buffers": counting,
     "keeps state": remembering,
@@ -64,7 +66,7 @@ WORK: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
     "half precision": lambda model, x, scores: scores.half(),
     "forgets eval()": lambda model, x, scores: scores,
 }
-REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], object], type[Exception], str]] = {
+REFUSED: dict[str, tuple[Callable[[Wrapped, Tensor, Tensor], object], type[Exception], str]] = {
     "a tuple": (lambda model, x, scores: (scores, x), TypeError, "returns a tuple: wrap it"),
     "a dictionary": (lambda model, x, scores: {"logits": scores}, TypeError, "returns a dict: wrap it"),
     "one score": (lambda model, x, scores: scores[:, :1], ValueError, r"shape \(2, 1\) for 2 images"),

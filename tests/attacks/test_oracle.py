@@ -24,6 +24,9 @@ PIXELS, SAMPLES = 48, 60
 class Linear(nn.Module):
     """Scores ``W x + b`` of flattened images."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from helpers import make_member
 from torchvision.transforms.v2 import functional as transforms
 
 from defenses.crossmax import crossmax
@@ -12,6 +13,7 @@ from defenses.frontend import DnCNN, FrontEnded
 from defenses.multiresolution import SelfEnsembles, convnet, resnet20, resnet152
 from defenses.stack import Stack, roll
 from ensemble_attacks import APGD, BPDAIdentity, CrossMaxTransfer, judge
+from tests.helpers import make_member
 
 
 def images(n: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
@@ -66,11 +68,16 @@ def test_the_stack_lets_the_gradient_through() -> None:
     assert model(x).shape == (4, 10)
 
 
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def test_probes_do_not_train_the_network() -> None:
     model, x = convnet().train(), images(channels=1, size=8)
     model.member_logits(x)[:-1].sum().backward()
-    assert not any(parameter.grad.any() for parameter in model.stages.parameters())
-    assert all(parameter.grad.any() for parameter in model.probes[0][2].parameters())
+    assert not any(gradient_of(parameter).any() for parameter in model.stages.parameters())
+    assert all(gradient_of(parameter).any() for parameter in model.get_submodule("probes.0.2").parameters())
 
 
 @pytest.mark.parametrize(
@@ -83,9 +90,9 @@ def test_probes_do_not_train_the_network() -> None:
         (lambda: resnet20(k=9), "k must be at most 8"),
     ],
 )
-def test_stacks_that_cannot_be(make: object, message: str) -> None:
+def test_stacks_that_cannot_be(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make()  # type: ignore[operator]
+        make()
 
 
 def test_self_ensembles_and_their_surrogate() -> None:
@@ -103,7 +110,7 @@ def test_self_ensembles_and_their_surrogate() -> None:
 @pytest.mark.slow
 def test_the_published_network_builds_and_runs() -> None:
     model = resnet152(num_classes=100).eval()
-    assert [probe[1].num_features for probe in model.probes] == [200704] * 5 + [100352, 2048]
+    assert [probe.get_submodule("1").num_features for probe in model.probes] == [200704] * 5 + [100352, 2048]
     assert model.member_logits(images(n=2)).shape == (8, 2, 100)
 
 

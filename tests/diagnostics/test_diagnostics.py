@@ -94,9 +94,11 @@ class BatchMean(Broken):
 
 def front_ended() -> nn.Module:
     frontend = DnCNN(1, depth=3, width=4)
+    last = frontend.residual[-1]
+    assert isinstance(last, nn.Conv2d)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        nn.init.normal_(frontend.residual[-1].weight, std=0.02)
+        nn.init.normal_(last.weight, std=0.02)
     return FrontEnded(standard().members[0], frontend, ((0.5,), (0.5,)))
 
 
@@ -113,7 +115,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "logits x 1e6": (lambda: Broken(after=lambda s: s * 1e6), "saturation"),
     "random crop": (RandomCrop, "random"),
     "reseeding": (Reseeding, "reseeds"),
-    "detached member": (lambda: DetachedMember(standard().members), "detached_member"),
+    "detached member": (lambda: DetachedMember(list(standard().members)), "detached_member"),
     "votes without a gradient": (
         lambda: Broken(after=lambda s: s.argmax(1, True).eq(torch.arange(10)).float()),
         "zero_gradients",
@@ -123,7 +125,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch statistics": (BatchMean, "batch_dependence"),
     "nan corner": (NaNCorner, "non_finite"),
     "stateful": (Stateful, "stateful"),
-    "crossmax": (lambda: CrossMax(standard().members), "aggregation"),
+    "crossmax": (lambda: CrossMax(list(standard().members)), "aggregation"),
     "front end": (front_ended, "frontend"),
     "everything everywhere": (lambda: load_model("multiresolution_convnet_1", dataset="digits"), "transfer_gap"),
 }
@@ -254,7 +256,7 @@ def test_the_binarization_test_tells_an_attack_that_works_from_one_that_does_not
         assert found.score == 1
         assert found.by_chance.double().mean() < 0.5
         assert found.skipped == 0
-    model = CrossMax(standard().members).eval()
+    model = CrossMax(list(standard().members)).eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert binarization(pgd, model, images[0][:10], eps=EPS).score < 0.95
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -266,7 +268,7 @@ def test_the_binarization_test_tells_an_attack_that_works_from_one_that_does_not
 
 
 def test_what_is_recommended(images: tuple[Tensor, Tensor]) -> None:
-    crossmax = diagnose(CrossMax(standard().members).eval(), *images, eps=EPS)
+    crossmax = diagnose(CrossMax(list(standard().members)).eval(), *images, eps=EPS)
     assert crossmax.attacks[:2] == ["mora", "crossmax-transfer"]
     assert diagnose(front_ended().eval(), *images, eps=EPS).attacks[0] == "bpda"
     assert "eot-apgd" in diagnose(RandomCrop().eval(), *images, eps=EPS).attacks
@@ -274,11 +276,11 @@ def test_what_is_recommended(images: tuple[Tensor, Tensor]) -> None:
 
 def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
     model = in_training_mode()
-    statistics = model[1].running_mean.clone()
+    statistics = model.get_buffer("1.running_mean").clone()
     state = torch.get_rng_state()
     diagnose(model, *images, eps=EPS)
     assert model.training
-    assert torch.equal(model[1].running_mean, statistics)
+    assert torch.equal(model.get_buffer("1.running_mean"), statistics)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="number of images must be at least 4"):
         diagnose(model, images[0][:2], images[1][:2], eps=EPS)

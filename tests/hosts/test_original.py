@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import pyautoattack
 import pytest
 import torch
-from helpers import make_ensemble
 from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks.hosts import original as autoattack
 from ensemble_attacks.hosts.original import STANDARD, run_autoattack
+from tests.helpers import make_ensemble
 
 
 def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +22,7 @@ def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeyp
     x, y = digits[0][:12], digits[1][:12]
     model = load_model("standard_convnet_3", dataset="digits")
 
-    def quick(made: object) -> object:
+    def quick(made: Any) -> Any:
         made.square.n_queries = 100
         made.apgd.n_iter = made.apgd_targeted.n_iter = made.fab.n_iter = 20
         return made
@@ -60,7 +61,7 @@ def test_parameter_gradients_are_left_alone(digits: tuple[Tensor, Tensor]) -> No
     with pytest.MonkeyPatch.context() as patch:
         make = autoattack.make_adversary
 
-        def quick(*args: object, **kw: object) -> object:
+        def quick(*args: Any, **kw: Any) -> Any:
             made = make(*args, **kw)
             made.fab.n_iter = 2
             return made
@@ -78,9 +79,11 @@ def test_too_few_classes_for_apgd_t() -> None:
 
 def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
     """A stand-in with the signature of fra31's ``autoattack``, which is not on PyPI: other names, labels if asked for."""
-    seen = {}
+    seen: dict[str, Any] = {}
 
     class AutoAttack:
+        attacks_to_run: list[str]
+
         def __init__(
             self,
             model: nn.Module,
@@ -102,7 +105,7 @@ def test_fra31s_interface(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, 
             images = (x + 0.01).clamp(0, 1)
             return (images, (y + 1) % 4) if return_labels else images
 
-    module = types.ModuleType("autoattack")
+    module: Any = types.ModuleType("autoattack")
     AutoAttack.__module__ = "autoattack.autoattack"
     module.AutoAttack = AutoAttack
     monkeypatch.setitem(sys.modules, "autoattack", module)

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from test_ledger import ledger_in, summary
 
 from ensemble_attacks.evaluation import engines
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chains_of
+from tests.evaluation.test_ledger import ledger_in, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
 
@@ -29,7 +29,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the processes of others."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]) + os.pathsep + os.environ.get("PYTHONPATH", ""))
 
 
 @pytest.mark.slow
