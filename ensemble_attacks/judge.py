@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.scores import decided, margin, per_sample
@@ -17,7 +17,6 @@ from ensemble_attacks.validation import (
     check_images,
     check_label_range,
     check_labels,
-    check_module,
     check_norm,
     check_positive,
 )
@@ -180,7 +179,7 @@ def judge(
     >>> judge(model, x, y, x, eps=0.1).summary()["n"]
     8
     """
-    check_module(model)
+    model = as_module(model)
     check_norm(norm)
     check_positive("eps", eps)
     check_count("draws", draws)

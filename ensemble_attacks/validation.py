@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.norms import UNIT, Box, attacked_norms
@@ -96,17 +96,6 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
             f"member_logits of {model} returns {shape} for {n} images: expected one tensor (M, {n}, K), members first, as "
             "torch.stack makes of a list"
         )
-
-
-def check_module(model: object) -> None:
-    """Raise a `TypeError` unless a model is a module that tells its training mode.
-
-    Every module does but those of ``torch.jit.freeze``.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the callable in one")
-    if not hasattr(model, "training"):
-        raise TypeError(f"model {type(model).__name__} is frozen, and has no training mode: pass it before torch.jit.freeze")
 
 
 def check_norm(norm: str) -> None:

@@ -17,7 +17,7 @@ from ensemble_attacks.descent.noise import generator_for, sample_keys
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype
 from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
@@ -30,7 +30,6 @@ from ensemble_attacks.validation import (
     check_images,
     check_label_range,
     check_labels,
-    check_module,
     check_norm,
     check_positive,
     check_seed,
@@ -49,6 +48,9 @@ class CarefulAttack(Attack):
     needs_members = False
     seed: int
     box: Box = UNIT
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__(name, as_module(model))
 
     def _check(self) -> None:
         """Raise on a setting that cannot be run.
@@ -79,7 +81,7 @@ class CarefulAttack(Attack):
         return ask(self.model, self._as_taken(inputs))
 
     def set_model(self, model: nn.Module) -> None:
-        check_module(model)
+        model = as_module(model)
         if self.needs_members:
             shown = model.other if isinstance(model, Surrogate) and model.other is not None else model
             check_members(shown, type(self).__name__)

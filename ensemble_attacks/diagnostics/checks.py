@@ -20,7 +20,7 @@ from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
 from ensemble_attacks.validation import (
@@ -28,7 +28,6 @@ from ensemble_attacks.validation import (
     check_images,
     check_label_range,
     check_labels,
-    check_module,
     check_positive,
 )
 
@@ -58,7 +57,7 @@ def diagnose(
     Raises:
         TypeError, ValueError: Where arguments are unusable.
     """
-    check_module(model)
+    model = as_module(model)
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)

@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import craft
 from ensemble_attacks.judge import judge, or_clean, outside
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import as_module, ask, ask_members
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.scores import margin
 from ensemble_attacks.validation import (
@@ -24,7 +24,6 @@ from ensemble_attacks.validation import (
     check_images,
     check_label_range,
     check_labels,
-    check_module,
     check_positive,
 )
 
@@ -132,7 +131,7 @@ def indicators(
     >>> indicators(lambda net, eps: PGD(net, eps=eps), net, x, y, eps=0.1).silent_success
     tensor([0., 0., 0.])
     """
-    check_module(model)
+    model = as_module(model)
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import as_module, ask, ask_members
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, check_vote, vote_of
-from ensemble_attacks.validation import check_module
 
 FEW = 8  # images on which an ensemble is compared with what it shows
 
@@ -216,7 +215,7 @@ def as_ensemble(
     >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
     'logits'
     """
-    check_module(model)
+    model = as_module(model)
     if members is None:
         check_members(model, "as_ensemble")
         if inputs is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.ensembles import member_probabilities
 
 
@@ -19,6 +20,8 @@ def passes_per_image(row: dict[str, Any]) -> float:
 class CountingModel(nn.Module):
     """A model that counts the images put through it, forward and backward."""
 
+    asks_itself = True  # as of `Asked`
+
     def __init__(self, model: nn.Module, on_pass: Callable[[int], object] | None = None) -> None:
         super().__init__()
         self.counted: nn.Module = model
@@ -27,7 +30,7 @@ class CountingModel(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._count(len(x), self.counted(x))
+        return self._count(len(x), ask(self.counted, x))
 
     def _count(self, images: int, outputs: Tensor) -> Tensor:
         self.forwards += images
@@ -73,7 +76,7 @@ class CountingEnsemble(CountingModel):
         return getattr(self.counted, "own_ties", False)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        return self._count(len(x), self.counted.member_logits(x))
+        return self._count(len(x), ask_members(self.counted, x))
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         return self.counted.aggregate(logits_MNK)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
 OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # generators that a model may hold
 
@@ -48,16 +50,34 @@ def differentiable() -> Iterator[None]:
 
 
 def in_training(model: nn.Module) -> bool:
-    """Tell whether a part that holds parameters or buffers, or without such parts the model itself, is in training mode."""
+    """Tell whether a model is being trained, as far as its parts' modes say so.
+
+    A model that was put into eval mode as a whole is not, unless a part whose statistics would move was put back. A model
+    that was not is, unless all that holds parameters or buffers is in eval mode.
+    """
+    if not model.training:
+        return any(module.training and _tracks(module) for module in model.modules())
     holding = [module for module in model.modules() if module._parameters or module._buffers] or [model]
     return any(module.training for module in holding)
 
 
-def evaluating(model: nn.Module) -> None:
-    """Put a model into eval mode, but leave active the dropout that is meant to be.
+def _tracks(module: nn.Module) -> bool:
+    """Tell whether a module keeps statistics of what it sees in training, as batch norm does."""
+    return isinstance(module, (_NormBase, LazyModuleMixin)) or "running_mean" in module._buffers
 
-    Dropout that is active in a model that is not in training is meant to be (Monte Carlo dropout).
+
+def evaluating(model: nn.Module) -> None:
+    """Put a model into eval mode, and leave active what is meant to be.
+
+    What is in training mode within a model in eval mode was put there on purpose (Monte Carlo dropout, stochastic depth,
+    noise of one's own), and stays, but for a part that holds one whose statistics would move. Of a model that nobody put
+    into eval mode, but all of whose parameters are, dropout stays.
     """
+    if not model.training:
+        for module in model.modules():
+            if module.training and any(part.training and _tracks(part) for part in module.modules()):
+                module.eval()
+        return
     dropout = () if in_training(model) else [m for m in model.modules() if m.training and isinstance(m, _DropoutNd)]
     model.eval()
     for module in dropout:

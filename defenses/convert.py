@@ -1,0 +1,5 @@
+"""Provide the conversion of other people's checkpoints (`defenses.zoo.convert`)."""
+
+from defenses.zoo.convert import convert
+
+__all__ = ["convert"]
