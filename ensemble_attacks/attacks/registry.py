@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -37,6 +37,7 @@ from ensemble_attacks.models.surrogates import ZeroOrder
 
 GROUP = "ensemble_attacks.attacks"
 PEER = "torchattacks:"
+SMALLEST = 5  # pixels a side that AutoAttack's Square divides into windows
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
 NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
@@ -44,6 +45,7 @@ NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may n
     FRONTEND: lambda model, name: find_parts(model, "frontend"),
     PROBABILITIES: lambda model, name: check_probabilities(model),
 }
+ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
 BOYTSOV = "arXiv:2402.17018"
 
@@ -59,6 +61,8 @@ class NamedAttack:
         needs: what it needs of a model, as keys of `NEEDS`.
         norms: the norms that it is defined for.
         fewest_classes: the smallest number of classes that it is defined for.
+        square: the norms in which images must be squares of at least `SMALLEST` pixels a side.
+        images_only: whether inputs must be images (N, C, H, W).
         cost: the largest number of forward and backward passes of an image that holds out; of a random model, times its
             draws.
         source: the paper.
@@ -69,6 +73,8 @@ class NamedAttack:
     needs: tuple[str, ...] = ()
     norms: tuple[str, ...] = ("Linf", "L2")
     fewest_classes: int = 2
+    square: tuple[str, ...] = ()
+    images_only: bool = False
     cost: int | None = None
     source: str = ""
 
@@ -81,6 +87,20 @@ class NamedAttack:
         """Raise on a model that it cannot be run on."""
         for need in self.needs:
             NEEDS[need](model, name)
+
+    def misfit(self, classes: int, norm: str, shape: Sequence[int]) -> str:
+        """Return why it cannot attack inputs of this shape, without the batch, in this norm; empty where it can."""
+        if norm not in self.norms:
+            return f"it knows the norms {', '.join(self.norms)}, not {norm}"
+        if classes < self.fewest_classes:
+            return f"it needs at least {self.fewest_classes} classes, the model has {classes}"
+        if self.images_only and len(shape) != 3:
+            return f"it needs images (N, C, H, W), not inputs (N, {', '.join(map(str, shape))})"
+        if norm in self.square and (shape[-1] != shape[-2] or shape[-1] < SMALLEST):
+            return (
+                f"in {norm} it needs squares of at least {SMALLEST} x {SMALLEST} pixels, not {shape[-2]} x {shape[-1]} ones"
+            )
+        return ""
 
 
 def _ours(attack: Callable[..., Attack], /, **arguments: Any) -> Callable[..., Attack]:
@@ -203,7 +223,13 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     ),
     **{
         name: NamedAttack(
-            f"AutoAttack's {summary}", norms=("Linf", "L2", "L1"), fewest_classes=classes, cost=cost, source=CROCE
+            f"AutoAttack's {summary}",
+            norms=ALL_NORMS,
+            fewest_classes=classes,
+            square=("L2", "L1") if name == "square" else (),
+            images_only=name == "square",
+            cost=cost,
+            source=CROCE,
         )
         for name, summary, classes, cost in (
             ("apgd-ce", "APGD on cross-entropy, 100 steps", 2, 200),

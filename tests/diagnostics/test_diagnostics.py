@@ -308,6 +308,6 @@ def test_diagnose_from_the_command_line(tmp_path: Path) -> None:
     assert f"Run: --attacks {','.join(found['attacks'])}" in result.output.replace("\n", "")
     refused = CliRunner().invoke(main, [*arguments[:-1], "apgd-ce"])
     assert refused.exit_code == 2
-    assert "is AutoAttack's own: choose from mora" in " ".join(refused.output.split())
+    assert "is AutoAttack's own: choose from bpda" in " ".join(refused.output.split())
     assert any(check["name"] == "silent_success" for check in found["checks"])
     assert {"name", "verdict", "figure", "threshold", "meaning", "next", "source"} == set(found["checks"][0])

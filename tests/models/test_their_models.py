@@ -284,7 +284,7 @@ def test_a_model_without_torch(nets: list[nn.Module], few: tuple[Tensor, Tensor]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_functions_are_told_to_be_wrapped(nets: list[nn.Module], few: tuple[Tensor, Tensor]) -> None:
+def test_functions_are_taken_as_models_and_frozen_ones_refused(nets: list[nn.Module], few: tuple[Tensor, Tensor]) -> None:
     x, y = few
 
     def attack(net: nn.Module, eps: float) -> PGD:
@@ -297,9 +297,11 @@ def test_functions_are_told_to_be_wrapped(nets: list[nn.Module], few: tuple[Tens
         lambda model: indicators(attack, model, x, y, eps=EPS),
     )
     for call in calls:
-        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
-            call(lambda x: nets[0](x))
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module or a function of images, got 'resnet'"):
+            call("resnet")
         with pytest.raises(TypeError, match="is frozen"):
             call(torch.jit.freeze(torch.jit.trace(nets[0].eval(), x)))
+    function = judge(lambda images: nets[0](images), x, y, x, eps=EPS)  # type: ignore[arg-type]
+    assert torch.equal(function.robust, judge(nets[0], x, y, x, eps=EPS).robust)
     with pytest.raises(TypeError, match=r"DataParallel hides: pass its \.module"):
         MORA(nn.DataParallel(Ensemble(nets)))
