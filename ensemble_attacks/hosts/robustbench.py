@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ensemble_attacks.hosts.autoattack import AutoAttack, Name
+from ensemble_attacks.hosts.autoattack import AutoAttack
+from ensemble_attacks.hosts.choice import Name
 from ensemble_attacks.hosts.doctor import BROKEN, examine
 from ensemble_attacks.hosts.state import State
 
