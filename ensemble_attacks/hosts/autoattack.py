@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -24,15 +23,12 @@ from torchattacks.attack import Attack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
-from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, choose, fitting
-from ensemble_attacks.hosts.flags import FAILED, Flag, of_scores, of_stages
-from ensemble_attacks.hosts.identity import described, of_slot
+from ensemble_attacks.hosts.flags import Flag, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
+from ensemble_attacks.hosts.run import SEEN, Run
 from ensemble_attacks.hosts.slots import SLOTS, perturb
-from ensemble_attacks.hosts.state import State
-from ensemble_attacks.hosts.verdict import scores, verdict
-from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.judge import judge
 from ensemble_attacks.models.ask import Asked, as_module, ask, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, ordinary
@@ -47,12 +43,10 @@ from ensemble_attacks.validation import (
     check_labels,
     check_positive,
 )
-from ensemble_attacks.version import __version__
 
 logger = logging.getLogger(__name__)
 Original: Any = installed_autoattack().AutoAttack
 ORIGINAL_PACKAGE = Original.__module__.partition(".")[0]
-SEEN = 8  # images whose scores tell models apart
 DRAWS = 20  # by which the images of a random model are judged
 
 
@@ -197,17 +191,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         with self._untouched():
             x, y = self._checked(x_orig, y_orig, bs)
             chosen = self._prepare(x, y, bs)
-            state = self._begin(x, y, bs, chosen, path)
-            errors: dict[str, Exception] = {}
-            try:
-                for called, name in chosen.items():
-                    if called not in state.stages and not self._settled(state):
-                        self._run(called, name, x, y, bs, state, errors)
-            finally:
-                state.save(now=True)
-            if errors and not state.stages:
-                raise none_completed(errors)
-            self._conclude(state, x, y, bs)
+            state = Run(self, x, y, bs, chosen, path).finished()
         return (state.x_adv, state.predicted) if return_labels else state.x_adv
 
     def run_standard_evaluation_individual(
@@ -280,92 +264,6 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self._say(f"using {self.version} version including {', '.join(chosen)}.")
         return chosen
 
-    def _begin(self, x: Tensor, y: Tensor, bs: int, chosen: dict[str, Name], path: Path | None) -> State:
-        """Return the state of this run: as stored, or as it is before the first attack."""
-        identity = {
-            "version": self.version,
-            "order": list(chosen),
-            "attacks": {called: self._described(name) for called, name in chosen.items()},
-            "norm": self.norm,
-            "eps": self.epsilon,
-            "seed": self.seed,
-            "bs": bs,
-            "images": digest(x, y),
-            "draws": self.draws,
-            "eot_iter": self.eot_iter,
-            "model": digest(*self.model.state_dict().values(), scores(self.model, x[:SEEN], self.device)),
-            "package": __version__,
-        }
-        if path is not None and path.exists():
-            state = State.load(path, identity, x.device)
-            self.flags = [Flag(*flag) for flag in state.flags]
-            self._say(f"going on from {path}: {', '.join(state.stages) or 'no attack'} done")
-            return state
-        parts = zip(*map(self._verdict, x.split(bs), y.split(bs)), strict=True)
-        right, predicted, finite = (torch.cat(part) for part in parts)
-        if not finite.all():
-            count = int((~finite).sum())
-            self._flag("non_finite", count, "so many clean images have NaN or infinite scores: they count as not robust")
-        state = State(x.detach().clone(), right * finite, predicted, torch.zeros_like(finite), identity=identity, path=path)
-        self._say(f"initial accuracy: {state.robust.double().mean():.2%}")
-        state.flags = [astuple(flag) for flag in self.flags]
-        return state
-
-    def _described(self, name: Name) -> Any:
-        """Return what decides an attack's result, beside what the run's identity says."""
-        if name in SLOTS:
-            return of_slot(self, str(name), (self.model, self._twin))
-        return name if isinstance(name, str) else described(name, (self.model, self._twin))
-
-    def _run(
-        self, called: str, name: Name, x: Tensor, y: Tensor, bs: int, state: State, errors: dict[str, Exception]
-    ) -> None:
-        """Run one attack on what is robust; where it raises, note the error, flag it, and keep what was found before."""
-        if called != state.current:
-            state.current, state.pending = called, state.robust
-        began, rejected = time.perf_counter(), 0
-        if state.failed.pop(called, None):  # in the run that is gone on with
-            self.flags = [f for f in self.flags if f.name != FAILED or not f.message.startswith(f"{called} is left out")]
-        for rows in torch.nonzero(state.pending).squeeze(-1).split(bs) if state.pending.any() else ():
-            clean, labels = x[rows], y[rows]
-            try:
-                images = self._craft(name, clean.to(self.device), labels.to(self.device)).detach().to(clean)
-            except Exception as error:  # whatever an attack raises: it costs that attack
-                if out_of_memory(error):
-                    raise
-                errors[called], state.failed[called] = error, reason(error)
-                left = int(state.pending.sum())
-                self._flag(FAILED, left, f"{called} is left out on so many images: {reason(error)}")
-                break
-            left = outside(clean, images, eps=self.epsilon, norm=self.norm)
-            right, predicted, finite = self._verdict(images, labels)
-            worse = (right < state.right[rows]) & finite & ~left
-            state.x_adv[rows[worse]], state.predicted[rows[worse]] = images[worse], predicted[worse]
-            state.right[rows[worse]] = right[worse]
-            state.pending[rows] = False
-            state.save()
-            rejected += int(left.sum())
-            self._say(f"{called}: {int((~state.robust[rows]).sum())} of {len(rows)} fooled")
-        if rejected:
-            self._flag("outside_ball", rejected, f"so many images of {called} left the ball or the box, and do not count")
-        state.flags = [astuple(flag) for flag in self.flags]
-        if called in state.failed:
-            state.save(now=True)
-            return
-        state.stages[called] = state.robust
-        state.save(now=True)
-        self.on_attack(called)
-        spent = time.perf_counter() - began
-        self._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
-
-    def _settled(self, state: State) -> bool:
-        """Tell whether, in version ``"auto"``, the last two of at least three attacks moved nothing."""
-        counts = [int(robust.sum()) for robust in state.stages.values()]
-        if self.version != "auto" or len(counts) < 3 or counts[-1] < counts[-3]:
-            return False
-        self._say("the last two attacks moved nothing: the others are left out")
-        return True
-
     def _craft(self, name: Name, x: Tensor, y: Tensor) -> Tensor:
         """Return what one attack makes of one batch."""
         seed = int(self.get_seed())
@@ -379,19 +277,6 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         draws = self.eot_iter if self.random else None
         settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
         return find_maker(name)(self._twin, **settings)
-
-    def _verdict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return verdict(self.model, images, labels, device=self.device, draws=self.draws if self.random else None)
-
-    def _conclude(self, state: State, x: Tensor, y: Tensor, bs: int) -> None:
-        self.stages, self.robust, self.failed = dict(state.stages), state.robust, dict(state.failed)
-        for flag in of_stages(self.stages):
-            self._flag(*astuple(flag))
-        self.robust_accuracy = self.robust.double().mean().item()
-        if self.random and NORMS[self.norm].attacked:
-            settings = dict(eps=self.epsilon, norm=self.norm, draws=self.draws, batch_size=bs)
-            self.robust_accuracy = judge(self.model, x, y, state.x_adv, **settings).accuracy
-        self._say(f"robust accuracy: {self.robust_accuracy:.2%}")
 
     def _flag(self, name: str, value: float, message: str) -> None:
         self.flags.append(Flag(name, value, message))

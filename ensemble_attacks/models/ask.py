@@ -53,8 +53,8 @@ def as_module(model: object) -> nn.Module:
             )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise TypeError(
-            f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradient: make it outside, or pass "
-            "copy.deepcopy(model), called outside"
+            f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
+            "pass copy.deepcopy(model), called outside"
         )
     return model
 

@@ -54,7 +54,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
     It is to be called outside that mode (`differentiable`).
     """
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def in_training(model: nn.Module) -> bool:
