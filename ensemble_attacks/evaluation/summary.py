@@ -27,7 +27,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Return an attack's row of a summary; ``failed`` tells of parts that could not be run."""
     n = len(judgement.robust)
-    row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
+    row: dict[str, Any] = {**judgement.summary(), "forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     row |= {"outside": outside} if outside else {}
     row |= {"failed": failed} if failed else {}
     parts = {

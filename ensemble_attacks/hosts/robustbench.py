@@ -210,8 +210,9 @@ def benchmark(
     home = device_of(module, torch.device("cpu"))
     version = version or ("custom" if attacks_to_run else "ensemble")
     norm = threat_model.value if lp else "Linf"
+    size = eps if lp and eps is not None else 1.0
     AutoAttack(  # tells a bad argument now
-        module, norm, eps if lp else 1.0, seed, attacks_to_run=attacks_to_run, version=version, verbose=False
+        module, norm, size, seed, attacks_to_run=attacks_to_run, version=version, verbose=False
     )
     run = partial(
         ensure().benchmark,

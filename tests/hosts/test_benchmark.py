@@ -42,7 +42,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
 
 
 def run(model: Any, **settings: Any) -> tuple[float, float]:
-    given = dict(eps=EPS, n_examples=12, batch_size=5, seed=0, attacks_to_run=["ea-apgd-ce"]) | settings
+    given: dict[str, Any] = dict(eps=EPS, n_examples=12, batch_size=5, seed=0, attacks_to_run=["ea-apgd-ce"]) | settings
     return host.benchmark(model, **given)
 
 
