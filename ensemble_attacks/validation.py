@@ -55,15 +55,15 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
             f"{name} has shape {tuple(labels.shape)}: expected ({len(images)},), one class index per image "
             "(for one-hot labels, use argmax(1))"
         )
-    if len(labels) and labels.min() < 0:
-        raise ValueError(f"{name} holds {labels.min().item()}: class indices start at 0")
+    if len(labels) and labels.long().min() < 0:  # unsigned types have no min
+        raise ValueError(f"{name} holds {labels.long().min().item()}: class indices start at 0")
 
 
 def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") -> None:
     """Raise a `ValueError` where labels hold a class index that the model has no score for."""
-    if len(labels) and labels.max() >= num_classes:
+    if len(labels) and labels.long().max() >= num_classes:
         raise ValueError(
-            f"{name} holds {labels.max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
+            f"{name} holds {labels.long().max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
         )
 
 

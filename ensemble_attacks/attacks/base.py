@@ -60,7 +60,10 @@ class CarefulAttack(Attack):
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         """Raise on images in [0, 1] or labels that cannot be attacked."""
-        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK, box=self.box)
+        slack = 0.0
+        if self.normalization_used is not None and isinstance(images, Tensor) and images.is_floating_point():
+            slack = max(NORMALIZED_SLACK, 8 * torch.finfo(images.dtype).eps)
+        check_images(images, slack=slack, box=self.box)
         check_labels(labels, images)
         if len(images):
             check_dtype(self.model, images)
@@ -71,6 +74,16 @@ class CarefulAttack(Attack):
         Float64 arrays are taken, too, which would turn torchattacks' inputs to double.
         """
         super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """Return images in [0, 1] normalised, in their own type, whatever torch's default is."""
+        mean, std = (self.normalization_used[name].to(inputs) for name in ("mean", "std"))
+        return (inputs - mean) / std
+
+    def inverse_normalize(self, inputs: Tensor) -> Tensor:
+        """Return normalised images in [0, 1], in their own type, whatever torch's default is."""
+        mean, std = (self.normalization_used[name].to(inputs) for name in ("mean", "std"))
+        return inputs * std + mean
 
     def _as_taken(self, images: Tensor) -> Tensor:
         """Return images in [0, 1] as the model takes them: normalised as `get_logits` does."""
@@ -256,15 +269,3 @@ class DescentAttack(CarefulAttack):
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self._as_taken(adversarial))
         return adversarial
-
-
-def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """Run anybody's attack, in batches, leaving all as it was, and return the images on the device of ``x``.
-
-    The attacks of this package see to the batches and to leaving all as it was themselves.
-    """
-    if isinstance(attack, CarefulAttack):
-        return attack(x, y).to(x.device)
-    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    with guarded(attack.model, seed=seed, evaluate=False):
-        return torch.cat([attack(images, labels).detach().to(x) for images, labels in parts])

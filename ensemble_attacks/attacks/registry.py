@@ -251,7 +251,13 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     ),
     "autoattack-adaptive": NamedAttack("AutoAttack(version='adaptive'): what the model's structure asks for"),
     "auto": NamedAttack("AutoAttack(version='auto'): what a diagnosis asks for, until nothing moves"),
-    "eot-square": NamedAttack("AutoAttack's Square on the mean over draws, no gradients", cost=5000, source=CROCE),
+    "eot-square": NamedAttack(
+        "AutoAttack's Square on the mean over draws, no gradients",
+        square=("L2",),
+        images_only=True,
+        cost=5000,
+        source=CROCE,
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.evaluation.audit import verify as verify_run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
+from ensemble_attacks.evaluation.suite import check_fit
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.structure import structure_of
@@ -62,7 +63,9 @@ def diagnose(
     if attack is not None:
         maker = find_maker(attack)
         find_attack(attack).check(net, attack)
-        eot_iter = diagnostics.EOT_ITER if structure_of(net, x[:8].to(device), seed).random else None
+        structure = structure_of(net, x[:8].to(device), seed)
+        check_fit(attack, structure.classes, "Linf", x.shape[1:])
+        eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
     table = Table(title=f"{model}, {vote}, {dataset}, Linf {eps:g}, {n} images")

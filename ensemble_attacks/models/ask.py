@@ -33,8 +33,8 @@ def as_module(model: object) -> nn.Module:
     stands on: the one that it is bound to, those that it closes over, those that a ``functools.partial`` holds.
 
     Raises:
-        TypeError: Where it is neither a module nor a function, a frozen scripted module, which has no training mode, or a
-            wrapper whose forward is a collective operation of several processes.
+        TypeError: Where it is neither a module nor a function, a frozen scripted module, which has no training mode, a
+            wrapper whose forward is a collective operation of several processes, or made in inference mode.
     """
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(model, "__name__", "") in ("forward", "__call__", "_wrapped_call_impl"):
@@ -51,6 +51,11 @@ def as_module(model: object) -> nn.Module:
                 f"model is, or holds, a {type(part).__name__}, whose forward waits for other processes, while each needs as "
                 "many passes as its own images do: pass its .module (of sharded parameters: gather them first)"
             )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise TypeError(
+            f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
+            "pass copy.deepcopy(model), called outside"
+        )
     return model
 
 
@@ -185,4 +190,11 @@ class Asked(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return ask(self.asked, x.to(precision(self.asked, x.dtype))).to(x.dtype)
+        scores_NK = ask(self.asked, x.to(precision(self.asked, x.dtype)))
+        return scores_NK.to(x.dtype, copy=True)  # hosts write into it
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # members and parts, for attacks that look inside
+            return getattr(super().__getattr__("asked"), name)

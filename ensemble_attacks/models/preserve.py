@@ -49,6 +49,14 @@ def differentiable() -> Iterator[None]:
         yield
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """Return a tensor that gradients can be had through: itself, or a copy of one that was made in inference mode.
+
+    It is to be called outside that mode (`differentiable`).
+    """
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
 def in_training(model: nn.Module) -> bool:
     """Tell whether a model is being trained, as far as its parts' modes say so.
 
