@@ -31,6 +31,7 @@ from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ensembles import false_claims
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of
@@ -76,7 +77,7 @@ class Flag:
 
     Attributes:
         name: ``random``, ``probabilities``, ``zero_gradients``, ``square_helped``, ``outside_ball``, ``non_finite``,
-            ``few_classes`` or ``training_mode``.
+            ``few_classes``, ``claim`` or ``training_mode``.
         value: how much, or how many samples.
         message: what it means, and what to do.
     """
@@ -283,6 +284,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         structure = structure_of(self.model, images, seed=self.seed or 0)
         check_label_range(y, structure.classes, "y_orig")
         self.random = structure.random or structure.known_draws
+        self._check_claim(x, bs, "images")
         if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
         self._look_at_scores(images, labels)
@@ -305,6 +307,12 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             chosen[f"{called}#{twins + 1}" if twins else called] = name
         self._say(f"using {self.version} version including {', '.join(chosen)}.")
         return chosen
+
+    def _check_claim(self, x: Tensor, bs: int, which: str) -> None:
+        """Flag images on which the members and vote claimed for an adopted ensemble predict otherwise than it does."""
+        if count := false_claims(self.model, x, bs, self.device):
+            message = f"of so many {which} the claimed members and vote predict another class: attacks on them are misled"
+            self._flag("claim", count, message)
 
     def _choose(self, structure: Structure, x: Tensor, y: Tensor) -> Sequence[Name]:
         """Return the attacks of this version."""
@@ -452,6 +460,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             if helped > SQUARE_HELPED:
                 message = "Square, which needs no gradient, lowered the accuracy: the gradients mislead, attack adaptively"
                 self._flag("square_helped", helped, message)
+        self._check_claim(state.x_adv, bs, "adversarial images")
         self.robust_accuracy = self.robust.double().mean().item()
         if self.random and NORMS[self.norm].attacked:
             settings = dict(eps=self.epsilon, norm=self.norm, draws=self.draws, batch_size=bs)
