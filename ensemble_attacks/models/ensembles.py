@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
+from ensemble_attacks.models import pooled, routed  # noqa: F401 (they name further votes)
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
 from ensemble_attacks.models.ask import as_module, ask, ask_members
 from ensemble_attacks.models.guard import guarded
@@ -236,7 +237,7 @@ def check_protocol(model: Any, x: Tensor, batch_size: int | None = None) -> None
 def _is_plain(model: nn.Module) -> bool:
     """Tell whether the forward pass is the aggregate of the members' logits by definition."""
     hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
-    kind = type(model)
+    kind: Any = type(model)
     return kind.forward is Ensemble.forward and kind.member_logits is Ensemble.member_logits and not hooked
 
 

@@ -84,7 +84,7 @@ class Vote:
         if not self.counted:
             return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
         weights_M = None if self.log_weights is None else self.log_weights(logits_MNK)[:, 0].exp()
-        share_NK = shares(logits_MNK, weights_M)
+        share_NK = shares(self.over_classes(logits_MNK), weights_M)
         return (share_NK >= share_NK.amax(1, keepdim=True) - EQUAL).sum(1) > 1
 
 
@@ -95,6 +95,7 @@ SOFTMAX = Vote("softmax", log_mean_softmax, soft=log_mean_softmax)
 VOTING = Vote("voting", log_votes, soft=log_mean_softmax, own_gaps=True, counted=True)
 LOGITS = Vote("logits", mean_logits, masked=False, linear=True)
 VOTES: dict[str, Vote] = {vote.name: vote for vote in (SOFTMAX, VOTING, LOGITS)}
+MORE: dict[str, Vote] = {}  # those of pooled.py and routed.py, which need no settings
 OWN = "own"  # the name of a vote that has none
 
 
@@ -106,9 +107,10 @@ def check_vote(vote: str | Vote) -> Vote:
     """
     if isinstance(vote, Vote):
         return vote
-    if vote not in VOTES:
-        raise unknown_name("vote", vote, VOTES)
-    return VOTES[vote]
+    known = VOTES | MORE
+    if vote not in known:
+        raise unknown_name("vote", vote, known)
+    return known[vote]
 
 
 def log_weights_of(weights_M: Tensor | None) -> Aggregate | None:
@@ -169,4 +171,4 @@ def vote_of(model: Any) -> Vote:
     vote = getattr(model, "claimed", getattr(model, "vote", None))
     if isinstance(vote, Vote):
         return vote
-    return VOTES[vote] if isinstance(vote, str) and vote in VOTES else Vote(OWN, model.aggregate)
+    return check_vote(vote) if isinstance(vote, str) and vote in VOTES | MORE else Vote(OWN, model.aggregate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_autoattack_flags_a_false_claim(digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits[0].clone(), digits[1]
     x[:, 0, 0, 0] = 0
     x[-1, 0, 0, 0] = 1
-    settings = dict(eps=0.001, seed=0, verbose=False, attacks_to_run=["torchattacks:FGSM"])
+    settings: dict[str, Any] = dict(eps=0.001, seed=0, verbose=False, attacks_to_run=["torchattacks:FGSM"])
     host = AutoAttack(as_ensemble(Other(members()).eval(), "nets", "logits"), **settings)
     host.run_standard_evaluation(x, y, bs=16)
     assert [flag.value for flag in host.flags if flag.name == "claim"] == [1, 1]
@@ -223,9 +224,9 @@ def test_a_list_of_networks_means_its_children(container: Callable, named: bool)
     assert isinstance(adopted, AdoptedEnsemble)
     assert list(adopted.members) == list(model.nets.children())
     if container is nn.ModuleList:
-        assert list(as_ensemble(model, ["nets"], "logits").members) == list(adopted.members)
+        assert list(as_ensemble(model, ["nets"], "logits").get_submodule("members").children()) == list(adopted.members)
 
 
 def test_one_sequential_network_in_a_list_is_a_member() -> None:
     model = nn.Sequential(make_member())
-    assert len(as_ensemble(model, ["0"]).members) == 1
+    assert len(list(as_ensemble(model, ["0"]).get_submodule("members").children())) == 1
