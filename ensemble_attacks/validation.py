@@ -88,6 +88,17 @@ def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) ->
         check_label_range(y, scores.shape[1], "y")
 
 
+def check_same_classes(members: Sequence[Tensor], called: str = "members") -> None:
+    """Raise a `ValueError` where members answer with different numbers of classes; names them and theirs."""
+    counts = [member.shape[-1] for member in members]
+    if len(set(counts)) > 1:
+        theirs = ", ".join(f"{called}[{index}]: {count}" for index, count in enumerate(counts))
+        raise ValueError(
+            f"the {called} score different numbers of classes ({theirs}): they need the same K; map each to the ensemble's "
+            "classes (ensemble_attacks.models.mapped.Mapped)"
+        )
+
+
 def check_member_logits(logits: object, n: int, model: str) -> None:
     """Raise a `ValueError` unless ``member_logits`` returned one tensor (M, N, K) for ``n`` images."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -239,7 +239,7 @@ class DescentAttack(CarefulAttack):
             start = make_ball(self.norm, images, self.eps, self.box).project(start.detach().to(images))
         if self.needs_members and not isinstance(self.model, Surrogate):
             with uncounted(self.model):
-                check_protocol(self.model, self._as_taken(images))
+                check_protocol(self.model, self._as_taken(images), self.batch_size)
         with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
             num_classes = self.outputs(images[:1]).scores_NK.shape[1]
         check_label_range(labels, num_classes)
@@ -267,5 +267,5 @@ class DescentAttack(CarefulAttack):
             box=self.box,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
-            self.model.warn_of_mismatch(self._as_taken(adversarial))
+            self.model.warn_of_mismatch(self._as_taken(adversarial), self.batch_size)
         return adversarial

@@ -24,7 +24,7 @@ from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, choose, fitting
-from ensemble_attacks.hosts.flags import Flag, of_scores
+from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
 from ensemble_attacks.hosts.run import SEEN, Run
 from ensemble_attacks.hosts.slots import SLOTS, perturb
@@ -255,7 +255,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.random = structure.random or structure.known_draws
         if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
-        for flag in of_scores(self.model, images, labels, self.seed or 0):
+        for flag in (*of_claim(self.model, x, bs, "images"), *of_scores(self.model, images, labels, self.seed or 0)):
             self._flag(*astuple(flag))
         self._twin = prepare(self.model, images[:8])
         self.apgd_targeted.n_target_classes = min(self.apgd_targeted.n_target_classes, structure.classes - 1)

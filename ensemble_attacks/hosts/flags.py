@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, device_of
+from ensemble_attacks.models.ensembles import false_claims
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.scores import are_probabilities, margin
 
@@ -23,7 +24,7 @@ class Flag:
 
     Attributes:
         name: ``random``, ``probabilities``, ``zero_gradients``, ``square_helped``, ``outside_ball``, ``non_finite``,
-            ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``, or, of one that raised,
+            ``claim``, ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``, or, of one that raised,
             ``failed``.
         value: how much, or how many samples.
         message: what it means, and what to do.
@@ -51,6 +52,13 @@ def of_scores(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[Fla
     if vanished:
         message = "of so many images the gradient is zero: attack a surrogate (BPDAIdentity, CrossMaxTransfer)"
         yield Flag("zero_gradients", vanished, message)
+
+
+def of_claim(model: nn.Module, x: Tensor, batch_size: int, which: str) -> Iterator[Flag]:
+    """Yield a flag of images on which the members and vote claimed for an adopted ensemble predict otherwise than it does."""
+    if count := false_claims(model, x, batch_size, device_of(model, x.device)):
+        message = f"of so many {which} the claimed members and vote predict another class: attacks on them are misled"
+        yield Flag("claim", count, message)
 
 
 def of_stages(stages: dict[str, Tensor]) -> Iterator[Flag]:

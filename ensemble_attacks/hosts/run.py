@@ -13,7 +13,7 @@ from torch import Tensor
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.choice import Name
-from ensemble_attacks.hosts.flags import FAILED, Flag, of_stages
+from ensemble_attacks.hosts.flags import FAILED, Flag, of_claim, of_stages
 from ensemble_attacks.hosts.identity import described, of_slot
 from ensemble_attacks.hosts.slots import SLOTS
 from ensemble_attacks.hosts.state import State
@@ -159,7 +159,8 @@ class Run:
         """Tell the adversary what was found."""
         adversary, state = self.adversary, self.state
         adversary.stages, adversary.robust, adversary.failed = dict(state.stages), state.robust, dict(state.failed)
-        for flag in of_stages(adversary.stages):
+        claimed = of_claim(adversary.model, state.x_adv, self.bs, "adversarial images")
+        for flag in (*of_stages(adversary.stages), *claimed):
             adversary._flag(*astuple(flag))
         adversary.robust_accuracy = adversary.robust.double().mean().item()
         if adversary.random and NORMS[adversary.norm].attacked:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.validation import check_label_range, check_member_logits, check_scores
+from ensemble_attacks.validation import check_label_range, check_member_logits, check_same_classes, check_scores
 
 
 class Function(nn.Module):
@@ -106,6 +106,9 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
 def ask_members(model: Any, x: Tensor) -> Tensor:
     """Return the logits of an ensemble's members, (M, N, K); otherwise as `ask`."""
     logits_MNK = plain(model.member_logits(x.clone()))
+    if isinstance(logits_MNK, (tuple, list)) and all(isinstance(one, Tensor) and one.dim() == 2 for one in logits_MNK):
+        check_same_classes(logits_MNK, "member_logits")
+        logits_MNK = torch.stack(list(logits_MNK))
     check_member_logits(logits_MNK, len(x), type(model).__name__)
     return logits_MNK
 

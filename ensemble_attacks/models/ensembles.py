@@ -17,11 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
+from ensemble_attacks.models import pooled, routed  # noqa: F401 (they name further votes)
+from ensemble_attacks.models.aggregations import straight_through, wants_gradient
 from ensemble_attacks.models.ask import as_module, ask, ask_members
 from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, check_vote, vote_of
+from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.models.softening import scores_of
+from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, check_vote, vote_of, weighted
+from ensemble_attacks.validation import check_same_classes
 
-FEW = 8  # images on which an ensemble is compared with what it shows
+FEW = 8  # images that say whether a model's scores have a gradient
+CHECKED = 128  # images that are compared at once, where nothing else is said
 
 
 class Ensemble(nn.Module):
@@ -31,10 +37,12 @@ class Ensemble(nn.Module):
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
         vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits), or a
             `Vote` of your own.
+        weights: a weight for each member in a named vote; ``None``: all the same.
 
     Raises:
-        TypeError: Where a member is not an ``nn.Module``.
-        ValueError: Where there are no members, or the vote is unknown.
+        TypeError: Where a member is not an ``nn.Module``, or weights are given for a vote without a name.
+        ValueError: Where there are no members, the vote is unknown, or there is not one weight for each member; on the first
+            images, where members have different numbers of classes.
 
     >>> ensemble = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], vote="softmax")
     >>> x = torch.rand(5, 4)
@@ -42,7 +50,9 @@ class Ensemble(nn.Module):
     (torch.Size([2, 5, 3]), torch.Size([5, 3]))
     """
 
-    def __init__(self, members: Sequence[nn.Module], vote: str | Vote = "softmax") -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], vote: str | Vote = "softmax", weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         members = list(members)
         if not members:
@@ -51,17 +61,25 @@ class Ensemble(nn.Module):
             if not isinstance(member, nn.Module):
                 raise TypeError(f"members[{index}] is a {type(member).__name__}: every member must be a torch.nn.Module")
         self.members = nn.ModuleList(members)
-        self.vote: str | Vote | None = vote
-        check_vote(vote)
+        self.vote: str | Vote | None = vote if weights is None else weighted(vote, weights)  # type: ignore[arg-type]
+        known = check_vote(self.vote)
+        if known.members not in (None, len(members)):
+            raise ValueError(f"the vote {known.name!r} is made for {known.members} members, there are {len(members)}")
+        if known.modules:
+            self.of_vote = nn.ModuleList(known.modules)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Return the logits of every member, (M, N, K)."""
-        return torch.stack([ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)])
+        answers = [ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)]
+        check_same_classes(answers)
+        logits_MNK = torch.stack(answers)
+        joined = vote_of(self).joined
+        return logits_MNK if joined is None else joined(x, logits_MNK)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """Return the ensemble's scores, (N, K), from its members' logits, (M, N, K)."""
         assert self.vote is not None
-        return check_vote(self.vote).aggregate(logits_MNK)
+        return scores_of(check_vote(self.vote), logits_MNK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.aggregate(self.member_logits(x))
@@ -73,18 +91,31 @@ class Ensemble(nn.Module):
 class AdoptedEnsemble(Ensemble):
     """Somebody else's ensemble, which keeps its own forward pass and shows the members and vote that are claimed for it.
 
-    The first images that reach `member_logits` are also put through the model itself, as are mixtures of them, on which the
-    members agree less; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
+    All images on which an attack looks at the members are also put through the model itself, as are mixtures of the first
+    ones, on which the members agree less; where the claimed members and vote predict otherwise, `AggregateMismatchError`
+    says how often. Where the model's own scores have no gradient, that of the claimed ones is passed straight through, so
+    that attacks that look at the scores alone can craft on it; the values are always the model's own.
+
+    Attributes:
+        refuted: on how many adversarial images the claim was false.
     """
 
-    def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Vote | Aggregate) -> None:
-        claimed = as_vote(vote)
+    def __init__(
+        self,
+        original: nn.Module,
+        members: Sequence[nn.Module],
+        vote: str | Vote | Aggregate,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        claimed = as_vote(vote) if weights is None or callable(vote) else weighted(vote, weights)  # type: ignore[arg-type]
         super().__init__(members, claimed)
         self.original = original
         self.vote = None if claimed.name == OWN else claimed.name if isinstance(vote, str) else claimed
         self.claimed = claimed
         self.verified = False
         self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
+        self.refuted = 0
+        self._gradient: bool | None = None  # whether the model's own scores have one; not known before it is asked for
         self.training = self.members.training = original.training
 
     @property
@@ -93,7 +124,13 @@ class AdoptedEnsemble(Ensemble):
         return "callable" if self.claimed.name == OWN else self.claimed.name
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.original(x)
+        if wants_gradient(x) and self._gradient is None:
+            self._gradient = has_gradient(self.original, x[:FEW])
+        if self._gradient or not wants_gradient(x):
+            return ask(self.original, x)
+        with torch.no_grad():
+            scores_NK = ask(self.original, x)
+        return straight_through(scores_NK, self.aggregate(super().member_logits(x)))
 
     def member_logits(self, x: Tensor) -> Tensor:
         if not self.verified:
@@ -101,7 +138,7 @@ class AdoptedEnsemble(Ensemble):
         return super().member_logits(x)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        return self.claimed.aggregate(logits_MNK)
+        return scores_of(self.claimed, logits_MNK)
 
     @torch.no_grad()
     def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,13 +151,16 @@ class AdoptedEnsemble(Ensemble):
         tied = self.claimed.tied(logits_MNK)
         return differ & ~tied, differ & tied
 
-    def verify(self, x: Tensor) -> None:
+    def verify(self, x: Tensor, batch_size: int | None = None) -> None:
         """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
 
-        The model may break ties of hard votes as it likes: samples whose votes tie are not compared.
+        The first time, mixtures of the images are compared, too. The model may break ties of hard votes as it likes: samples
+        whose votes tie are not compared.
         """
-        mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
-        differ, ties = (torch.cat(parts) for parts in zip(*map(self._compare, mixtures), strict=True))
+        parts = x.split(batch_size or CHECKED)
+        shares = () if self.verified else (0.3, 0.5, 0.7)
+        mixtures = [share * part + (1 - share) * part.roll(1, 0) for share in shares for part in parts]
+        differ, ties = (torch.cat(found) for found in zip(*map(self._compare, (*parts, *mixtures)), strict=True))
         if differ.any():
             raise AggregateMismatchError(
                 f"the claimed members and vote={self.vote_said!r} predict another class than the model itself on "
@@ -129,12 +169,19 @@ class AdoptedEnsemble(Ensemble):
                 "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
                 "random model differs from itself: freeze its draws"
             )
-        self.verified, self.own_ties = True, bool(ties.any())
+        self.verified, self.own_ties = True, self.own_ties or bool(ties.any())
 
-    def warn_of_mismatch(self, x_adv: Tensor) -> None:
-        """Warn where the claim, true of the clean images, fails on adversarial ones."""
-        apart, ties = self._compare(x_adv)
-        differ = torch.nonzero(apart if self.own_ties else apart | ties).squeeze(-1).tolist()
+    def mismatches(self, x: Tensor, batch_size: int | None = None) -> list[int]:
+        """Return the images (N, ...) on which the claim is false, by their indices."""
+        apart, ties = (torch.cat(found) for found in zip(*map(self._compare, x.split(batch_size or CHECKED)), strict=True))
+        if not self.verified:
+            self.own_ties = self.own_ties or bool(ties.any())
+        return torch.nonzero(apart if self.own_ties else apart | ties).squeeze(-1).tolist()
+
+    def warn_of_mismatch(self, x_adv: Tensor, batch_size: int | None = None) -> None:
+        """Warn where the claim, true of the clean images, fails on adversarial ones, and count these (``refuted``)."""
+        differ = self.mismatches(x_adv, batch_size)
+        self.refuted += len(differ)
         if differ:
             warnings.warn(
                 f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
@@ -144,28 +191,69 @@ class AdoptedEnsemble(Ensemble):
             )
 
 
+def has_gradient(model: nn.Module, x: Tensor) -> bool:
+    """Tell whether the model's scores of some images (N, ...) change with these, as far as autograd knows."""
+    x = x.detach().clone().requires_grad_()
+    with private_random_state(0, model), torch.enable_grad():
+        try:
+            scores_NK = ask(model, x)
+        except RuntimeError:  # of an operation that has no gradient, such as numpy's
+            return False
+        if not scores_NK.requires_grad:
+            return False
+        top_N2 = scores_NK.topk(2, -1).values
+        (gradient,) = torch.autograd.grad((top_N2[:, 0] - top_N2[:, 1]).sum(), x, allow_unused=True)
+    return gradient is not None and bool((gradient != 0).any())
+
+
 @torch.no_grad()
-def check_protocol(model: Any, x: Tensor) -> None:
+def check_protocol(model: Any, x: Tensor, batch_size: int | None = None) -> None:
     """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself.
 
-    Samples whose votes tie do not count, and a random model, which differs from itself, is not checked. An adopted ensemble
-    is compared on all images, and only once; any other on the first few.
+    All images (N, ...) are compared, in batches. Samples whose votes tie do not count; a random model, which differs from
+    itself, is not checked, nor is one whose forward pass is `Ensemble`'s, with nothing hooked to it.
     """
-    adopted = getattr(model, "counted", model)
-    if isinstance(adopted, AdoptedEnsemble) and not adopted.verified:
-        adopted.verify(x)
-    if isinstance(adopted, AdoptedEnsemble) or member_probabilities(model) is not None:
+    inner = getattr(model, "counted", model)
+    if isinstance(inner, AdoptedEnsemble):
+        inner.verify(x, batch_size)
+    if isinstance(inner, AdoptedEnsemble) or member_probabilities(model) is not None or _is_plain(inner):
         return
-    x = x[:FEW]
-    logits_MNK, own_NK = ask_members(model, x), ask(model, x)
-    differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
-    differ &= ~vote_of(model).tied(logits_MNK)
-    if differ.any() and torch.equal(ask(model, x), own_NK):
+    differing = 0
+    for part in x.split(batch_size or CHECKED):
+        logits_MNK, own_NK = ask_members(model, part), ask(model, part)
+        differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
+        differ &= ~vote_of(model).tied(logits_MNK)
+        if differ.any() and not torch.equal(ask(model, part), own_NK):
+            return
+        differing += int(differ.sum())
+    if differing:
         raise AggregateMismatchError(
-            f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
-            f"{int(differ.sum())} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
+            f"aggregate(member_logits(x)) of {type(inner).__name__} predicts another class than its forward on "
+            f"{differing} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
             "or name members and vote: as_ensemble(model, members=[...], vote=...)"
         )
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Tell whether the forward pass is the aggregate of the members' logits by definition."""
+    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
+    kind: Any = type(model)
+    return kind.forward is Ensemble.forward and kind.member_logits is Ensemble.member_logits and not hooked
+
+
+@torch.no_grad()
+def false_claims(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str) -> int:
+    """Return on how many images (N, ...) the claim for an adopted ensemble is false; 0 of any other, or a random, model."""
+    if not isinstance(model := getattr(model, "counted", model), AdoptedEnsemble):
+        return 0
+    found = 0
+    for part in x.split(batch_size):
+        images = part.to(device)
+        wrong = model.mismatches(images)
+        if wrong and not torch.equal(ask(model.original, images), ask(model.original, images)):
+            return 0
+        found += len(wrong)
+    return found
 
 
 def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
@@ -176,16 +264,18 @@ def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
     """
     if own_NK.shape != claimed_NK.shape:
         raise AggregateMismatchError(
-            f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
+            f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}: "
+            "claim a vote that gives the model's classes, a function (M, N, K) -> (N, K)"
         )
     return own_NK.argmax(1) != claimed_NK.argmax(1)
 
 
 def as_ensemble(
     model: nn.Module,
-    members: Sequence[nn.Module | str] | None = None,
+    members: str | nn.Module | Sequence[nn.Module | str] | None = None,
     vote: str | Vote | Aggregate = "softmax",
     *,
+    weights: Sequence[float] | None = None,
     inputs: Tensor | None = None,
 ) -> nn.Module:
     """Adopt a third party's ensemble without rewriting it.
@@ -193,9 +283,11 @@ def as_ensemble(
     Args:
         model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
             itself, and is returned as it is.
-        members: its classifiers, as modules or as names of submodules (``"net.0"``).
+        members: its classifiers, as modules or as names of submodules (``["net.0", "net.1"]``), or the list that holds them
+            (``"net"``): of a ModuleList, a ModuleDict, or by itself a Sequential, the children are meant, in order.
         vote: how it combines them: a name, a `Vote`, or a function (M, N, K) -> (N, K).
-        inputs: real images to check the claim on at once; otherwise it is checked on the first ones attacked.
+        weights: a weight for each member in a named vote; ``None``: all the same.
+        inputs: real images to check the claim on at once; otherwise it is checked on those attacked.
 
     Returns:
         An ensemble whose forward pass is that of ``model``, or ``model`` itself.
@@ -222,15 +314,35 @@ def as_ensemble(
             with guarded(model):
                 check_protocol(model, inputs)
         return model
-    known, members = dict(model.named_modules()), list(members)
-    for member in members:
-        if isinstance(member, str) and member not in known:
-            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
-    ensemble = AdoptedEnsemble(model, [known[m] if isinstance(m, str) else m for m in members], vote)
+    ensemble = AdoptedEnsemble(model, _found(model, members), vote, weights)
     if inputs is not None:
         with guarded(ensemble):
             ensemble.verify(inputs)
     return ensemble
+
+
+def _found(model: nn.Module, members: str | nn.Module | Sequence[nn.Module | str]) -> list[nn.Module]:
+    """Return the members that are named, or meant by the list that holds them."""
+    known = dict(model.named_modules())
+
+    def one(member: nn.Module | str) -> nn.Module:
+        if isinstance(member, str) and member not in known:
+            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
+        return known[member] if isinstance(member, str) else member
+
+    if isinstance(members, (str, nn.Module)):
+        alone = one(members)
+        return _spread(list(alone) if isinstance(alone, nn.Sequential) else [alone])
+    return _spread([one(member) for member in members])
+
+
+def _spread(members: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the members, with the children of lists of networks in their place."""
+    spread: list[nn.Module] = []
+    for member in members:
+        held = isinstance(member, (nn.ModuleList, nn.ModuleDict))
+        spread += _spread(list(member.children())) if held else [member]
+    return spread
 
 
 def check_members(model: nn.Module, who: str) -> None:
