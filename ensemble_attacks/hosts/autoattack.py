@@ -30,7 +30,7 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import as_module, ask
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of
@@ -84,18 +84,6 @@ class Flag:
     name: str
     value: float
     message: str
-
-
-class Function(nn.Module):
-    """A module that calls a function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class AutoAttack(Original):  # type: ignore[misc, valid-type]
@@ -170,7 +158,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_choice("norm", norm, tuple(NORMS))
         self._ready = False
         self.verbose, self.log_path = verbose, log_path
-        model = model if isinstance(model, nn.Module) else Function(model)
+        model = as_module(model)
         device = device or next(model.parameters(), torch.zeros(())).device
         base = version if version in (*ORIGINAL, "custom") else "standard"
         quiet = {"verbose": False} if ORIGINAL_PACKAGE == "autoattack" else {}

@@ -21,6 +21,7 @@ from torch import nn
 from ensemble_attacks.hosts.autoattack import AutoAttack, Name
 from ensemble_attacks.hosts.doctor import BROKEN, examine
 from ensemble_attacks.hosts.state import State
+from ensemble_attacks.models.ask import as_module
 
 NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
 
@@ -140,6 +141,7 @@ def benchmark(
         raise ValueError(f"eps is None: the threat model {threat} needs a radius, such as eps=8/255")
     if isinstance(model, Sequence) or isinstance(device, (list, tuple)):
         raise TypeError("model and device must be one model and one device: call benchmark() for each")
+    model = as_module(model)
     version = version or ("custom" if attacks_to_run else "ensemble")
     AutoAttack(
         model, eps=eps or 1.0, version=version, attacks_to_run=attacks_to_run, verbose=False
