@@ -69,3 +69,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.4)
     hint = f"did you mean {by_case[nearest[0]]!r}? " if nearest else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def said(error: BaseException, limit: int = 300) -> str:
+    """Return the kind of an error and what it says, on one line of at most ``limit`` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -10,7 +10,8 @@ from torch import nn
 
 from defenses.architectures import Normalize
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import WeightsError, said, unknown_name
+from ensemble_attacks.files import load_tensors, plain_objects
 from ensemble_attacks.models.ensembles import Ensemble
 
 
@@ -73,18 +74,28 @@ def _classes(name: str, net: nn.Module, dataset: str) -> int:
     shape = DATASETS[dataset].shape
     try:
         return net(torch.zeros(1, *shape)).shape[-1]
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {reason}") from None
+    except Exception as error:  # anybody's network fails in its own way
+        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {said(error)}") from None
 
 
 def _timm(name: str) -> nn.Module:
-    """Return a pretrained timm model that takes images in [0, 1]."""
+    """Return a pretrained timm model that takes images in [0, 1].
+
+    Raises:
+        ValueError: Where timm knows no such model; the message names the nearest one.
+        WeightsError: Where it cannot be built with its published weights, whatever timm or the download raised.
+    """
     import timm
 
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
-    net = timm.create_model(name, pretrained=True)
+    try:
+        net = timm.create_model(name, pretrained=True)
+    except (Exception, SystemExit) as error:
+        raise WeightsError(
+            f"timm's model {name!r} cannot be built with its published weights ({said(error)}): try again online, or "
+            "put them into timm's cache (HF_HOME, TORCH_HOME) first"
+        ) from error
     return nn.Sequential(Normalize(net.default_cfg["mean"], net.default_cfg["std"]), net)
 
 
@@ -102,4 +113,30 @@ def _robustbench(
     zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)] if dataset in datasets else {}
     if name not in zoo:
         raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, {*own, *zoo})
-    return load_model(name, model_dir=str(model_dir or "models"), dataset=dataset, threat_model=threat_model)
+    place = Path(model_dir or "models")
+    try:
+        with plain_objects():
+            return load_model(name, model_dir=str(place), dataset=dataset, threat_model=threat_model)
+    except (Exception, SystemExit) as error:
+        raise WeightsError(
+            f"RobustBench's model {name!r} cannot be loaded: {_fault(place / dataset / threat_model / f'{name}.pt', error)}"
+        ) from error
+
+
+def _fault(path: Path, error: BaseException) -> str:
+    """Return what is wrong with the files of a model in RobustBench's zoo, which could not be loaded, and the remedy."""
+    files = [file for file in sorted(path.parent.glob(f"{path.name}*")) if file.is_file()]
+    if not files:
+        return f"{path} could not be fetched ({said(error)}): try again later, or put the weights there by hand"
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                page = content.read(64).lstrip().startswith(b"<")
+            reason = "it is a web page, such as one that tells of a quota" if page else ""
+            if not page:
+                load_tensors(file)
+        except (ValueError, OSError) as damage:
+            reason = str(damage)
+        if reason:
+            return f"{file} holds no weights ({reason}): remove it, and fetch it again, or put the weights there by hand"
+    return f"{', '.join(map(str, files))}: {said(error)}: remove what is not this model's, and fetch it again"

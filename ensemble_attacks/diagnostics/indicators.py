@@ -137,7 +137,7 @@ def indicators(
     check_positive("eps", eps)
     check_positive("radius", radius)
     check_count("the number of images", len(x))
-    target = model if target is None else target
+    target = model if target is None else as_module(target)
     device = next(model.parameters(), x).device
     with guarded(model, target, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()

@@ -24,8 +24,8 @@ class Flag:
 
     Attributes:
         name: ``random``, ``probabilities``, ``zero_gradients``, ``square_helped``, ``outside_ball``, ``non_finite``,
-            ``claim``, ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``, or, of one that raised,
-            ``failed``.
+            ``claim``, ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``, or, of one that
+            raised, ``failed``.
         value: how much, or how many samples.
         message: what it means, and what to do.
     """
@@ -55,7 +55,7 @@ def of_scores(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[Fla
 
 
 def of_claim(model: nn.Module, x: Tensor, batch_size: int, which: str) -> Iterator[Flag]:
-    """Yield a flag of images on which the members and vote claimed for an adopted ensemble predict otherwise than it does."""
+    """Yield a flag of images on which an adopted ensemble predicts otherwise than its claimed members and vote."""
     if count := false_claims(model, x, batch_size, device_of(model, x.device)):
         message = f"of so many {which} the claimed members and vote predict another class: attacks on them are misled"
         yield Flag("claim", count, message)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import nn
 
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import WeightsError, said, unknown_name
 
 GROUP = "ensemble_attacks.models"
 
@@ -55,12 +55,25 @@ def load_model(
         The model: images (N, C, H, W) in [0, 1] -> scores (N, K).
 
     Raises:
-        ValueError: Where no provider knows the model (the message names the nearest one), or it cannot be loaded here.
+        ValueError: Where no provider knows the model; the message names the nearest one.
+        ValueError, FileNotFoundError, ImportError: As the provider raises them.
+        WeightsError: Where it cannot be loaded, whatever else a provider, a host's loader or a download raised.
     """
     for provider in providers():
         if ":" in name or name in provider.list_models(dataset, model_dir):
             try:
                 return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
-            except RuntimeError as error:  # of a download, or of weights that do not fit
-                raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+            except UnicodeError as error:  # a ValueError that names no file
+                raise _not_loaded(name, model_dir, error) from error
+            except (ValueError, FileNotFoundError, ImportError):
+                raise
+            except (Exception, SystemExit) as error:  # of a download, a damaged file, weights that do not fit, ...
+                raise _not_loaded(name, model_dir, error) from error
     raise unknown_name(f"model for {dataset}", name, list_models(dataset, model_dir))
+
+
+def _not_loaded(name: str, model_dir: str | None, error: BaseException) -> WeightsError:
+    place = "" if model_dir is None else f" from model_dir {str(model_dir)!r}"
+    return WeightsError(
+        f"model {name!r} cannot be loaded{place} ({said(error)}): fetch its weights again, or name another model"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
@@ -42,6 +42,7 @@ class Structure:
 
 def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     """Return the `Structure` of a model, from its attributes and from its scores of some images (N, C, H, W)."""
+    model = as_module(model)
     members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
     known_draws = member_probabilities(model) is not None
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import ask, ask_members, check_alone
 from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, vote_of
 from ensemble_attacks.scores import per_sample
@@ -38,6 +38,7 @@ class Surrogate(nn.Module):
 
     Raises:
         NotAnEnsembleError: Where an aggregation is given, but ``target`` shows no members to aggregate.
+        TypeError: Where one cannot be asked by one process alone (`check_alone`).
         ValueError: Where ``surrogate`` is an unknown name.
     """
 
@@ -53,6 +54,7 @@ class Surrogate(nn.Module):
         self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
         self._aggregate: Aggregate = VOTES[str(self.vote)].aggregate if named else surrogate  # type: ignore[assignment]
         self.training = target.training
+        check_alone(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return ask(self.other, x) if self.other is not None else self.aggregate(self.member_logits(x))
