@@ -50,22 +50,19 @@ def as_module(model: object) -> nn.Module:
 
 
 def check_alone(model: nn.Module) -> None:
-    """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation."""
+    """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation, or without
+    gradients, as it was made in inference mode."""
     for part in model.modules():
         if any(kind.__name__ in COLLECTIVE for kind in type(part).__mro__):
             raise TypeError(
                 f"model is, or holds, a {type(part).__name__}, whose forward waits for other processes, while each needs as "
                 "many passes as its own images do: pass its .module (of sharded parameters: gather them first)"
             )
-<<<<<<< HEAD
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise TypeError(
             f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
             "pass copy.deepcopy(model), called outside"
         )
-    return model
-=======
->>>>>>> h-loading
 
 
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
