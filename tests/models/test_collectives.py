@@ -58,7 +58,7 @@ class FSDPLinear(FSDPModule):
     """As FSDP2 does it, which gives a network a class of its own."""
 
 
-def around(wrapper: Callable[[nn.Module], nn.Module]) -> dict[str, Callable[[], nn.Module]]:
+def around(wrapper: Callable[[nn.Module], nn.Module]) -> dict[str, Callable[[], Any]]:
     """Return where a wrapper may sit."""
     members = list(make_ensemble(dtype=torch.float32).members)
     return {
