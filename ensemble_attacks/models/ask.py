@@ -42,7 +42,7 @@ def as_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         if not callable(model) or isinstance(model, type):
             raise TypeError(f"model must be a torch.nn.Module or a function of images, got {model!r}"[:300])
-        return Function(model)
+        model = Function(model)
     if not hasattr(model, "training"):
         raise TypeError(f"model {type(model).__name__} is frozen, and has no training mode: pass it before torch.jit.freeze")
     for part in model.modules():
