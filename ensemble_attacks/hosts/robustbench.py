@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.files import write_whole
 from ensemble_attacks.hosts.autoattack import DRAWS, AutoAttack
 from ensemble_attacks.hosts.choice import Name
@@ -187,7 +188,7 @@ def benchmark(
 
     Raises:
         ImportError: As `ensure` raises it.
-        TypeError: Where there are several models or devices.
+        TypeError: Where there are several models or devices, or an attack needs members that the model does not show.
         ValueError: Where there is no ``eps`` for an Lp threat model, or an argument cannot be used; nothing has been run.
         FileNotFoundError: Where the folder of ``aa_state_path`` or ``log_path`` does not exist.
     """
@@ -202,18 +203,19 @@ def benchmark(
     check_count("batch_size", batch_size)
     if to_disk and model_name is None:
         raise ValueError("to_disk=True needs a model_name, under which the result is stored")
-    for name, path in (("aa_state_path", aa_state_path), ("log_path", log_path)):
+    for kind, path in (("aa_state_path", aa_state_path), ("log_path", log_path)):
         if path is not None and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{name} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
+            raise FileNotFoundError(f"{kind} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
     if device is not None:
         check_device(str(device))
     home = device_of(module, torch.device("cpu"))
     version = version or ("custom" if attacks_to_run else "ensemble")
     norm = threat_model.value if lp else "Linf"
     size = eps if lp and eps is not None else 1.0
-    AutoAttack(  # tells a bad argument now
-        module, norm, size, seed, attacks_to_run=attacks_to_run, version=version, verbose=False
-    )
+    asked = AutoAttack(module, norm, size, seed, False, attacks_to_run, version)  # tells a bad argument now
+    for name in asked.attacks_to_run if lp else ():
+        if isinstance(name, str):
+            find_attack(name).check(module, name)
     run = partial(
         ensure().benchmark,
         module,

@@ -130,6 +130,8 @@ def test_only_the_whole_standard_autoattack_is_booked_as_such(
         ({"aa_state_path": "/nowhere/at/all"}, FileNotFoundError, "aa_state_path .* make it first"),
         ({"log_path": "/nowhere/at/all"}, FileNotFoundError, "log_path .* make it first"),
         ({"version": "standart", "attacks_to_run": ()}, ValueError, "did you mean 'standard'"),
+        ({"attacks_to_run": ()}, TypeError, "member"),  # the version "ensemble"
+        ({"attacks_to_run": ["bpda"]}, ValueError, "frontend"),
         ({"model": 3}, TypeError, "must be a torch.nn.Module or a function"),
     ],
 )
