@@ -30,8 +30,8 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
+from ensemble_attacks.models.adopted import false_claims
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import false_claims
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of

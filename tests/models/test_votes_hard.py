@@ -15,7 +15,7 @@ from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, MORA, AggregateMismatchError, AutoAttack, Ensemble, as_ensemble, judge
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.models.ensembles import AdoptedEnsemble
+from ensemble_attacks.models.adopted import AdoptedEnsemble
 from ensemble_attacks.models.softening import scores_of, softened
 from ensemble_attacks.models.votes import Vote, as_vote
 from tests.helpers import make_member

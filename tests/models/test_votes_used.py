@@ -137,7 +137,7 @@ def test_codes_are_decoded() -> None:
     logits = torch.randn(5, N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bits = logits[..., 1] - logits[..., 0]
     sign = 2 * torch.tensor(CODE).double() - 1
-    soft = torch.stack([sum((sign[k, m] * bits[m]).sigmoid().log() for m in range(5)) for k in range(4)], 1)
+    soft = torch.einsum("kmn->nk", (sign.unsqueeze(-1) * bits).sigmoid().log())
     torch.testing.assert_close(ecoc(CODE).aggregate(logits), soft)
     hard = torch.stack([((sign[k] > 0) == (bits > 0).T).double().mean(1) for k in range(4)], 1)
     torch.testing.assert_close(ecoc(CODE, hard=True).aggregate(logits), hard)
@@ -271,9 +271,8 @@ def test_draws_of_one_network_are_attacked(make: Callable[..., Ensemble]) -> Non
     model = make(make_member().eval()).eval()
     assert not torch.equal(model.member_logits(x)[0], model.member_logits(x)[1])
     y = make_member()(x).argmax(1)
-    settings = dict(eps=0.15, draws=10)
     mora, own = (
-        judge(model, x, y, attack(x, y), **settings).accuracy
+        judge(model, x, y, attack(x, y), eps=0.15, draws=10).accuracy
         for attack in (MORA(model, eps=0.15, steps=10, eot_iter=4), EOTAPGD(model, eps=0.15, steps=20, eot_iter=4))
     )
     assert mora <= own + 2 / len(x)
