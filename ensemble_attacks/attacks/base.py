@@ -17,8 +17,9 @@ from ensemble_attacks.descent.noise import generator_for, sample_keys
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.models.adopted import AdoptedEnsemble, check_protocol
 from ensemble_attacks.models.ask import as_module, ask, check_dtype
-from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, member_probabilities
+from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state

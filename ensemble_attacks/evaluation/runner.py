@@ -17,8 +17,8 @@ from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
+from ensemble_attacks.models.adopted import check_protocol
 from ensemble_attacks.models.ask import as_module, ask, check_dtype
-from ensemble_attacks.models.ensembles import check_protocol
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.models.adopted import false_claims
 from ensemble_attacks.models.ask import ask, device_of
-from ensemble_attacks.models.ensembles import false_claims
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.scores import are_probabilities, margin
 

@@ -25,6 +25,8 @@ PROBES = 256  # members' answers on which a vote without gradient is tried
 RIVALS = 3  # classes among which a probe's members choose, so that they agree often enough to outvote one another
 AGREEMENT = 0.9  # share of probes that weighted votes have to decide as the vote does
 EVENED = 0.0, 0.5, 1.0  # how far weights are tried nearer to equal ones: a vote that shows its winner alone exaggerates them
+SURER, MOVED = 3.0, 0.01  # a factor on all logits that leaves the answers as they are, and the least that it has to move
+LARGEST = 4096  # classes of all members together for which matrices are looked for
 SURE = 1e-6  # by which a probe's best class must lead, to be compared
 
 
@@ -33,8 +35,9 @@ def softened(vote: Vote, logits_MNK: Tensor) -> Vote:
 
     The soft form is ``log sum_m w_m softmax(z^m / tau)`` with the temperature of hard votes. The weights are those with
     which weighted votes are nearest to what the vote makes of some hundred sets of members' answers (least squares), or all
-    the same where no weights decide as it does (thresholds, abstention, ranks). A vote over other classes than its members'
-    stays as it is.
+    the same where no weights decide as it does (thresholds, ranks). Where the vote is over other classes than its members',
+    the soft form is ``sum_m softmax(z^m / tau) A_m`` with matrices found likewise. A vote whose scores hardly change with
+    how sure its members are has no gradient worth following, either.
 
     Args:
         vote: any vote.
@@ -65,32 +68,58 @@ def scores_of(vote: Vote, logits_MNK: Tensor) -> Tensor:
 
 
 def _softened(vote: Vote, members: int, like_MNK: Tensor) -> Vote:
-    logits_MPK = _probes(members, like_MNK)
+    logits_MPK = _probes(members, like_MNK, PROBES)
     if _has_gradient(vote.aggregate, logits_MPK):
         return vote
     with torch.no_grad():
         scores_PK = vote.aggregate(logits_MPK)
-    if scores_PK.shape != logits_MPK.shape[1:]:
-        return vote
+        if scores_PK.shape[1] != logits_MPK.shape[2]:
+            return _of_other_classes(vote, members, like_MNK)
     weights_M = _weights(logits_MPK, scores_PK)
     soft: Aggregate = log_mean_softmax if weights_M is None else partial(log_expected_softmax, probabilities_M=weights_M)
     return replace(vote, soft=soft, own_gaps=True, hard=True, log_weights=log_weights_of(weights_M))
 
 
-def _probes(members: int, like_MNK: Tensor) -> Tensor:
+def _of_other_classes(vote: Vote, members: int, like_MNJ: Tensor) -> Vote:
+    """Return the vote with a soft form that is linear in the members' probabilities, as near to it as there is one."""
+    answers = members * like_MNJ.shape[-1]
+    if answers > LARGEST:
+        return vote
+    logits_MPJ = _probes(members, like_MNJ, max(PROBES, 4 * answers))
+    votes_PA = F.one_hot(logits_MPJ.argmax(-1), logits_MPJ.shape[-1]).double().transpose(0, 1).flatten(1)
+    scores_PK = _finite(vote.aggregate(logits_MPJ).double())
+    matrix_AK = torch.linalg.pinv(votes_PA.T @ votes_PA, hermitian=True) @ (votes_PA.T @ scores_PK)
+    return replace(vote, soft=partial(_linear, matrix_AK), own_gaps=True, hard=True)
+
+
+def _linear(matrix_AK: Tensor, logits_MNJ: Tensor) -> Tensor:
+    return logits_MNJ.softmax(-1).transpose(0, 1).flatten(1) @ matrix_AK.to(logits_MNJ)
+
+
+def _finite(scores_PK: Tensor) -> Tensor:
+    """Return the scores with the lowest finite one in place of -inf, the logarithm of no vote."""
+    finite = scores_PK[scores_PK.isfinite()]
+    return scores_PK.nan_to_num(neginf=finite.amin().item() if len(finite) else 0.0)
+
+
+def _probes(members: int, like_MNK: Tensor, count: int) -> Tensor:
     """Return members' logits (M, P, K), each with one class ahead by some gap."""
     classes = like_MNK.shape[-1]
     generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
-    rivals_PR = torch.stack([torch.randperm(classes, generator=generator, device=device)[:RIVALS] for _ in range(PROBES)])
-    chosen_MP = torch.randint(rivals_PR.shape[1], (members, PROBES), generator=generator, device=device)
+    rivals_PR = torch.stack([torch.randperm(classes, generator=generator, device=device)[:RIVALS] for _ in range(count)])
+    chosen_MP = torch.randint(rivals_PR.shape[1], (members, count), generator=generator, device=device)
     ahead_MP = torch.gather(rivals_PR.expand(members, -1, -1), 2, chosen_MP.unsqueeze(-1)).squeeze(-1)
-    noise_MPK = torch.rand((members, PROBES, classes), generator=generator, device=device)
-    gaps_MP1 = 1 + 5 * torch.rand((members, PROBES, 1), generator=generator, device=device)
+    noise_MPK = torch.rand((members, count, classes), generator=generator, device=device)
+    gaps_MP1 = 1 + 5 * torch.rand((members, count, 1), generator=generator, device=device)
     return (noise_MPK + gaps_MP1 * F.one_hot(ahead_MP, classes)).to(like_MNK)
 
 
 def _has_gradient(aggregate: Aggregate, logits_MNK: Tensor) -> bool:
-    """Tell whether the scores change with the logits, as far as autograd knows."""
+    """Tell whether the scores change with the logits, by autograd, and by more than what breaks ties."""
+    with torch.no_grad():
+        scores, surer = aggregate(logits_MNK), aggregate(SURER * logits_MNK)
+        if (_finite(surer) - _finite(scores)).abs().amax() <= MOVED * _finite(scores).std():
+            return False
     logits_MNK = logits_MNK.detach().clone().requires_grad_()
     with torch.enable_grad():
         try:
@@ -107,9 +136,7 @@ def _has_gradient(aggregate: Aggregate, logits_MNK: Tensor) -> bool:
 def _weights(logits_MPK: Tensor, scores_PK: Tensor) -> Tensor | None:
     """Return the weights (M,) of the votes that decide as the scores do, which sum to 1; ``None`` where there are none."""
     votes_MPK = F.one_hot(logits_MPK.argmax(-1), logits_MPK.shape[-1]).double()
-    scores_PK = scores_PK.double()
-    lowest = scores_PK[scores_PK.isfinite()].amin() if scores_PK.isfinite().any() else 0.0
-    scores_PK = scores_PK.nan_to_num(neginf=float(lowest))  # of the logarithm of no vote
+    scores_PK = _finite(scores_PK.double())
     unknown = torch.cat([votes_MPK.flatten(1), torch.ones_like(votes_MPK[:1]).flatten(1)]).T  # votes of each member, and 1
     solution = torch.linalg.pinv(unknown.T @ unknown) @ (unknown.T @ scores_PK.flatten())
     weights_M = solution[:-1].clamp_min(0)

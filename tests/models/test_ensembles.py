@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.models.ensembles import AdoptedEnsemble
+from ensemble_attacks.models.adopted import AdoptedEnsemble
 from ensemble_attacks.models.votes import log_mean_softmax, log_votes
 from tests.helpers import VOTES, make_ensemble, make_member
 
