@@ -1,4 +1,4 @@
-"""A door to `ensemble_attacks.models`: the votes by which ensembles decide."""
+"""Provide the votes by which ensembles decide (`ensemble_attacks.models`)."""
 
 from ensemble_attacks.models.mapped import Mapped, ecoc, one_vs_rest, over
 from ensemble_attacks.models.pooled import abstaining, stacked, trimmed
