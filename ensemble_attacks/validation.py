@@ -95,7 +95,7 @@ def check_same_classes(members: Sequence[Tensor], called: str = "members") -> No
         theirs = ", ".join(f"{called}[{index}]: {count}" for index, count in enumerate(counts))
         raise ValueError(
             f"the {called} score different numbers of classes ({theirs}): they need the same K; map each to the ensemble's "
-            "classes (ensemble_attacks.models.mapped.Mapped)"
+            "classes (ensemble_attacks.votes.Mapped)"
         )
 
 

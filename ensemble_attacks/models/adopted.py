@@ -44,7 +44,7 @@ class AdoptedEnsemble(Ensemble):
         vote: str | Vote | Aggregate,
         weights: Sequence[float] | None = None,
     ) -> None:
-        claimed = as_vote(vote) if weights is None or callable(vote) else weighted(vote, weights)  # type: ignore[arg-type]
+        claimed = as_vote(vote) if weights is None else weighted(vote, weights)  # type: ignore[arg-type]
         super().__init__(members, claimed)
         self.original = original
         self.vote = None if claimed.name == OWN else claimed.name if isinstance(vote, str) else claimed
@@ -232,7 +232,9 @@ def as_ensemble(
     Raises:
         NotAnEnsembleError: Where no members are named, and the model shows none.
         AggregateMismatchError: Where the claimed members and vote do not reproduce the model's own predictions.
-        ValueError: Where a name in ``members`` is no submodule, or the vote is unknown.
+        TypeError: Where weights are given for a vote without a name.
+        ValueError: Where a name in ``members`` is no submodule, the vote is unknown, or there is not one weight for each
+            member.
 
     >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
     >>> class Theirs(nn.Module):

@@ -27,8 +27,9 @@ class Ensemble(nn.Module):
 
     Args:
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
-        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits), or a
-            `Vote` of your own.
+        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits); also
+            ``"median"``, ``"max"``, ``"product"``, ``"borda"`` or ``"decided"`` (the member with the largest probability);
+            or a `Vote`, of your own or of `ensemble_attacks.votes`.
         weights: a weight for each member in a named vote; ``None``: all the same.
 
     Raises:

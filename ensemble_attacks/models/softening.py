@@ -62,7 +62,7 @@ def scores_of(vote: Vote, logits_MNK: Tensor) -> Tensor:
     if vote.hard:
         assert vote.soft is not None
         with torch.no_grad():
-            values_NK = vote.aggregate(logits_MNK)
+            values_NK = vote.aggregate(logits_MNK.detach())
         return straight_through(values_NK, vote.soft(vote.over_classes(logits_MNK) / VOTING_TEMPERATURE))
     return vote.aggregate(logits_MNK)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
-from ensemble_attacks import APGD, MORA, AggregateMismatchError, AutoAttack, Ensemble, as_ensemble, judge
+from ensemble_attacks import APGD, MORA, AggregateMismatchError, AutoAttack, CrossMaxTransfer, Ensemble, as_ensemble, judge
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.models.adopted import AdoptedEnsemble
 from ensemble_attacks.models.softening import scores_of, softened
@@ -88,10 +88,10 @@ def test_looking_for_a_soft_form_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("vote", [counted, winner, sure_ones])
+@pytest.mark.parametrize("vote", [counted, pytest.param(winner, marks=pytest.mark.slow), sure_ones])
 def test_a_hard_vote_is_attacked_whoever_counts_it(vote: Callable[[Tensor], Tensor], digits: tuple[Tensor, Tensor]) -> None:
     """As a function claimed, as a `Vote` of one's own, and as another's protocol."""
-    x, y = (t[:16] for t in digits)
+    x, y = (t[:12] for t in digits)
     theirs = Counting(members(), vote).eval()
 
     class Protocol(Counting):
@@ -163,6 +163,8 @@ def test_members_over_other_classes_are_attacked_by_the_ensembles_scores() -> No
     adopted = as_ensemble(theirs, "nets", superclasses, inputs=x)
     robust, own = (judge(theirs, x, y, attack(x, y), eps=0.3).robust for attack in attacks(adopted, theirs))
     assert robust.sum() <= own.sum() + 1
+    with pytest.raises(ValueError, match="the surrogate scores 4 classes, AdoptedEnsemble 2"):
+        CrossMaxTransfer(adopted, attack=APGD, refine=None, eps=0.3, steps=2)(x, y)
 
 
 def attacks(adopted: nn.Module, theirs: nn.Module) -> tuple[MORA, APGD]:
@@ -251,6 +253,11 @@ def test_a_list_of_networks_means_its_children(container: Callable, named: bool)
     assert list(adopted.members) == list(model.nets.children())
     if container is nn.ModuleList:
         assert list(as_ensemble(model, ["nets"], "logits").get_submodule("members").children()) == list(adopted.members)
+
+
+def test_weights_go_with_a_name() -> None:
+    with pytest.raises(TypeError, match="weights go with a named vote"):
+        as_ensemble(Counting(members()), "nets", counted, weights=WEIGHTS)
 
 
 def test_one_sequential_network_in_a_list_is_a_member() -> None:

@@ -233,7 +233,10 @@ MODELS: dict[str, Callable[[list[nn.Module]], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("weighted voting", "median", "borda", "abstaining", "top-1", "cascade", "ecoc hard", "over")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MODELS])
 def test_mora_leaves_no_more_than_the_models_own_scores(
     name: str, nets: list[nn.Module], digits: tuple[Tensor, Tensor]
 ) -> None:
