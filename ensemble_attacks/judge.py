@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.norms import NORMS, UNIT, Box
-from ensemble_attacks.scores import decided, margin, per_sample
+from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
+from ensemble_attacks.scores import decided, margin
 from ensemble_attacks.validation import (
     check_count,
     check_images,
@@ -19,6 +20,7 @@ from ensemble_attacks.validation import (
     check_labels,
     check_norm,
     check_positive,
+    check_radius,
 )
 
 
@@ -108,18 +110,42 @@ def allowed(x_adv: Tensor, norm: str) -> float:
     return rounding(x_adv) * pixels ** (1 / NORMS[norm].order)
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A record of where images lie, one value each: whether they are finite, and by how much they leave box and ball."""
+
+    finite: Tensor
+    beyond_box: Tensor
+    beyond_ball: Tensor
+
+
+def measured(x: Tensor, x_adv: Tensor, *, eps: float, norm: str, box: Box) -> Measured:
+    """Return where images (N, ...) lie, in float64, a few at a time, whichever devices they are on."""
+    # Filled rather than joined: small results between large ones that are freed would break up the memory.
+    beyond_box, beyond_ball = torch.empty(2, len(x_adv), dtype=torch.double, device=x_adv.device)
+    found = Measured(torch.empty(len(x_adv), dtype=torch.bool, device=x_adv.device), beyond_box, beyond_ball)
+    for part in in_parts(x_adv):
+        exact = x_adv[part].double()
+        found.finite[part] = torch.isfinite(exact).flatten(1).all(1)
+        found.beyond_box[part] = box.excess(exact)
+        found.beyond_ball[part] = distances(x[part].to(x_adv.device), exact, norm) - eps
+    return found
+
+
 def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
     """Return the samples that `check_adversarial` would raise an error for, (N,) bool; also in the norm L1."""
     if not len(x):
         return torch.zeros(0, dtype=torch.bool)
-    exact = x_adv.double().flatten(1)
-    beyond = box.excess(exact) > rounding(x_adv)
-    return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm))
+    found = measured(x, x_adv, eps=eps, norm=norm, box=box)
+    return (found.beyond_box > rounding(x_adv)) | ~found.finite | ~(found.beyond_ball <= allowed(x_adv, norm))
 
 
 def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
     """Return ``x_adv`` with the clean image in place of every one that is `outside`: no success, and no error either."""
-    return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm, box=box), x), x, x_adv)
+    left = outside(x, x_adv, eps=eps, norm=norm, box=box)
+    if not left.any():
+        return x_adv
+    return x_adv.index_copy(0, rows := torch.nonzero(left).squeeze(-1), x[rows.to(x.device)].to(x_adv))
 
 
 def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> None:
@@ -128,14 +154,15 @@ def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf
     The distances are measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit
     in the last place of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
     """
-    bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
+    found = measured(x, x_adv, eps=eps, norm=norm, box=box)
+    bad = torch.nonzero(~found.finite).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
-    beyond = box.excess(x_adv.double())
+    beyond = found.beyond_box
     bad = torch.nonzero(beyond > rounding(x_adv)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
-    excess = distances(x, x_adv, norm) - eps
+    excess = found.beyond_ball
     bad = torch.nonzero(excess > allowed(x_adv, norm)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(
@@ -195,16 +222,18 @@ def judge(
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in {box}")
     x_adv, y = x_adv.detach(), y.long()
-    check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm, box=box)
+    check_radius(eps, norm, x[0], box)
+    check_adversarial(x, x_adv, eps=eps, norm=norm, box=box)
 
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
     with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x_adv, "x_adv")
+        with private_random_state(seed, model):
+            check_label_range(y, classes_of(model, x_adv[:2].to(parameter.device)), "y")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
                 scores_NK = ask(model, images.to(parameter.device)).cpu()
-                check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(decided(scores_NK))
                 margins.append(margin(scores_NK, labels.cpu()))

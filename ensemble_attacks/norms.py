@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,16 @@ class Norm:
         return slope.flatten(1).norm(self.dual, dim=1)
 
 
+PART = 2**19  # how many values are looked at at once, so that what is asked of all images needs the memory of a few
+
+
+def in_parts(images: Tensor) -> Iterator[slice]:
+    """Yield slices of the images (N, ...), one after another, that hold at most `PART` values, or one image."""
+    few = max(PART // max(images[:1].numel(), 1), 1)
+    for first in range(0, len(images), few):
+        yield slice(first, first + few)
+
+
 LINF = Norm("Linf", float("inf"), 1, gaussian=False)
 L2 = Norm("L2", 2, 2)
 L1 = Norm("L1", 1, float("inf"), attacked=False)
@@ -56,6 +67,15 @@ class Box:
     @property
     def width(self) -> float:
         return self.high - self.low
+
+    def diameter(self, norm: str, image: Tensor) -> float:
+        """Return the size of the largest perturbation that the box has room for, of an ``image`` (...)."""
+        return NORMS[norm].size(torch.full((1, image.numel()), self.width, dtype=torch.double)).item()
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return ``x`` itself where it is in the box already, else as `clamp`."""
+        within = all(bool((self.excess(x[part]) <= 0).all()) for part in in_parts(x))
+        return x if within else self.clamp(x)
 
     def clamp(self, x: Tensor) -> Tensor:
         """Return ``x`` with what lies outside put on the edge."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.norms import UNIT, Box, attacked_norms
+from ensemble_attacks.norms import UNIT, Box, attacked_norms, in_parts
 
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
@@ -28,10 +28,11 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
         )
     if images.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(images.shape)}: expected four dimensions, (N, C, H, W)")
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
     if images.numel():
-        low, high = images.min().item(), images.max().item()
+        extremes = torch.stack([torch.stack(images[part].aminmax()) for part in in_parts(images)])  # NaN where there is any
+        if not torch.isfinite(extremes).all():
+            raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
+        low, high = extremes.min().item(), extremes.max().item()
         if low < box.low - slack or high > box.high + slack:
             raise ValueError(
                 f"{name} spans [{low:.4g}, {high:.4g}]: expected values in {box}. Divide 8-bit images by 255; for "
@@ -110,6 +111,17 @@ def check_positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_radius(eps: float, norm: str, image: Tensor, box: Box = UNIT) -> None:
+    """Raise a `ValueError` where ``eps`` is more than any two images (...) in the box differ by."""
+    diameter = box.diameter(norm, image)
+    if eps > diameter * (1 + 1e-6):
+        remedy = f": did you mean eps = {eps:g}/255?" if box == UNIT else ": give it in the units of the images"
+        raise ValueError(
+            f"eps is {eps:g}, but images in {box} differ by at most {diameter:.4g} in {norm}, so that all would be allowed"
+            + remedy
+        )
 
 
 def check_count(name: str, value: int, at_least: int = 1) -> None:

@@ -151,18 +151,15 @@ class FrontEndReversal(ComposedAttack):
         if behind is not None:
             self.inner.set_model(behind)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack images (N, C, H, W) in [0, 1] with labels (N,), and return adversarial images (N, C, H, W)."""
-        self._check_inputs(images, labels)
-        clean = self.box.clamp(images.detach().clone().to(self.device))
-        labels = labels.to(self.device).long()
-        if not len(clean):
-            return clean
+    def _attack(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W)."""
         self.inner._set_normalization_applied(None)  # what it sees are no images
-        ball = make_ball(self.norm, clean, self.eps, self.box)
-        best, robust, start = clean.clone(), self._right(clean, labels), clean
+        ball = make_ball(self.norm, images, self.eps, self.box)
+        best, robust, start = images.clone(), self._right(images, labels), images
         own_eps = self.inner.eps
-        amplification = self.amplification or self._amplification(clean)
+        amplification = self.amplification or self._amplification(images)
         for round_ in range(self.rounds):
             rows = torch.nonzero(robust).squeeze(-1)
             if not len(rows):
@@ -173,7 +170,7 @@ class FrontEndReversal(ComposedAttack):
                 found = self.inner(seen, labels[rows]).to(seen)
             finally:
                 self.inner.eps = own_eps
-            step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, clean)
+            step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, images)
             for share in range(1, SHARES + 1):
                 trial = ball.select(rows).project(start[rows] + share / SHARES * step)
                 fooled = robust[rows] & ~self._right(trial, labels[rows])

@@ -16,7 +16,7 @@ from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, crafting
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import ask, check_dtype, classes_of
 from ensemble_attacks.models.ensembles import check_protocol
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
@@ -29,6 +29,7 @@ from ensemble_attacks.validation import (
     check_labels,
     check_norm,
     check_positive,
+    check_radius,
     check_seed,
 )
 
@@ -67,6 +68,8 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_labels(y, x, "y")
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
+    if len(x):
+        check_radius(settings.eps, settings.norm, x[0])
     check_count("batch_size", settings.batch_size)
     check_seed(settings.seed)
     check_count("draws", settings.draws)
@@ -77,7 +80,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        check_label_range(y, ask(model, few).shape[1], "y")
+        check_label_range(y, classes_of(model, few), "y")
         if any(find_attack(name).needs_members for name in attacks):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
