@@ -26,11 +26,12 @@ from ensemble_attacks.models.view import Outputs, is_exact, look
 from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.validation import (
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
+    check_mask,
     check_norm,
-    check_positive,
     check_radius,
     check_seed,
 )
@@ -47,12 +48,14 @@ class CarefulAttack(Attack):
     state, gradient mode and the attack's own normalisation are left as they were, even after an exception.
 
     Attributes:
-        box: the values that images can take.
+        box: the values that inputs can take.
+        mask: what may move, bool, of one input (...) or of each; ``None``: all.
     """
 
     needs_members = False
     seed: int
-    box: Box = UNIT
+    box: Box
+    mask: Tensor | None
 
     def __init__(self, name: str, model: nn.Module) -> None:
         super().__init__(name, as_module(model))
@@ -70,6 +73,7 @@ class CarefulAttack(Attack):
         if len(images):
             if (eps := getattr(self, "eps", None)) is not None and (norm := getattr(self, "norm", None)) in NORMS:
                 check_radius(eps, norm, images[0], self.box)
+            check_mask(self.mask, images)
             check_dtype(self.model, images)
 
     def _num_classes(self, images: Tensor) -> int:
@@ -248,9 +252,20 @@ class DescentAttack(CarefulAttack):
     step_rule: type[StepRule]
 
     def __init__(
-        self, name: str, model: nn.Module, *, norm: str, eps: float, steps: int, seed: int, batch_size: int | None
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        norm: str,
+        eps: float | Tensor,
+        steps: int,
+        seed: int,
+        batch_size: int | None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__(name, model)
+        self.box, self.mask = box, mask
         self.norm, self.eps, self.steps, self.seed, self.batch_size = norm, eps, steps, seed, batch_size
         self.trace: Trace | None = None
         self.eot_iter: int | None = None
@@ -259,7 +274,7 @@ class DescentAttack(CarefulAttack):
 
     def _check(self) -> None:
         check_norm(self.norm)
-        check_positive("eps", self.eps)
+        check_eps(self.eps)
         check_count("steps", self.steps)
         check_seed(self.seed)
         if self.batch_size is not None:
@@ -278,6 +293,13 @@ class DescentAttack(CarefulAttack):
     def outputs(self, images: Tensor) -> Outputs:
         """Return what the loop sees of images in [0, 1], which are normalised as in `get_logits`."""
         return look(self.model, self._as_taken(images), inside=self.needs_members, expected=self.eot_iter is not None)
+
+    def _radius(self) -> tuple[float, Tensor | None]:
+        """Return the ball's radius, and the scale that it is in (`Ball`): eps for each feature, 0 where nothing may move."""
+        eps, scale = (1.0, self.eps) if isinstance(self.eps, Tensor) else (self.eps, None)
+        if self.mask is not None:
+            scale = self.mask.double() if scale is None else scale.to(self.mask.device) * self.mask
+        return eps, scale
 
     def _draws(self, image: Tensor) -> Draws | None:
         """Return how to look at a random model; ``None`` where the expectation over its members is exact without draws."""
@@ -325,13 +347,14 @@ class DescentAttack(CarefulAttack):
         They begin at ``start``, images in the box, (N, C, H, W), projected into the ball around ``images``; ``None``: at
         random, or where the attack says, at ``images``.
         """
+        eps, scale = self._radius()
         adversarial = loop.attack(
             self.outputs,
             images,
             Goal(labels) if targets is None else Goal(labels, targets, only=True),
             self._plan(num_classes),
             norm=self.norm,
-            eps=self.eps,
+            eps=eps,
             steps=self.steps,
             step_rule=self._step_rule,
             seed=self.seed,
@@ -340,6 +363,7 @@ class DescentAttack(CarefulAttack):
             batch_size=self.batch_size,
             trace=self.trace,
             box=self.box,
+            scale=scale,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self._as_taken(adversarial))

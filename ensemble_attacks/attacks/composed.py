@@ -8,6 +8,9 @@ from torch import Tensor
 from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.norms import UNIT
+
+ANYWHERE = {"box": UNIT, "mask": None}  # of parts that do not say
 
 
 class ComposedAttack(CarefulAttack):
@@ -24,6 +27,8 @@ class ComposedAttack(CarefulAttack):
         for part in self._parts():
             if isinstance(part, CarefulAttack):
                 part._check()
+            elif self.box != UNIT or self.mask is not None:
+                raise ValueError(f"{type(part).__name__} knows no box but [0, 1], and no mask: compose an attack that does")
 
     def _check_inputs(self, images: Tensor, labels: Tensor, *args: Any, **options: Any) -> None:
         """Raise on images or labels that cannot be attacked; what else is given is the parts' affair."""
@@ -46,6 +51,8 @@ class ComposedAttack(CarefulAttack):
         for part in self._parts():
             if name in vars(part):
                 return getattr(part, name)
+        if name in ANYWHERE:
+            return ANYWHERE[name]
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from ensemble_attacks.attacks.base import CarefulAttack
 from ensemble_attacks.attacks.composed import ComposedAttack
 from ensemble_attacks.models.surrogates import Surrogate
 
-SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size")
+SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size", "box", "mask")
 
 
 class CrossMaxTransfer(ComposedAttack):

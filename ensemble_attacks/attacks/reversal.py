@@ -23,7 +23,7 @@ from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import find_parts, not_called
-from ensemble_attacks.norms import NORMS
+from ensemble_attacks.norms import NORMS, UNIT
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
 
@@ -133,6 +133,7 @@ class FrontEndReversal(ComposedAttack):
         **arguments: Any,
     ) -> None:
         super().__init__("FrontEndReversal", model)
+        self.box, self.mask = UNIT, None  # its own: what lies behind the front end has others
         self.part, self.norm, self.eps, self.rounds, self.amplification = part, norm, eps, rounds, amplification
         self._check()
         self.inner = attack(Behind(model, part), norm=norm, eps=eps, **arguments)
@@ -140,6 +141,8 @@ class FrontEndReversal(ComposedAttack):
     def _check(self) -> None:
         check_norm(self.norm)
         check_positive("eps", self.eps)
+        if self.mask is not None:
+            raise ValueError("FrontEndReversal knows no mask: what it carries back goes everywhere; use BPDAIdentity")
         check_count("rounds", self.rounds)
         if self.amplification is not None:
             check_positive("amplification", self.amplification)
@@ -165,7 +168,8 @@ class FrontEndReversal(ComposedAttack):
             if not len(rows):
                 break
             seen = self._seen(start[rows])
-            self.inner.eps = amplification * self.eps / 2**round_ / (2 * REACH)
+            largest = self.inner.box.diameter(self.norm, seen[0])
+            self.inner.eps = min(amplification * self.eps / 2**round_ / (2 * REACH), largest)
             try:
                 found = self.inner(seen, labels[rows]).to(seen)
             finally:

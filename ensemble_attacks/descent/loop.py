@@ -45,6 +45,7 @@ def attack(
     batch_size: int | None = None,
     trace: Trace | None = None,
     box: Box = UNIT,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Run the stages one after another, each on samples that the ones before it left robust, the smallest margin first.
 
@@ -63,13 +64,14 @@ def attack(
         batch_size: the number of samples per pass; ``None``: all at once.
         trace: a record that is filled with what each step found and spent.
         box: the values that images can take.
+        scale: the radius of each feature beside the others' (`Ball`), for all images or for each; ``None``: 1.
 
     Returns:
         Adversarial images, (N, C, H, W): the first iterate that succeeded; failing that, of all iterates and the clean
         image, the one of the smallest margin.
     """
     batch_size = batch_size or max(len(images), 1)
-    progress = Progress(images, start, goal, plan, norm=norm, eps=eps, seed=seed, steps=steps, box=box)
+    progress = Progress(images, start, goal, plan, norm=norm, eps=eps, seed=seed, steps=steps, box=box, scale=scale)
     if trace is not None:
         trace.begin(progress.fooled_in)
 

@@ -23,7 +23,7 @@ def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
     """
     keys = []
     for part in in_parts(images):
-        levels = ((images[part].detach().double() - box.low) / box.width * 255 + 0.47).floor().clamp(0, 255)
+        levels = (box.levels(images[part].detach()) * 255 + 0.47).floor().clamp(0, 255)
         pixels = levels.to(torch.uint8).flatten(1).cpu().numpy()
         keys += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
     return keys

@@ -62,7 +62,7 @@ class Progress:
             clean images, restarts at random.
         goal: what counts as success.
         plan: all stages.
-        norm, eps, box: the ball, and the values that images can take; eps in their units.
+        norm, eps, box, scale: the ball (`Ball`), and the values that images can take; eps in their units.
         seed: the seed of the random starts and directions.
         steps: the number of gradient steps of stages that do not say their own.
 
@@ -92,9 +92,10 @@ class Progress:
         seed: int,
         steps: int,
         box: Box,
+        scale: Tensor | None = None,
     ) -> None:
         self.images, self.start, self.goal = images, start, replace(goal, leave=goal.leave.clone())
-        self.norm, self.eps, self.seed, self.steps, self.box = norm, eps, seed, steps, box
+        self.norm, self.eps, self.seed, self.steps, self.box, self.scale = norm, eps, seed, steps, box, scale
         self.adversarial = images.clone()
         self.ended = images.clone() if any(stage.resume for stage in plan) else None
         self.aims: dict[int, Tensor] = {self.steps_of(stage): torch.empty(0) for stage in plan}
@@ -113,7 +114,10 @@ class Progress:
 
     def ball(self, rows: Tensor) -> Ball:
         """Return the ball around some of the images."""
-        return make_ball(self.norm, self.images[rows], self.eps, self.box)
+        scale = self.scale
+        if scale is not None and scale.shape == self.images.shape:
+            scale = scale[rows.to(scale.device)]
+        return make_ball(self.norm, self.images[rows], self.eps, self.box, scale)
 
     def opening(self, rows: Tensor) -> Tensor:
         """Return where some samples are looked at first: at the caller's start, or at the clean images."""

@@ -19,10 +19,8 @@ TARGETED = {
     "apgd": lambda model: APGD(model, eps=0.1, steps=4),
     "crossmax": lambda model: CrossMaxTransfer(model, attack=APGD, refine=APGD, refine_steps=3, eps=0.1, steps=4),
     "crossmax alone": lambda model: CrossMaxTransfer(model, attack=APGD, refine=None, eps=0.1, steps=4),
-    "bpda": lambda model: BPDAIdentity(model, parts="members.0.2", eps=0.1, steps=4),
-    "bpda of another": lambda model: BPDAIdentity(
-        model, torchattacks.PGD, parts="members.0.2", eps=0.1, steps=4, random_start=False
-    ),
+    "bpda": lambda model: BPDAIdentity(model, parts="4", eps=0.1, steps=4),
+    "bpda of another": lambda model: BPDAIdentity(model, torchattacks.PGD, parts="4", eps=0.1, steps=4, random_start=False),
 }
 ALL = TARGETED | {
     "mora": lambda model: MORA(model, eps=0.1, steps=4),
