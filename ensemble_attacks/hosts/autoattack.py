@@ -27,6 +27,7 @@ from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, find_maker
 from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, diagnose
 from ensemble_attacks.diagnostics.advice import adaptive_attacks
 from ensemble_attacks.files import digest
+from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
 from ensemble_attacks.hosts.original import STANDARD, installed_autoattack
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.judge import judge, outside
@@ -35,15 +36,16 @@ from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, private_random_state
 from ensemble_attacks.models.structure import Structure, structure_of
 from ensemble_attacks.models.twins import prepare
-from ensemble_attacks.norms import NORMS
+from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.scores import are_probabilities, decided, margin
 from ensemble_attacks.validation import (
     check_choice,
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
-    check_positive,
+    check_radius,
 )
 from ensemble_attacks.version import __version__
 
@@ -116,7 +118,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     Arguments:
         model (nn.Module): images (N, C, H, W) in [0, 1] -> scores (N, K); any function will do for the original's attacks.
         norm (str): ``"Linf"``, ``"L2"`` or, for the original's attacks, ``"L1"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 0.3)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 0.3)
         seed (int): seed of all attacks; ``None``: taken from the clock, as in the original. (Default: None)
         verbose (bool): whether to print what happens. (Default: True)
         attacks_to_run (sequence): names and attacks; only with the version ``"custom"``. (Default: ())
@@ -125,6 +127,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         is_tf_model (bool): must be False, as TensorFlow models are not supported. (Default: False)
         device (str or torch.device): where the attacks run; ``None``: the model's. (Default: None)
         log_path (str): a file to which what is printed is added. (Default: None)
+        box (Box): the values that images can take; eps is the same share of every feature's width. (Default: [0, 1])
 
     Attributes:
         flags (list of Flag): after a run, what speaks against its result.
@@ -151,7 +154,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self,
         model: nn.Module | Callable[[Tensor], Tensor],
         norm: str = "Linf",
-        eps: float = 0.3,
+        eps: float | Tensor = 0.3,
         seed: int | None = None,
         verbose: bool = True,
         attacks_to_run: Sequence[Name] = (),
@@ -159,6 +162,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         is_tf_model: bool = False,
         device: str | torch.device | None = None,
         log_path: str | Path | None = None,
+        *,
+        box: Box = UNIT,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model=True: TensorFlow models are not supported, wrap the model in a torch.nn.Module")
@@ -166,9 +171,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_choice("version", version, VERSIONS)
         if attacks_to_run and version != "custom":
             raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
-        check_positive("eps", eps)
+        check_eps(eps)
         check_choice("norm", norm, tuple(NORMS))
         self._ready = False
+        self.box = box
         self.verbose, self.log_path = verbose, log_path
         model = model if isinstance(model, nn.Module) else Function(model)
         device = device or next(model.parameters(), torch.zeros(())).device
@@ -195,7 +201,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
-        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack")}
+        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack", "box")}
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
@@ -213,7 +219,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Run the attacks in order, each on the samples that the ones before left robust.
 
         Args:
-            x_orig, y_orig: images (N, C, H, W) in [0, 1], and classes (N,).
+            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,).
             bs: the number of samples per batch.
             return_labels: whether to return also what the model predicts, (N,).
             state_path: a file to which the run is saved, images included, and from which the same run goes on.
@@ -226,6 +232,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 differs); nothing has been run.
             FileNotFoundError: Where the folder of ``state_path`` does not exist.
         """
+        if not needs_no_box(self, x_orig):
+            inner, seen = from_unit_box(self, x_orig, y_orig)
+            found, predicted = inner.run_standard_evaluation(seen, y_orig, bs, True, state_path)
+            images = carried_back(self, inner, x_orig, y_orig, seen, found)
+            return (images, predicted) if return_labels else images
         path = None if state_path is None else Path(state_path)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"state_path {str(path)!r}: there is no folder {str(path.parent)!r}, make it first")
@@ -246,6 +257,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run each attack by itself, on all samples; return by name what `run_standard_evaluation` returns of it."""
+        if not needs_no_box(self, x_orig):
+            inner, seen = from_unit_box(self, x_orig, y_orig)
+            each = inner.run_standard_evaluation_individual(seen, y_orig, bs, True).items()
+            back = {called: carried_back(self, inner, x_orig, y_orig, seen, found) for called, (found, _) in each}
+            return {called: (back[called], labels) if return_labels else back[called] for called, (_, labels) in each}
         version, names, results = self.version, self.attacks_to_run, {}
         with self._untouched():
             chosen = self._prepare(x_orig, y_orig, bs)
@@ -261,13 +277,15 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """Return the share of right predictions, in [0, 1]."""
         with self._untouched():
-            accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=1.0, batch_size=bs).accuracy
+            accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=self.epsilon, batch_size=bs, box=self.box).accuracy
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
     def _prepare(self, x: Tensor, y: Tensor, bs: int) -> dict[str, Name]:
         """Look at the model, and return the attacks that will run, by what they are called."""
         check_images(x, "x_orig")
+        if len(x):
+            check_radius(self.epsilon, self.norm, x[0])
         check_labels(y, x, "y_orig")
         y = y.long()
         check_count("bs", bs)
