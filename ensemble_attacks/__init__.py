@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ensemble_attacks.models.surrogates import Expected as Expected
     from ensemble_attacks.models.surrogates import Surrogate as Surrogate
     from ensemble_attacks.models.surrogates import ZeroOrder as ZeroOrder
+    from ensemble_attacks.norms import Box as Box
 
 _HOMES = {  # of every public name, the module that defines it
     "A3": "attacks.a3",
@@ -44,6 +45,7 @@ _HOMES = {  # of every public name, the module that defines it
     "AggregateMismatchError": "errors",
     "AutoAttack": "hosts.autoattack",
     "BPDAIdentity": "attacks.bpda",
+    "Box": "norms",
     "CAA": "attacks.caa",
     "CrossMaxTransfer": "attacks.crossmax_transfer",
     "EOTAPGD": "attacks.apgd",

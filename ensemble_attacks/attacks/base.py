@@ -11,28 +11,29 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks.descent import loop
-from ensemble_attacks.descent.balls import make_ball
 from ensemble_attacks.descent.look import Draws
 from ensemble_attacks.descent.noise import generator_for, sample_keys
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.models.adopted import AdoptedEnsemble, check_protocol
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.view import Outputs, is_exact, look
-from ensemble_attacks.norms import UNIT, Box
+from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.validation import (
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
+    check_mask,
     check_norm,
-    check_positive,
+    check_radius,
     check_seed,
 )
 
@@ -40,15 +41,22 @@ NORMALIZED_SLACK = 1e-5  # how far normalising and inverting may round an image 
 
 
 class CarefulAttack(Attack):
-    """A torchattacks ``Attack`` that leaves everything as it found it, even after an exception.
+    """A torchattacks ``Attack`` whose every call is checked before any work, and leaves everything as it found it.
 
-    This holds for the model, the global random state, gradient mode, and its own normalisation. It can be called under
-    ``torch.no_grad()``.
+    Subclasses say what they do with images, labels and targets that can be used (`_attack`); what all attacks promise is
+    kept here. Beyond torchattacks: images, labels, settings, and what the model answers are checked; callers may be under
+    ``torch.no_grad()``; targets chosen at random belong to the image, whatever batch it is in; the model, the global random
+    state, gradient mode and the attack's own normalisation are left as they were, even after an exception.
+
+    Attributes:
+        box: the values that inputs can take.
+        mask: what may move, bool, of one input (...) or of each; ``None``: all.
     """
 
     needs_members = False
     seed: int
-    box: Box = UNIT
+    box: Box
+    mask: Tensor | None
 
     def __init__(self, name: str, model: nn.Module) -> None:
         super().__init__(name, as_module(model))
@@ -59,15 +67,80 @@ class CarefulAttack(Attack):
         It is called on construction and, as settings may be changed, at each call.
         """
 
-    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
-        """Raise on images in [0, 1] or labels that cannot be attacked."""
+    def _check_inputs(self, images: Tensor, labels: Tensor, **options: Any) -> None:
+        """Raise on images in the box or labels that cannot be attacked."""
         slack = 0.0
         if self.normalization_used is not None and isinstance(images, Tensor) and images.is_floating_point():
             slack = max(NORMALIZED_SLACK, 8 * torch.finfo(images.dtype).eps)
         check_images(images, slack=slack, box=self.box)
         check_labels(labels, images)
         if len(images):
+            if (eps := getattr(self, "eps", None)) is not None and (norm := getattr(self, "norm", None)) in NORMS:
+                check_radius(eps, norm, images[0], self.box)
+            check_mask(self.mask, images)
             check_dtype(self.model, images)
+
+    def _num_classes(self, images: Tensor) -> int:
+        """Return how many classes the model has, by what it answers on the first images.
+
+        Raises:
+            TypeError, ValueError: Where its answers are no scores.
+        """
+        shown = [self.model.target, self.model] if isinstance(self.model, Surrogate) else [self.model]
+        with private_random_state(self._own_seed, self.model), uncounted(self.model):
+            counts = [classes_of(model, self._as_taken(images[:2])) for model in shown]
+        if counts[0] != counts[-1]:
+            raise ValueError(f"the surrogate scores {counts[-1]} classes, the model {counts[0]}: both need the same")
+        return counts[0]
+
+    @property
+    def _own_seed(self) -> int:
+        return getattr(self, "seed", 0) or 0
+
+    def _targets(self, images: Tensor, labels: Tensor, num_classes: int) -> Tensor | None:
+        """Return the classes to reach, (N,); ``None``: the attack is not targeted."""
+        if not self.targeted:
+            return None
+        aim = self.get_target_label(images.clone(), labels.clone())
+        self._change_model_mode(None)  # torchattacks' target functions may end in model.train()
+        check_labels(aim, images, "target labels")
+        check_label_range(aim, num_classes, "target labels")
+        return aim.to(images.device).long()
+
+    def forward(self, images: Tensor, labels: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Attack images, and return adversarial ones.
+
+        Args:
+            images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
+            labels: (N,), integer class indices.
+            args, options: what else the attack takes.
+
+        Returns:
+            Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
+
+        Raises:
+            TypeError, ValueError: Where an argument or setting cannot be used, or the model answers no scores; nothing has
+                been changed.
+        """
+        self._check_inputs(images, labels, *args, **options)
+        device = images.device if self.device is None else self.device
+        images = self.box.inside(images.detach().to(device))
+        labels = labels.detach().to(device).long()
+        if not len(images):
+            return images.clone()
+        num_classes = self._num_classes(images)
+        check_label_range(labels, num_classes)
+        targets = self._targets(images, labels, num_classes)
+        return self._attack(images, labels, targets, num_classes, *args, **options)
+
+    def _attack(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
+    ) -> Tensor:
+        """Return adversarial images, (N, C, H, W), of images in the box that are left as they are.
+
+        The classes to leave are the ``labels``, those to reach the ``targets``, if there are any; all on the images' device.
+        """
+        raise NotImplementedError
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Expect normalised images from now on, with this mean and standard deviation of each channel.
@@ -94,6 +167,47 @@ class CarefulAttack(Attack):
         """Return the model's scores (N, K) of images in [0, 1], which are normalised where the model takes them so."""
         return ask(self.model, self._as_taken(inputs))
 
+    @torch.no_grad()
+    def get_output_with_eval_nograd(self, inputs: Tensor) -> Tensor:
+        """Return the model's scores (N, K) in eval mode, batch by batch."""
+        batch_size = getattr(self, "batch_size", None) or max(len(inputs), 1)
+        scores = super().get_output_with_eval_nograd
+        return torch.cat([scores(part) for part in inputs.split(batch_size)])
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
+        """Aim at the wrong class of the ``kth_min``-th lowest score, 1 the lowest.
+
+        Raises:
+            TypeError, ValueError: Where ``kth_min`` is no whole number of at least 1.
+        """
+        check_count("kth_min", kth_min)
+        super().set_mode_targeted_least_likely(kth_min, quiet)
+
+    def get_least_likely_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the wrong class of the ``kth_min``-th lowest score of each image, (N,).
+
+        Raises:
+            ValueError: Where ``kth_min`` is more than there are wrong classes.
+        """
+        num_classes = self._num_classes(inputs)
+        if self._kth_min >= num_classes:
+            raise ValueError(
+                f"kth_min is {self._kth_min}, but the model scores {num_classes} classes, of which {num_classes - 1} are "
+                f"wrong: use at most {num_classes - 1}"
+            )
+        return super().get_least_likely_label(inputs, labels)
+
+    def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return a wrong class for each image, (N,), uniformly at random, keyed by (seed, image)."""
+        scores_NK = self.get_output_with_eval_nograd(inputs)
+        labels = scores_NK.argmax(1) if labels is None else labels.to(scores_NK.device)
+        num_classes = scores_NK.shape[1]
+        shifts = [
+            torch.randint(1, num_classes, (), generator=generator_for(key, self._own_seed, -1), device="cpu")
+            for key in sample_keys(inputs, self.box)
+        ]
+        return (labels + torch.stack(shifts).to(labels)) % num_classes
+
     def set_model(self, model: nn.Module) -> None:
         model = as_module(model)
         if self.needs_members:
@@ -115,7 +229,7 @@ class CarefulAttack(Attack):
         self._check()
         normalized = self._normalization_applied
         try:
-            with guarded(self.model, seed=getattr(self, "seed", 0) or 0, evaluate=False):
+            with guarded(self.model, seed=self._own_seed, evaluate=False):
                 return super().__call__(inputs, labels, *args, **kwargs)
         finally:
             self._set_normalization_applied(normalized)
@@ -136,9 +250,8 @@ class DescentAttack(CarefulAttack):
     """A torchattacks ``Attack`` that runs in `ensemble_attacks.descent`.
 
     Subclasses say which stages to run (`_stages`) and by which step rule; everything that torchattacks users rely on
-    (``MultiAttack``, ``set_normalization_used``, ``set_mode_targeted_*``, ``save``, ...) works as usual. Beyond
-    torchattacks: inputs are checked, callers may be under ``torch.no_grad()``, the result does not depend on batch size or
-    order, and nothing about the model or the global random state is left changed, even after an exception.
+    (``MultiAttack``, ``set_normalization_used``, ``set_mode_targeted_*``, ``save``, ...) works as usual. The result does not
+    depend on batch size or order, and what a call needs beyond the images it returns grows with ``batch_size`` alone.
 
     Attributes:
         trace: a `Trace` to fill, or ``None``.
@@ -153,9 +266,20 @@ class DescentAttack(CarefulAttack):
     step_rule: type[StepRule]
 
     def __init__(
-        self, name: str, model: nn.Module, *, norm: str, eps: float, steps: int, seed: int, batch_size: int | None
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        norm: str,
+        eps: float | Tensor,
+        steps: int,
+        seed: int,
+        batch_size: int | None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__(name, model)
+        self.box, self.mask = box, mask
         self.norm, self.eps, self.steps, self.seed, self.batch_size = norm, eps, steps, seed, batch_size
         self.trace: Trace | None = None
         self.eot_iter: int | None = None
@@ -164,7 +288,7 @@ class DescentAttack(CarefulAttack):
 
     def _check(self) -> None:
         check_norm(self.norm)
-        check_positive("eps", self.eps)
+        check_eps(self.eps)
         check_count("steps", self.steps)
         check_seed(self.seed)
         if self.batch_size is not None:
@@ -184,6 +308,13 @@ class DescentAttack(CarefulAttack):
         """Return what the loop sees of images in [0, 1], which are normalised as in `get_logits`."""
         return look(self.model, self._as_taken(images), inside=self.needs_members, expected=self.eot_iter is not None)
 
+    def _radius(self) -> tuple[float, Tensor | None]:
+        """Return the ball's radius, and the scale that it is in (`Ball`): eps for each feature, 0 where nothing may move."""
+        eps, scale = (1.0, self.eps) if isinstance(self.eps, Tensor) else (self.eps, None)
+        if self.mask is not None:
+            scale = self.mask.double() if scale is None else scale.to(self.mask.device) * self.mask
+        return eps, scale
+
     def _draws(self, image: Tensor) -> Draws | None:
         """Return how to look at a random model; ``None`` where the expectation over its members is exact without draws."""
         if self.eot_iter is None or is_exact(self.model, self.outputs, image):
@@ -201,71 +332,52 @@ class DescentAttack(CarefulAttack):
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 
-    def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return a wrong class for each image, (N,), uniformly at random, keyed by (seed, image)."""
-        scores_NK = self.get_output_with_eval_nograd(inputs)
-        labels = scores_NK.argmax(1) if labels is None else labels.to(scores_NK.device)
-        num_classes = scores_NK.shape[1]
-        shifts = [
-            torch.randint(1, num_classes, (), generator=generator_for(key, self.seed, -1), device="cpu")
-            for key in sample_keys(inputs, self.box)
-        ]
-        return (labels + torch.stack(shifts).to(labels)) % num_classes
-
-    def forward(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
-        """Attack images, and return adversarial ones.
-
-        Args:
-            images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
-            labels: (N,), integer class indices.
-            start: images in [0, 1] to start from, (N, C, H, W), projected into the ball around ``images``; ``None``: at
-                random, or where the attack says, at ``images``.
-
-        Returns:
-            Adversarial images, shaped and typed like ``images``, inside the ball and the box, on the attack's device.
-
-        Raises:
-            TypeError, ValueError: Where an argument or setting cannot be used; nothing has been changed.
-        """
-        self._check_inputs(images, labels)
-        device = images.device if self.device is None else self.device
-        images = self.box.clamp(images.detach().clone().to(device))
-        labels = labels.detach().clone().to(device).long()
-        if not len(images):
-            return images
+    def _check_inputs(self, images: Tensor, labels: Tensor, start: Tensor | None = None, **options: Any) -> None:
+        super()._check_inputs(images, labels)
         if start is not None:
             check_images(start, "start", box=self.box)
             if start.shape != images.shape:
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
-            start = make_ball(self.norm, images, self.eps, self.box).project(start.detach().to(images))
+
+    def _num_classes(self, images: Tensor) -> int:
+        super()._num_classes(images)
         if self.needs_members and not isinstance(self.model, Surrogate):
             with uncounted(self.model):
                 check_protocol(self.model, self._as_taken(images), self.batch_size)
         with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
-            num_classes = self.outputs(images[:1]).scores_NK.shape[1]
-        check_label_range(labels, num_classes)
-        goal = Goal(labels)
-        if self.targeted:
-            aim = self.get_target_label(images, labels)
-            self._change_model_mode(None)  # torchattacks' target functions may end in model.train()
-            check_labels(aim, images, "target labels")
-            goal = Goal(labels, aim.to(device).long(), only=True)
-            check_label_range(aim, num_classes, "target labels")
+            return self.outputs(images[:1]).scores_NK.shape[1]
+
+    def _attack(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        num_classes: int,
+        start: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W).
+
+        They begin at ``start``, images in the box, (N, C, H, W), projected into the ball around ``images``; ``None``: at
+        random, or where the attack says, at ``images``.
+        """
+        eps, scale = self._radius()
         adversarial = loop.attack(
             self.outputs,
             images,
-            goal,
+            Goal(labels) if targets is None else Goal(labels, targets, only=True),
             self._plan(num_classes),
             norm=self.norm,
-            eps=self.eps,
+            eps=eps,
             steps=self.steps,
             step_rule=self._step_rule,
             seed=self.seed,
-            start=start,
+            start=None if start is None else start.detach().to(images),
             draws=self._draws(images[:1]),
             batch_size=self.batch_size,
             trace=self.trace,
             box=self.box,
+            scale=scale,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self._as_taken(adversarial), self.batch_size)

@@ -22,6 +22,7 @@ from ensemble_attacks.models.aggregations import log_mean_softmax
 from ensemble_attacks.models.softening import softened
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.models.votes import Vote, vote_of
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import best_other, gather, margin, mask_class
 from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
 
@@ -163,7 +164,7 @@ class MORA(DescentAttack):
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): gradient steps for each beta, and for each target. (Default: 100)
         betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
@@ -174,14 +175,16 @@ class MORA(DescentAttack):
             ``"derivative"``)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Raises:
         NotAnEnsembleError: Where ``model`` shows no members; `as_ensemble` can name them.
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
 
     Examples::
         >>> import torch
@@ -200,7 +203,7 @@ class MORA(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 100,
         betas: Sequence[float] = (0.5, 0.0, 0.25, 0.75, 1.0),
         targets: int = 0,
@@ -211,8 +214,12 @@ class MORA(DescentAttack):
         weight_rule: str = "derivative",
         eot_iter: int | None = None,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__(
+            "MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask
+        )
         self.eot_iter = eot_iter
         self.betas, self.targets, self.tau, self.aimed, self.weight_rule = betas, targets, tau, aimed, weight_rule
         self._check()

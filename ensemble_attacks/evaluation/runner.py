@@ -18,7 +18,7 @@ from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_at
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.adopted import check_protocol
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
@@ -31,6 +31,7 @@ from ensemble_attacks.validation import (
     check_labels,
     check_norm,
     check_positive,
+    check_radius,
     check_seed,
 )
 
@@ -71,6 +72,8 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_labels(y, x, "y")
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
+    if len(x):
+        check_radius(settings.eps, settings.norm, x[0])
     check_count("batch_size", settings.batch_size)
     check_seed(settings.seed)
     check_count("draws", settings.draws)
@@ -81,7 +84,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        classes = ask(model, few).shape[1]
+        classes = classes_of(model, few)
         check_label_range(y, classes, "y")
         for name in attacks:
             check_fit(name, classes, settings.norm, x.shape[1:])

@@ -23,6 +23,7 @@ from torchattacks.attack import Attack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, choose, fitting
 from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
@@ -34,14 +35,15 @@ from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, ordinary
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
-from ensemble_attacks.norms import NORMS
+from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.validation import (
     check_choice,
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
-    check_positive,
+    check_radius,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
     Arguments:
         model (nn.Module): images (N, C, H, W) in [0, 1] -> scores (N, K); any function will do for the original's attacks.
         norm (str): ``"Linf"``, ``"L2"`` or, for the original's attacks, ``"L1"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 0.3)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 0.3)
         seed (int): seed of all attacks; ``None``: taken from the clock, as in the original. (Default: None)
         verbose (bool): whether to print what happens. (Default: True)
         attacks_to_run (sequence): names and attacks; only with the version ``"custom"``. (Default: ())
@@ -78,6 +80,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         is_tf_model (bool): must be False, as TensorFlow models are not supported. (Default: False)
         device (str or torch.device): where the attacks run; ``None``: the model's. (Default: None)
         log_path (str): a file to which what is printed is added. (Default: None)
+        box (Box): the values that images can take; eps is the same share of every feature's width. (Default: [0, 1])
 
     Attributes:
         flags (list of Flag): after a run, what speaks against its result.
@@ -105,7 +108,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self,
         model: nn.Module | Callable[[Tensor], Tensor],
         norm: str = "Linf",
-        eps: float = 0.3,
+        eps: float | Tensor = 0.3,
         seed: int | None = None,
         verbose: bool = True,
         attacks_to_run: Sequence[Name] = (),
@@ -113,6 +116,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         is_tf_model: bool = False,
         device: str | torch.device | None = None,
         log_path: str | Path | None = None,
+        *,
+        box: Box = UNIT,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model=True: TensorFlow models are not supported, wrap the model in a torch.nn.Module")
@@ -120,9 +125,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_choice("version", version, VERSIONS)
         if attacks_to_run and version != "custom":
             raise ValueError(f"attacks_to_run goes with version='custom', not {version!r}: leave one of them out")
-        check_positive("eps", eps)
+        check_eps(eps)
         check_choice("norm", norm, tuple(NORMS))
         self._ready = False
+        self.box = box
         self.verbose, self.log_path = verbose, log_path
         module = as_module(model)
         device = device or device_of(module, torch.device("cpu"))
@@ -154,7 +160,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
-        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack")}
+        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack", "box")}
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
@@ -172,7 +178,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Run the attacks in order, each on the samples that the ones before left robust.
 
         Args:
-            x_orig, y_orig: images (N, C, H, W) in [0, 1], and classes (N,).
+            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,).
             bs: the number of samples per batch.
             return_labels: whether to return also what the model predicts, (N,).
             state_path: a file to which the run is saved, images included, and from which the same run goes on.
@@ -185,6 +191,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 differs); nothing has been run.
             FileNotFoundError: Where the folder of ``state_path`` does not exist.
         """
+        if not needs_no_box(self, x_orig):
+            inner, seen = from_unit_box(self, x_orig, y_orig)
+            found, predicted = inner.run_standard_evaluation(seen, y_orig, bs, True, state_path)
+            images = carried_back(self, inner, x_orig, y_orig, seen, found)
+            return (images, predicted) if return_labels else images
         path = None if state_path is None else Path(state_path)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"state_path {str(path)!r}: there is no folder {str(path.parent)!r}, make it first")
@@ -198,6 +209,11 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run each attack by itself, on all samples; return by name what `run_standard_evaluation` returns of it."""
+        if not needs_no_box(self, x_orig):
+            inner, seen = from_unit_box(self, x_orig, y_orig)
+            each = inner.run_standard_evaluation_individual(seen, y_orig, bs, True).items()
+            back = {called: carried_back(self, inner, x_orig, y_orig, seen, found) for called, (found, _) in each}
+            return {called: (back[called], labels) if return_labels else back[called] for called, (_, labels) in each}
         version, names, results = self.version, self.attacks_to_run, {}
         errors: dict[str, Exception] = {}
         with self._untouched():
@@ -226,13 +242,17 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         with self._untouched():
             x, y = self._checked(x_orig, y_orig, bs)
             random = structure_of(self.model, x[:SEEN].to(self.device), seed=self.seed or 0).random
-            accuracy = judge(self.model, x, y, x, eps=1.0, batch_size=bs, draws=self.draws if random else 1).accuracy
+            draws = self.draws if random else 1
+            judged = judge(self.model, x, y, x, eps=self.epsilon, batch_size=bs, draws=draws, box=self.box)
+        accuracy = judged.accuracy
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
     def _checked(self, x: Tensor, y: Tensor, bs: int) -> tuple[Tensor, Tensor]:
         """Return images and labels (N,), int64, which gradients can be had through, or raise where they are unusable."""
         check_images(x, "x_orig")
+        if len(x):
+            check_radius(self.epsilon, self.norm, x[0])
         check_labels(y, x, "y_orig")
         check_count("bs", bs)
         check_count("draws", self.draws)
