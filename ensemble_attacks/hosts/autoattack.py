@@ -276,8 +276,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """Return the share of right predictions, in [0, 1]."""
+        room = self.box.diameter("Linf", x_orig[0]) if isinstance(x_orig, Tensor) and len(x_orig) else 1.0
         with self._untouched():
-            accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=self.epsilon, batch_size=bs, box=self.box).accuracy
+            accuracy = judge(self.model, x_orig, y_orig, x_orig, eps=room, batch_size=bs, box=self.box).accuracy
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
