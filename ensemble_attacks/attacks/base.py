@@ -111,7 +111,7 @@ class CarefulAttack(Attack):
         """Attack images, and return adversarial ones.
 
         Args:
-            images: (N, C, H, W), floating point in [0, 1] (normalised after ``set_normalization_used``).
+            images: (N, ...), such as (N, C, H, W), floating point in the box (normalised after ``set_normalization_used``).
             labels: (N,), integer class indices.
             args, options: what else the attack takes.
 
@@ -124,8 +124,8 @@ class CarefulAttack(Attack):
         """
         self._check_inputs(images, labels, *args, **options)
         device = images.device if self.device is None else self.device
-        images = self.box.inside(images.detach().to(device))
-        labels = labels.detach().to(device).long()
+        images, labels = (t.clone() if t.is_inference() else t for t in (images.detach(), labels.detach()))
+        images, labels = self.box.inside(images.to(device)), labels.to(device).long()
         if not len(images):
             return images.clone()
         num_classes = self._num_classes(images)
@@ -136,7 +136,7 @@ class CarefulAttack(Attack):
     def _attack(
         self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
     ) -> Tensor:
-        """Return adversarial images, (N, C, H, W), of images in the box that are left as they are.
+        """Return adversarial images, (N, ...), of images in the box that are left as they are.
 
         The classes to leave are the ``labels``, those to reach the ``targets``, if there are any; all on the images' device.
         """
@@ -356,9 +356,9 @@ class DescentAttack(CarefulAttack):
         start: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Return adversarial images (N, C, H, W).
+        """Return adversarial images (N, ...).
 
-        They begin at ``start``, images in the box, (N, C, H, W), projected into the ball around ``images``; ``None``: at
+        They begin at ``start``, images in the box, (N, ...), projected into the ball around ``images``; ``None``: at
         random, or where the attack says, at ``images``.
         """
         eps, scale = self._radius()

@@ -168,7 +168,7 @@ class FrontEndReversal(ComposedAttack):
             if not len(rows):
                 break
             seen = self._seen(start[rows])
-            largest = self.inner.box.diameter(self.norm, seen[0])
+            largest = UNIT.diameter(self.norm, seen[0])
             self.inner.eps = min(amplification * self.eps / 2**round_ / (2 * REACH), largest)
             try:
                 found = self.inner(seen, labels[rows]).to(seen)

@@ -103,7 +103,7 @@ class L2Ball(Ball, norm="L2"):
         super().__init__(clean, eps, box, scale)
         # Room for the rounding of every pixel of clean + delta and of the norm itself.
         unit = torch.finfo(clean.dtype).eps / 2
-        features = clean[0].numel() ** 0.5 if self.scale is None else self._units(torch.ones_like(clean[:1])).norm().item()
+        features = clean[0].numel() ** 0.5 if self.scale is None else self._most_units()
         self.radius = eps * (1 - 16 * unit) - unit * box.magnitude * features
         if self.radius <= 0:
             raise ValueError(
@@ -135,8 +135,12 @@ class L2Ball(Ball, norm="L2"):
         """Return perturbations (N, ...) in the ball's own units, in which it is round; 0 where nothing may move."""
         if self.scale is None:
             return delta
-        scale = self.scale[: len(delta)].to(delta.dtype)
+        scale = self.scale.to(delta.dtype)
         return torch.where(scale > 0, delta / scale, 0)
+
+    def _most_units(self) -> float:
+        """Return the size of a perturbation by 1 of all that may move, in the ball's units, the largest of any sample."""
+        return l2_norm(self._units(torch.ones_like(self.clean))).amax().item()
 
     def steepest(self, gradient: Tensor) -> Tensor:
         gradient = self.scaled(gradient)

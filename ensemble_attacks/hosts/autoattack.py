@@ -239,12 +239,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """Return the share of right predictions, in [0, 1]; of a random model, the mean over its draws."""
+        check_images(x_orig, "x_orig", box=self.box)
+        check_labels(y_orig, x_orig, "y_orig")
         with self._untouched():
-            x, y = self._checked(x_orig, y_orig, bs)
-            random = structure_of(self.model, x[:SEEN].to(self.device), seed=self.seed or 0).random
+            x, y = ordinary(x_orig), ordinary(y_orig).long()
+            random = len(x) and structure_of(self.model, x[:SEEN].to(self.device), seed=self.seed or 0).random
+            room = self.box.diameter("Linf", x[0]) if len(x) else 1.0
             draws = self.draws if random else 1
-            judged = judge(self.model, x, y, x, eps=self.epsilon, batch_size=bs, draws=draws, box=self.box)
-        accuracy = judged.accuracy
+            accuracy = judge(self.model, x, y, x, eps=room, batch_size=bs, draws=draws, box=self.box).accuracy
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 

@@ -137,6 +137,15 @@ def test_bpda_of_a_part_that_works_in_place(batch: tuple[Tensor, Tensor]) -> Non
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_tensors_made_in_inference_mode(name: str, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch[0][:6].float(), batch[1][:6]
+    attack = ALL[name](make_ensemble(dtype=torch.float32))
+    with torch.inference_mode():
+        made = images.clone(), labels.clone()
+    assert torch.equal(attack(*made), attack(images, labels))
+
+
 def test_an_attack_leaves_the_callers_tensors(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch[0].float(), batch[1]
     before = images.clone(), labels.clone()
