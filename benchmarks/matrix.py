@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import ensemble_attacks
 from benchmarks.behaviours import BEHAVIOURS, EPS, NAMES, PASSES, Case, ModelError
 from ensemble_attacks import AutoAttack, as_ensemble, judge
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import RECORDS, find_maker
 from ensemble_attacks.diagnostics import diagnose

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, Ensemble, judge
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from tests.helpers import VOTES
 
 ATTACKS: dict[str, Callable[..., CarefulAttack]] = {

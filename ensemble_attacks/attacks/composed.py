@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.norms import UNIT
 
 ANYWHERE = {"box": UNIT, "mask": None}  # of parts that do not say

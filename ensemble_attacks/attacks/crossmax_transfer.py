@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.apgd import EOTAPGD
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.composed import ComposedAttack
 from ensemble_attacks.models.surrogates import Surrogate
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.descent.balls import Ball, make_ball
 from ensemble_attacks.judge import outside
 from ensemble_attacks.models.ask import Asked, as_module

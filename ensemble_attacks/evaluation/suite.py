@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack
+from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.attacks.bpda import BPDAIdentity
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ensemble_attacks
 from ensemble_attacks import APGD, AutoAttack, CrossMaxTransfer, Ensemble, as_ensemble, judge
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
 from ensemble_attacks.evaluation.runner import evaluate
