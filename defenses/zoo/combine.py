@@ -1,4 +1,4 @@
-"""Put models together by name: ``ensemble:A+B?vote=voting``, ``crossmax:A+B?k=1``, ``randomized:A+B?probabilities=0.4,0.6``."""
+"""Put models together by name, as in ``ensemble:A+B?vote=voting``, ``crossmax:A+B?k=1`` or ``randomized:A+B?per=batch``."""
 
 from __future__ import annotations
 

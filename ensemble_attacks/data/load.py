@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,16 +55,30 @@ def load_dataset(
     >>> images.shape, labels.dtype
     (torch.Size([4, 1, 8, 8]), torch.int64)
     """
+    check_range(n, first)
+    opened = open_dataset(name, split, data_dir=data_dir, download=download, transform=transform)
+    return opened.take(numbers_of(opened, range(len(opened)) if rows is None else rows, n, first, split))
+
+
+def check_range(n: int | None, first: int) -> None:
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}")
-    opened = open_dataset(name, split, data_dir=data_dir, download=download, transform=transform)
-    numbers = range(len(opened)) if rows is None else rows
-    if n is not None and first + n > len(numbers):
-        which = "images" if not first else f"images, {max(0, len(numbers) - first)} from number {first} on"
-        raise ValueError(f"n is {n}, but the {split} split of {name} has {len(numbers)} {which}: ask for at most that many")
-    return opened.take(numbers[first : None if n is None else first + n])
+
+
+def numbers_of(
+    opened: Opened, rows: Sequence[int], n: int | None = None, first: int = 0, split: str = "test"
+) -> Sequence[int]:
+    """Return ``n`` of the rows, from number ``first`` on; raise a `ValueError` where there are fewer."""
+    check_range(n, first)
+    left = len(rows) - first
+    if left < (n or 1):
+        which = "images" if not first else f"images, {max(0, left)} from number {first} on"
+        raise ValueError(
+            f"n is {n or 1}, but the {split} split of {opened.name} has {len(rows)} {which}: ask for at most that many"
+        )
+    return rows[first : None if n is None else first + n]
 
 
 def open_dataset(
@@ -120,11 +133,11 @@ def _of_function(name: str, source: Any) -> Opened:
     return from_python(sources.call(name), name)
 
 
-@contextmanager
-def offered(name: str, data: Opened) -> Iterator[None]:
-    """Let `load_dataset` find data of a Python program under a name, within the context."""
-    OFFERED[name] = data
-    try:
-        yield
-    finally:
-        del OFFERED[name]
+def state_of(name: str) -> Hashable:
+    """Return what changes when the data of a name do, without reading them, as far as that can be told."""
+    path = Path(name)
+    if name in OFFERED:
+        return id(OFFERED[name])
+    if name not in known_datasets() and sources.is_function(name):
+        return tuple(sources.sources_of(name).items())
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None

@@ -11,8 +11,7 @@ Such a module has ``list_models(dataset, model_dir) -> list[str]`` and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -58,16 +57,6 @@ def list_models(dataset: str | None = None, model_dir: str | Path | None = None)
 def _all(attribute: str) -> dict[str, Any]:
     """Return the functions that providers have by kind; the first provider's, where several have one."""
     return {kind: make for one in reversed(providers()) for kind, make in getattr(one, attribute, {}).items()}
-
-
-@contextmanager
-def offered(name: str, model: nn.Module) -> Iterator[None]:
-    """Let `load_model` find a model of a Python program under a name, within the context."""
-    OFFERED[name] = model
-    try:
-        yield
-    finally:
-        del OFFERED[name]
 
 
 def load_model(
@@ -182,6 +171,16 @@ def _classes(name: str, net: nn.Module, dataset: str) -> int | None:
         raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {reason}") from None
 
 
+def functions_in(name: str) -> list[str]:
+    """Return the names of a user's functions in a model's name, such as the members of ``ensemble:nets.py:a+nets.py:b``."""
+    body, _ = split_options(name)
+    match = KIND.fullmatch(body)
+    if match and match["kind"] in _all("COMBINATIONS"):
+        return [one for part in outermost(match["body"], "+") for one in functions_in(unwrapped(part))]
+    theirs = name in OFFERED or (match and match["kind"] in _all("KINDS"))
+    return [name] if not theirs and sources.is_function(name) else []
+
+
 def implied_dataset(name: str, model_dir: str | Path | None = None) -> str | None:
     """Return the dataset that a model's name implies; ``None`` where it is none or several."""
     body, _ = split_options(name)
@@ -191,6 +190,6 @@ def implied_dataset(name: str, model_dir: str | Path | None = None) -> str | Non
         return found.pop() if len(found) == 1 else None
     listed = {dataset for dataset in DATASETS if name in list_models(dataset, model_dir)}
     listed |= {one for provider in providers() for one in getattr(provider, "datasets_of", lambda name: [])(name)}
-    if not listed and not (match and match["kind"] in _all("KINDS")) and sources.is_function(name):
+    if not listed and functions_in(name):
         return suggested_dataset(name)
     return listed.pop() if len(listed) == 1 else None
