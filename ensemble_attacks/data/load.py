@@ -120,7 +120,8 @@ def _opened(name: str, split: str, data_dir: Path, download: bool) -> Opened:
     if path.is_dir():
         images, labels, classes = open_folder(path)
         return Opened(name, images, labels, classes)
-    raise unknown_name("dataset", name, [*known_datasets(), "file.npz", "folder", "file.py:function"])
+    told = unknown_name("dataset", name, known_datasets())
+    raise ValueError(f"{told}; or a .npz or .safetensors file, a folder of pictures by class, or file.py:function")
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ensemble_attacks.data.transforms import Transform, transform_of
 
-CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3)
 
 
 class Images(Protocol):
@@ -129,7 +129,11 @@ def from_python(data: Any, name: str, *, classes: int | None = None) -> Opened:
             raise ValueError(f"{name} is empty: there is nothing to attack")
         images, labels = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches, strict=True))
         return Opened(name, *as_pair(images, labels, name), classes=classes)
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, (str, dict, tuple, list)):
+    if (
+        not hasattr(data, "__getitem__")
+        or not hasattr(data, "__len__")
+        or isinstance(data, (str, dict, tuple, list, Tensor, np.ndarray))
+    ):
         raise TypeError(f"{name} is a {type(data).__name__}: expected a pair (images, labels), a Dataset, or a DataLoader")
     if not len(data):
         raise ValueError(f"{name} is empty: there is nothing to attack")
@@ -165,7 +169,7 @@ def as_pair(images: Any, labels: Any, name: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images of {name} have dtype {x.dtype}: store uint8 (0 to 255), or floating point in [0, 1]")
     if x.dim() == 3:
         raise ValueError(f"images of {name} have shape {tuple(x.shape)}: grey ones are (N, 1, H, W), as images[:, None]")
-    if x.dim() == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS:
+    if x.dim() == 4 and x.shape[1] > max(CHANNELS) and x.shape[3] in CHANNELS:
         if x.is_floating_point():
             raise ValueError(
                 f"images of {name} have shape {tuple(x.shape)}, channels last: store images.transpose(0, 3, 1, 2)"

@@ -111,8 +111,9 @@ def load_model(
         return model_of_function(name)
     if Path(body).is_dir():
         return able_to("load_folder").load_folder(Path(body), vote)
-    known = [*list_models(dataset if dataset in DATASETS else None, model_dir), *(f"{kind}:NAME" for kind in kinds)]
-    raise unknown_name(f"model for {dataset}", name, known)
+    told = unknown_name(f"model for {dataset}", name, list_models(dataset if dataset in DATASETS else None, model_dir))
+    others = [*(f"{kind}:NAME" for kind in kinds), *(f"{kind}:A+B" for kind in combinations)]
+    raise ValueError(f"{told}; or file.py:function, a folder, {', '.join(others)}")
 
 
 def _combined(name: str, combinations: dict[str, Callable[..., Any]], vote: str, places: dict[str, Any]) -> nn.Module:
