@@ -30,6 +30,38 @@ class LedgerError(RuntimeError):
     """An error that is raised where a run's folder cannot be used: damaged, not writable, unfinished, or of another run."""
 
 
+class AttackFailedError(RuntimeError):
+    """An error that is raised where no attack of a pipeline could be run to its end; the message says why, of each."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, which is no fault of an attack's: a smaller batch may do."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = str(error).lower()
+    return (
+        bool(kinds & {"MemoryError", "OutOfMemoryError"})
+        or "can't allocate memory" in said
+        or (isinstance(error, RuntimeError) and "out of memory" in said)
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says, for one line of a summary."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+
+
+def none_completed(errors: dict[str, Exception]) -> Exception:
+    """Return what is raised where all attacks failed, by name: the first error if it tells of unusable arguments."""
+    first = next(iter(errors.values()))
+    if isinstance(first, (TypeError, ValueError, AttackFailedError)):
+        return first
+    said = "; ".join(f"{name}: {reason(error)}" for name, error in errors.items())
+    failed = AttackFailedError(f"no attack could be run to its end: {said}")
+    failed.__cause__ = first
+    return failed
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """Return a `ValueError` for a name that is not registered, which tells the nearest one that is."""
     known = sorted(known)
@@ -37,3 +69,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.4)
     hint = f"did you mean {by_case[nearest[0]]!r}? " if nearest else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def said(error: BaseException, limit: int = 300) -> str:
+    """Return the kind of an error and what it says, on one line of at most ``limit`` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -55,15 +55,15 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
             f"{name} has shape {tuple(labels.shape)}: expected ({len(images)},), one class index per image "
             "(for one-hot labels, use argmax(1))"
         )
-    if len(labels) and labels.min() < 0:
-        raise ValueError(f"{name} holds {labels.min().item()}: class indices start at 0")
+    if len(labels) and labels.long().min() < 0:  # unsigned types have no min
+        raise ValueError(f"{name} holds {labels.long().min().item()}: class indices start at 0")
 
 
 def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") -> None:
     """Raise a `ValueError` where labels hold a class index that the model has no score for."""
-    if len(labels) and labels.max() >= num_classes:
+    if len(labels) and labels.long().max() >= num_classes:
         raise ValueError(
-            f"{name} holds {labels.max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
+            f"{name} holds {labels.long().max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
         )
 
 
@@ -86,6 +86,17 @@ def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) ->
         raise TypeError(f"model {model} returns {scores.dtype}: expected floating-point scores")
     if y is not None:
         check_label_range(y, scores.shape[1], "y")
+
+
+def check_same_classes(members: Sequence[Tensor], called: str = "members") -> None:
+    """Raise a `ValueError` where members answer with different numbers of classes; names them and theirs."""
+    counts = [member.shape[-1] for member in members]
+    if len(set(counts)) > 1:
+        theirs = ", ".join(f"{called}[{index}]: {count}" for index, count in enumerate(counts))
+        raise ValueError(
+            f"the {called} score different numbers of classes ({theirs}): they need the same K; map each to the ensemble's "
+            "classes (ensemble_attacks.models.mapped.Mapped)"
+        )
 
 
 def check_member_logits(logits: object, n: int, model: str) -> None:

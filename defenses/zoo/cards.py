@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,23 @@ from torch import Tensor, nn
 from defenses.architectures import ARCHITECTURES, MIXED, networks
 from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
-from ensemble_attacks.errors import WeightsError, unknown_name
+from defenses.randomized import RandomizedEnsemble
+from ensemble_attacks.errors import WeightsError, said, unknown_name
 from ensemble_attacks.files import whole_file
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, Vote
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
 NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type
-OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architecture, where a card has them
+OPTIONS = ("num_classes", "negative_slope", "normalization", "in_channels", "probabilities")  # where a card has them
 
 
-def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Any:
+def make_ensemble(
+    architecture: str, members: int, vote: str = "softmax", probabilities: Sequence[float] | None = None, **options: Any
+) -> Any:
     """Return an untrained ensemble of equal members, or of ``mixed`` ones; ``options`` are those of the architecture.
 
-    Self-ensembles have a vote of their own.
+    Self-ensembles have a vote of their own, and one with ``probabilities`` draws its members and has none.
     """
     if architecture in SELF_ENSEMBLES:
         parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
@@ -42,7 +46,8 @@ def make_ensemble(architecture: str, members: int, vote: str = "softmax", **opti
     chosen = networks(architecture, members)
     if unknown := next((name for name in chosen if name not in known), None):
         raise unknown_name("architecture", unknown, {**known, **SELF_ENSEMBLES, **MIXED})
-    return Ensemble([known[name](**options) for name in chosen], vote)
+    built = [known[name](**options) for name in chosen]
+    return Ensemble(built, vote) if probabilities is None else RandomizedEnsemble(built, probabilities)
 
 
 def check_name(name: str) -> None:
@@ -75,7 +80,12 @@ def read_model(stem: Path, vote: str = "softmax") -> Any:
     """
     card = read_card(stem)
     options = {key: card[key] for key in OPTIONS if key in card}
-    ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
+    try:
+        ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"the card {stem}.json describes no model ({said(error)}): restore it, or train it again"
+        ) from None
     try:
         ensemble.load_state_dict(read_weights(stem.with_suffix(".safetensors"), card["sha256"]))
     except RuntimeError as error:
@@ -115,7 +125,11 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise WeightsError(f"the weights {path} have sha256 {found}, the card says {sha256}: fetch or train them again")
-    return {key: value.float() if value.is_floating_point() else value for key, value in load_safetensors(content).items()}
+    try:
+        tensors = load_safetensors(content)
+    except Exception as error:  # safetensors' own kind
+        raise WeightsError(f"the weights {path} are no safetensors ({said(error)}): fetch or train them again") from None
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from defenses.architectures import Normalize
 from defenses.zoo.cards import read_card, read_model
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import WeightsError, unknown_name
-from ensemble_attacks.files import load_tensors
+from ensemble_attacks.errors import WeightsError, said, unknown_name
+from ensemble_attacks.files import load_tensors, plain_objects
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that most networks were trained with
 
@@ -33,7 +33,13 @@ def _timm(name: str, options: dict[str, Any], **_: Any) -> nn.Module:
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     weights = options.pop("weights", None)
-    net = timm.create_model(name, pretrained=weights is None, **options)
+    try:
+        net = timm.create_model(name, pretrained=weights is None, **options)
+    except (Exception, SystemExit) as error:
+        raise WeightsError(
+            f"timm's model {name!r} cannot be built with its published weights ({said(error)}): try again online, put them "
+            f"into timm's cache (HF_HOME, TORCH_HOME) first, or give a file, timm:{name}?weights=FILE"
+        ) from error
     _restore(net, weights)
     about = getattr(net, "pretrained_cfg", None) or net.default_cfg  # the latter is older timm's
     return _normalized(net, about["mean"], about["std"])
@@ -100,7 +106,7 @@ def _hf(name: str, options: dict[str, Any], **_: Any) -> nn.Module:
     try:
         transformers: Any = import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"hf:{name} needs transformers ({error}): pip install transformers") from error
+        raise ImportError(f"hf:{name} needs transformers ({said(error)}): pip install transformers") from error
     if options:
         raise unknown_name("option of hf:", next(iter(options)), ())
     try:
@@ -166,7 +172,33 @@ def _robustbench(
         raise unknown_name(f"model for {dataset}, here and in RobustBench's zoo,", name, {*own, *zoo})
     from robustbench.utils import load_model
 
-    return load_model(name, model_dir=str(model_dir or "models"), dataset=dataset, threat_model=threat_model)
+    place = Path(model_dir or "models")
+    try:
+        with plain_objects():
+            return load_model(name, model_dir=str(place), dataset=dataset, threat_model=threat_model)
+    except (Exception, SystemExit) as error:
+        raise WeightsError(
+            f"RobustBench's model {name!r} cannot be loaded: {_fault(place / dataset / threat_model / f'{name}.pt', error)}"
+        ) from error
+
+
+def _fault(path: Path, error: BaseException) -> str:
+    """Return what is wrong with the files of a model in RobustBench's zoo, which could not be loaded, and the remedy."""
+    files = [file for file in sorted(path.parent.glob(f"{path.name}*")) if file.is_file()]
+    if not files:
+        return f"{path} could not be fetched ({said(error)}): try again later, or put the weights there by hand"
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                page = content.read(64).lstrip().startswith(b"<")
+            reason = "it is a web page, such as one that tells of a quota" if page else ""
+            if not page:
+                load_tensors(file)
+        except (ValueError, OSError) as damage:
+            reason = str(damage)
+        if reason:
+            return f"{file} holds no weights ({reason}): remove it, and fetch it again, or put the weights there by hand"
+    return f"{', '.join(map(str, files))}: {said(error)}: remove what is not this model's, and fetch it again"
 
 
 def _zoo() -> dict[str, dict[str, Any]]:

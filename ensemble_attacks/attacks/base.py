@@ -17,8 +17,9 @@ from ensemble_attacks.descent.noise import generator_for, sample_keys
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.models.adopted import AdoptedEnsemble, check_protocol
 from ensemble_attacks.models.ask import as_module, ask, check_dtype
-from ensemble_attacks.models.ensembles import AdoptedEnsemble, check_members, check_protocol, member_probabilities
+from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import evaluating, preserved, private_random_state
@@ -60,7 +61,10 @@ class CarefulAttack(Attack):
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         """Raise on images in [0, 1] or labels that cannot be attacked."""
-        check_images(images, slack=0.0 if self.normalization_used is None else NORMALIZED_SLACK, box=self.box)
+        slack = 0.0
+        if self.normalization_used is not None and isinstance(images, Tensor) and images.is_floating_point():
+            slack = max(NORMALIZED_SLACK, 8 * torch.finfo(images.dtype).eps)
+        check_images(images, slack=slack, box=self.box)
         check_labels(labels, images)
         if len(images):
             check_dtype(self.model, images)
@@ -71,6 +75,16 @@ class CarefulAttack(Attack):
         Float64 arrays are taken, too, which would turn torchattacks' inputs to double.
         """
         super().set_normalization_used([float(m) for m in mean], [float(s) for s in std])
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """Return images in [0, 1] normalised, in their own type, whatever torch's default is."""
+        mean, std = (self.normalization_used[name].to(inputs) for name in ("mean", "std"))
+        return (inputs - mean) / std
+
+    def inverse_normalize(self, inputs: Tensor) -> Tensor:
+        """Return normalised images in [0, 1], in their own type, whatever torch's default is."""
+        mean, std = (self.normalization_used[name].to(inputs) for name in ("mean", "std"))
+        return inputs * std + mean
 
     def _as_taken(self, images: Tensor) -> Tensor:
         """Return images in [0, 1] as the model takes them: normalised as `get_logits` does."""
@@ -226,7 +240,7 @@ class DescentAttack(CarefulAttack):
             start = make_ball(self.norm, images, self.eps, self.box).project(start.detach().to(images))
         if self.needs_members and not isinstance(self.model, Surrogate):
             with uncounted(self.model):
-                check_protocol(self.model, self._as_taken(images))
+                check_protocol(self.model, self._as_taken(images), self.batch_size)
         with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
             num_classes = self.outputs(images[:1]).scores_NK.shape[1]
         check_label_range(labels, num_classes)
@@ -254,17 +268,5 @@ class DescentAttack(CarefulAttack):
             box=self.box,
         )
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
-            self.model.warn_of_mismatch(self._as_taken(adversarial))
+            self.model.warn_of_mismatch(self._as_taken(adversarial), self.batch_size)
         return adversarial
-
-
-def craft(attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """Run anybody's attack, in batches, leaving all as it was, and return the images on the device of ``x``.
-
-    The attacks of this package see to the batches and to leaving all as it was themselves.
-    """
-    if isinstance(attack, CarefulAttack):
-        return attack(x, y).to(x.device)
-    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    with guarded(attack.model, seed=seed, evaluate=False):
-        return torch.cat([attack(images, labels).detach().to(x) for images, labels in parts])

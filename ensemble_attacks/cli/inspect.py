@@ -25,7 +25,8 @@ from ensemble_attacks.evaluation.audit import verify as verify_run
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench, read_bundle
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.manifest import Sweep, subjects_of
-from ensemble_attacks.evaluation.origins import check_fit
+from ensemble_attacks.evaluation.origins import check_fit as check_images_fit
+from ensemble_attacks.evaluation.suite import check_fit
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.structure import structure_of
@@ -69,7 +70,9 @@ def diagnose(
     if attack is not None:
         maker = find_maker(attack)
         find_attack(attack).check(net, attack)
-        eot_iter = diagnostics.EOT_ITER if structure_of(net, x[:8].to(device), seed).random else None
+        structure = structure_of(net, x[:8].to(device), seed)
+        check_fit(attack, structure.classes, "Linf", x.shape[1:])
+        eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
     table = Table(title=f"{model}, {vote}, {subjects.dataset}, Linf {eps:g}, {len(x)} images")
@@ -171,7 +174,7 @@ def verify(
     opened = open_dataset(str(dataset), data_dir=data_dir or "data", transform=transform)
     x, y = opened.take(numbers_of(opened, range(len(opened)), len(images_adv)))
     net = providers.load_model(str(model), model_dir, str(dataset), vote=vote or about.get("vote") or "softmax")
-    check_fit(str(model), net, x, y, str(dataset), opened.classes)
+    check_images_fit(str(model), net, x, y, str(dataset), opened.classes)
     draws = about.get("draws", 1) if draws is None else draws
     norm = norm or about.get("threat_model", "Linf")
     verdict = judge(net, x, y, images_adv, eps=radius(eps), norm=norm, draws=draws)

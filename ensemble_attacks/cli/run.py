@@ -169,6 +169,7 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         invalid = "".join(f" ({row[kind]} {kind})" for kind in ("invalid", "outside") if row.get(kind))
+        invalid += f" (without {', '.join(row['failed'])})" if row.get("failed") else ""
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(

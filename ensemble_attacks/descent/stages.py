@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +62,7 @@ class Trace:
             start, was a success already, `NEVER` if it held out.
     """
 
-    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
     fooled_in: list[Tensor] = field(default_factory=list, repr=False)
 
     def begin(self, fooled_in: Tensor, seen: Sequence[Point]) -> None:
@@ -73,7 +72,7 @@ class Trace:
         self.add(-1, 0, int((fooled_in < 0).sum()), forwards, seen[-1].backwards, seen[-1].loss_N.sum())
 
     def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
-        sums = self._sums[stage, step]
+        sums = self._sums.setdefault((stage, step), [0.0] * 4)
         for column, value in enumerate((fooled, forwards, backwards, loss)):
             sums[column] += float(value)
 

@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.diagnostics.advice import attacks_for
 from ensemble_attacks.diagnostics.examination import FEWEST_DIAGNOSED, Examination
-from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis
+from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
@@ -70,7 +70,9 @@ def diagnose(
         with torch.no_grad():
             check_label_range(y, ask(model, x).shape[1], "y")
         examined = Examination(model, x, y, eps, seed, attack)
-        checks = [*of_structure(examined, was_training), *of_gradients(examined)]
-        checks += [*of_attacks(examined), *of_one_attack(examined)]
+        checks = [*attempted("structure", of_structure(examined, was_training))]
+        checks += attempted("gradients", of_gradients(examined))
+        checks += attempted("attacks", of_attacks(examined))
+        checks += attempted("attack", of_one_attack(examined))
     attacks = attacks_for(examined.structure, [check for check in checks if check.verdict == FLAG])
     return Diagnosis(examined.structure, checks, attacks, examined.passes())

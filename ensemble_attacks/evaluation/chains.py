@@ -119,6 +119,7 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         "trace": done.trace,
         "seconds": done.seconds,
         "outside": done.outside,
+        "failed": done.failed,
         "batch_size": done.batch_size,
         "finished": time.time(),
         "torch": torch.__version__,

