@@ -135,7 +135,8 @@ def subjects_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
             check_vote(vote)
     dataset = dataset_of(sweep, model_dir)
     opened = open_dataset(dataset, data_dir=data_dir, download=download, transform=sweep.transform)
-    few = load_dataset(dataset, data_dir=data_dir, transform=sweep.transform, first=sweep.first, n=1)[0]
+    two = max(1, min(2, len(opened) - sweep.first))
+    few = load_dataset(dataset, data_dir=data_dir, transform=sweep.transform, first=sweep.first, n=two)[0]
     models = {name: providers.load_model(name, model_dir, dataset, vote=sweep.votes[0]) for name in sweep.models}
     for name, model in models.items():
         if sweep.votes not in (DEFAULT_VOTES, (OWN,)) and getattr(model, "vote", None) != sweep.votes[0]:

@@ -248,6 +248,7 @@ def test_a_run_of_a_program_is_verified_by_what_a_file_makes(folder: Path, tmp_p
     refused = invoke("verify", found.folder, *there)
     assert refused.exit_code == 2
     assert "the classes of Ensemble are not those that the run began with: Net = " in refused.output
+    (folder / "nets.py").write_text(text)
     with pytest.raises(LedgerError, match="the weights of Ensemble are not those"):
         verify(found.folder, model=own_ensemble(), data=(X, Y))
     with pytest.raises(LedgerError, match=r"images in .* is not what the run began with"):
