@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ensemble_attacks.errors import OutOfBallError as OutOfBallError
     from ensemble_attacks.errors import PartError as PartError
     from ensemble_attacks.errors import WeightsError as WeightsError
+    from ensemble_attacks.evaluation.own import evaluate as evaluate
+    from ensemble_attacks.evaluation.own import verify as verify
     from ensemble_attacks.hosts.autoattack import AutoAttack as AutoAttack
     from ensemble_attacks.judge import Judgement as Judgement
     from ensemble_attacks.judge import judge as judge
@@ -64,7 +66,9 @@ _HOMES = {  # of every public name, the module that defines it
     "WeightsError": "errors",
     "ZeroOrder": "models.surrogates",
     "as_ensemble": "models.adopted",
+    "evaluate": "evaluation.own",
     "judge": "judge",
+    "verify": "evaluation.own",
 }
 __all__ = [*_HOMES]
 

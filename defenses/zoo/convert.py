@@ -61,7 +61,7 @@ def ensemble_from_checkpoint(
     translated = [translate(state) for checkpoint in checkpoints for state in checkpoint.members]
     kinds = {architecture_of(network) for network, _ in translated}
     found = [own for _, own in translated if own is not None]
-    channels = DATASETS[dataset].shape[0]
+    channels = (DATASETS[dataset].shape or (3,))[0]
     if any(len(part) not in (1, channels) for own in found for part in own):
         raise WeightsError(f"the normalisation is {found[0]}: expected one number, or one for each of {channels} channels")
     if len(kinds) > 1 or any(own != found[0] for own in found):

@@ -12,9 +12,9 @@ from defenses.architectures import ARCHITECTURES
 from defenses.multiresolution import SELF_ENSEMBLES
 from defenses.zoo.cards import check_name, read_card, read_model
 from defenses.zoo.convert import ensemble_from_checkpoint
-from defenses.zoo.foreign import ensemble_of, model_of
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models import providers
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, check_vote
 from ensemble_attacks.validation import check_choice
@@ -22,7 +22,6 @@ from ensemble_attacks.validation import check_choice
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "weights"
 THREAT_MODELS = ("Linf",)
-FOREIGN = ("robustbench:", "timm:")
 
 
 def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
@@ -63,8 +62,8 @@ def load_model(
     The arguments are RobustBench's, the vote, and a published checkpoint.
 
     Args:
-        model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
-            or of timm (``timm/<name>``); or a single model of theirs, ``"robustbench:NAME"`` or ``"timm:NAME"``; or, with
+        model_name: one of ``list_models(dataset)``; or any other name that `ensemble_attacks.models.providers.load_model`
+            knows, such as ``"ensemble:A+B"``, ``"robustbench:NAME"``, ``"timm:NAME"`` or ``"file.py:function"``; or, with
             ``checkpoint``, ``<defense>_<architecture>_<members>``.
         model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
         dataset, threat_model: names, or RobustBench's enums.
@@ -87,12 +86,8 @@ def load_model(
     check_vote(vote)
     if checkpoint is not None:
         return _load_checkpoint(model_name, checkpoint, dataset, vote, negative_slope)
-    if model_name.startswith("ensemble:"):
-        own = {name: partial(load_model, name, model_dir, dataset, threat_model) for name in list_models(dataset, model_dir)}
-        names = model_name.removeprefix("ensemble:").split("+")
-        return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
-    if model_name.startswith(FOREIGN):
-        return model_of(model_name, model_dir=model_dir, dataset=dataset, threat_model=threat_model)
+    if ":" in model_name:
+        return providers.load_model(model_name, model_dir, dataset, threat_model, vote=vote)
     return read_model(_stem(model_name, model_dir, dataset, threat_model), vote)
 
 

@@ -7,13 +7,26 @@ from typing import Any
 from ensemble_attacks.evaluation.chains import Context, _judged_in_place
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
+from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.units import Unit, chains_of
 
 
 def verify(
-    ledger: Ledger, device: str = "cpu", *, data_dir: str | None = None, model_dir: str | None = None
+    ledger: Ledger,
+    device: str = "cpu",
+    *,
+    data_dir: str | None = None,
+    model_dir: str | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
 ) -> list[dict[str, Any]]:
     """Judge every stored image anew, from the model and the data alone, which may lie elsewhere by now.
+
+    Args:
+        ledger: the run.
+        device: where the model is asked.
+        data_dir, model_dir: where data and models lie by now; ``None``: where they lay.
+        model, dataset: names that the run's model and data have by now; ``None``: theirs.
 
     Returns:
         For each unit ``unit`` (its name), ``n``, ``robust`` (now) and ``differ``, the number of samples whose verdict is not
@@ -21,12 +34,12 @@ def verify(
         out.
 
     Raises:
-        LedgerError: Where weights or images are not those that the run began with.
+        LedgerError: Where a model's source, weights or images are not those that the run began with.
         OutOfBallError: Where a stored image is outside the ball.
     """
     findings: list[dict[str, Any]] = []
     warn_of_code(ledger)
-    manifest = ledger.manifest | {"places": dict(ledger.manifest["places"])}
+    manifest = placed_anew(ledger.manifest, model, dataset)
     manifest["places"] |= {k: v for k, v in (("data_dir", data_dir), ("model_dir", model_dir)) if v is not None}
     for chain in chains_of(manifest):
         context: Context | None = None

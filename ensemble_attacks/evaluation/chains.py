@@ -17,6 +17,7 @@ from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger, Result
 from ensemble_attacks.evaluation.manifest import code_version, data_digest, logger
+from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
 from ensemble_attacks.evaluation.runner import Attacked, attack, judged
 from ensemble_attacks.evaluation.summary import share_right
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chains_of
@@ -65,13 +66,17 @@ class Context:
         cell, places = unit.cell, manifest["places"]
         if same_code and cell.code != code_version():
             raise LedgerError(f"the run began with code {cell.code}, this is {code_version()}: install that, or begin anew")
-        self.model = providers.load_model(cell.model, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+        place = placed(manifest, cell.model)
+        self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+        check_origin(manifest, cell.model, self.model, same_code=same_code)
         if digest(*self.model.state_dict().values()) != cell.weights:
             raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
-        if data_digest(cell.dataset, places["data_dir"], cell.n) != cell.data:
-            raise LedgerError(f"{cell.dataset} in {places['data_dir']} is not what the run began with: restore it")
+        images = images_of(manifest)
+        if data_digest(images, cell.n) != cell.data:
+            where = images["name"] if images["name"] != cell.dataset else places["data_dir"]
+            raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
-        self.x, self.y = load_dataset(cell.dataset, data_dir=places["data_dir"], first=start, n=stop - start)
+        self.x, self.y = load_dataset(**images, first=start, n=stop - start)
         self.settings = cell.settings
         self.twin: nn.Module = prepare(self.model, self.x[:8].to(device), amp=self.settings.amp)
 

@@ -48,12 +48,14 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     (summary,) = cells
     if missing := summary.get("missing"):
         raise ValueError(f"{run} is not finished: {missing[0]} is missing, run it again")
-    whole = DATASETS[summary["dataset"]].test_images
+    whole = ledger.manifest.get("images") or DATASETS[summary["dataset"]].test_images
     if summary["n"] != whole and not partial:
         raise ValueError(
             f"{run} attacked {summary['n']} images, RobustBench asks for all {whole} of {summary['dataset']}: evaluate "
             "without --n, or export what there is with --partial"
         )
+    if ledger.manifest.get("rows") is not None:
+        raise ValueError(f"{run} is of a choice of images (--first, --sample, --only-correct), a bundle of the first ones")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
     images, right = _worst_case(ledger)

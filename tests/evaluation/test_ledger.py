@@ -444,7 +444,19 @@ def test_hostile_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     make, expected = HOSTILE[kind]
     monkeypatch.setattr(providers, "load_model", lambda *args, **kw: make().eval())
-    arguments = ["evaluate", "--model", "hostile", "--eps", "0.12", "--n", "6", "--out", tmp_path / "run"]
+    arguments = [
+        "evaluate",
+        "--model",
+        "hostile",
+        "--data",
+        "digits",
+        "--eps",
+        "0.12",
+        "--n",
+        "6",
+        "--out",
+        tmp_path / "run",
+    ]
     result = invoke(*arguments, "--attacks", "ea-apgd-ce,torchattacks:FGSM")
     assert re.search(expected, result.output), result.output
     assert result.exit_code in (0, 1, 2)

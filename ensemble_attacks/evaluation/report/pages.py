@@ -16,6 +16,7 @@ from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
+from ensemble_attacks.evaluation.origins import images_of, placed_anew
 from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows, write_csv
 from ensemble_attacks.evaluation.summary import seconds_of, summarise
@@ -25,14 +26,21 @@ from ensemble_attacks.models.preserve import private_random_state
 STYLE = "tableau-colorblind10"
 
 
-def write_report(run: Path, out: Path, *, device: str = "cpu") -> Path:
+def write_report(run: Path, out: Path, *, device: str = "cpu", model: str | None = None, dataset: str | None = None) -> Path:
     """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; return the page's path.
+
+    Args:
+        run: the folder of a finished run.
+        out: a new folder.
+        device: where the model is asked.
+        model, dataset: names that the run's model and data have by now; ``None``: theirs.
 
     Raises:
         FileNotFoundError, LedgerError: Where there is no run, or one that has not finished.
         FileExistsError: Where ``out`` is there already.
     """
     ledger = Ledger(run)
+    ledger.manifest = placed_anew(ledger.manifest, model, dataset)
     summary = summarise(ledger)
     if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
         raise LedgerError(f"{run} is not finished: {missing[0]} is missing, run it again")
@@ -73,7 +81,7 @@ def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
     n = min(manifest["sweep"]["n"], DIAGNOSED)
     if n < FEWEST_DIAGNOSED:
         return None
-    x, y = load_dataset(manifest["sweep"]["dataset"], data_dir=manifest["places"]["data_dir"], n=n)
+    x, y = load_dataset(**images_of(manifest), n=n)
     return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
 
 
