@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def through_benchmark(case: Case, model: Any) -> float:
     return robust
 
 
-UNTARGETED = ("a3", "caa")  # which say so themselves
+UNTARGETED = ("a3", "caa", "front-end-reversal")  # which say so themselves
 MADE = [name for name, record in RECORDS.items() if record.make is not None]
 ENTRANCES: dict[str, Callable[[Case, Any], float]] = {
     "judge": through_judge,
@@ -215,7 +216,7 @@ ENTRANCES: dict[str, Callable[[Case, Any], float]] = {
     "evaluate": through_evaluate,
     "diagnose": through_diagnose,
     "as_ensemble": through_as_ensemble,
-    "robustbench.benchmark": through_benchmark,
+    **({"robustbench.benchmark": through_benchmark} if find_spec("robustbench") else {}),
 }
 
 

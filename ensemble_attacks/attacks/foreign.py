@@ -12,8 +12,9 @@ from torchattacks.attack import Attack
 from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.descent.balls import Ball, make_ball
 from ensemble_attacks.judge import outside
-from ensemble_attacks.models.ask import Asked, as_module
+from ensemble_attacks.models.ask import Asked, as_module, classes_of, device_of
 from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import ordinary
 from ensemble_attacks.norms import NORMS
 from ensemble_attacks.scores import per_sample
@@ -29,8 +30,11 @@ def craft(
     """
     if isinstance(attack, CarefulAttack):
         return attack(x, y).to(x.device)
-    with guarded(as_module(attack.model), seed=seed, evaluate=False), _asking(attack):
+    model = as_module(attack.model)
+    with guarded(model, seed=seed, evaluate=False), _asking(attack):
         x, y = ordinary(x), ordinary(y).long()
+        with uncounted(model):
+            classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)))
         parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
         crafted = [attack(images.float(), labels).detach() for images, labels in parts]
         images = torch.cat(crafted).to(x.device)

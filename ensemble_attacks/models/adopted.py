@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, unknown_name
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
-from ensemble_attacks.models.ask import as_module, ask, ask_members
+from ensemble_attacks.models.ask import as_module, ask, ask_members, classes_of
 from ensemble_attacks.models.ensembles import Ensemble, check_members, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import private_random_state
@@ -251,11 +251,13 @@ def as_ensemble(
         check_members(model, "as_ensemble")
         if inputs is not None:
             with guarded(model):
+                classes_of(model, inputs)
                 check_protocol(model, inputs)
         return model
     ensemble = AdoptedEnsemble(model, _found(model, members), vote, weights)
     if inputs is not None:
         with guarded(ensemble):
+            classes_of(model, inputs)
             ensemble.verify(inputs)
     return ensemble
 

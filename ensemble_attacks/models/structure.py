@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
@@ -51,8 +51,9 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         frontend = False
     with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x)
+        classes = classes_of(model, x)
         scores = [ask(model, x) for _ in range(REPEATS)]
         few = [ask(model, x[:FEW]) for _ in range(MORE)]
     random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
     own = members and not known_draws and vote_of(model).name not in VOTES
-    return Structure(members, own, frontend, random, known_draws, scores[0].shape[1])
+    return Structure(members, own, frontend, random, known_draws, classes)
