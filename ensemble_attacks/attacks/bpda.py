@@ -59,7 +59,7 @@ class BPDAIdentity(ComposedAttack):
         super().__init__("BPDAIdentity", model)
         self.premise: dict[str, Any] = {}
         self.parts = parts
-        self.inner = attack(model, **arguments)
+        self.inner = attack(self.model, **arguments)
         self.supported_mode = self.inner.supported_mode
         self._check()
 

@@ -62,8 +62,8 @@ class CrossMaxTransfer(ComposedAttack):
     ) -> None:
         super().__init__("CrossMaxTransfer", model)
         self.surrogate = surrogate
-        self.inner = attack(Surrogate(model, surrogate), **arguments)
-        self.refine = None if refine is None else refine(model, **self._shared(refine, refine_steps))
+        self.inner = attack(Surrogate(self.model, surrogate), **arguments)
+        self.refine = None if refine is None else refine(self.model, **self._shared(refine, refine_steps))
         self.supported_mode = self.inner.supported_mode
 
     def _shared(self, refine: Callable[..., Any], steps: int) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.descent.balls import Ball, make_ball
+from ensemble_attacks.errors import AttackFailedError, out_of_memory, reason
 from ensemble_attacks.judge import outside
-from ensemble_attacks.models.ask import Asked, as_module, classes_of, device_of
+from ensemble_attacks.models.ask import Asked, as_module, classes_of, default_dtype, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import ordinary
 from ensemble_attacks.norms import NORMS
 from ensemble_attacks.scores import per_sample
+from ensemble_attacks.validation import check_images, check_labels
 
 
 def craft(
@@ -27,18 +29,38 @@ def craft(
 
     The attacks of this package see to the batches and to leaving all as it was themselves. Others craft in float32; where
     ``eps`` is given, what rounding to the type of ``x`` carries out of the ball is put back (`rounded`).
+
+    Raises:
+        TypeError, ValueError: Where images, labels or model cannot be attacked; nothing has been run.
+        AttackFailedError: Where an attack of others ends with an error.
     """
     if isinstance(attack, CarefulAttack):
         return attack(x, y).to(x.device)
     model = as_module(attack.model)
+    check_images(x)
+    check_labels(y, x)
     with guarded(model, seed=seed, evaluate=False), _asking(attack):
         x, y = ordinary(x), ordinary(y).long()
         with uncounted(model):
-            classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)))
+            classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)), y)
         parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        crafted = [attack(images.float(), labels).detach() for images, labels in parts]
+        with default_dtype(torch.float32), _told(attack):
+            crafted = [attack(images.float(), labels).detach() for images, labels in parts]
         images = torch.cat(crafted).to(x.device)
         return images.to(x.dtype) if eps is None else rounded(x, images, eps=eps, norm=norm)
+
+
+@contextmanager
+def _told(attack: Attack) -> Iterator[None]:
+    """Say which attack it was that raised within the context."""
+    try:
+        yield
+    except (AssertionError, LookupError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise AttackFailedError(
+            f"{attack.attack} of {type(attack).__module__} cannot attack this: {reason(error)}"
+        ) from error
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class FrontEndReversal(ComposedAttack):
         self.box, self.mask = UNIT, None  # its own: what lies behind the front end has others
         self.part, self.norm, self.eps, self.rounds, self.amplification = part, norm, eps, rounds, amplification
         self._check()
-        self.inner = attack(Behind(model, part), norm=norm, eps=eps, **arguments)
+        self.inner = attack(Behind(self.model, part), norm=norm, eps=eps, **arguments)
 
     def _check(self) -> None:
         check_norm(self.norm)

@@ -24,13 +24,13 @@ from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
-from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, choose, fitting
+from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, check_needs, choose, fitting
 from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
 from ensemble_attacks.hosts.run import SEEN, Run
 from ensemble_attacks.hosts.slots import SLOTS, perturb
 from ensemble_attacks.judge import judge
-from ensemble_attacks.models.ask import Asked, as_module, ask, device_of
+from ensemble_attacks.models.ask import Asked, as_module, ask, classes_of, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, ordinary
 from ensemble_attacks.models.structure import structure_of
@@ -272,8 +272,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")
         evaluating(self.model)
         images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
+        classes = classes_of(self.model, images)
+        check_label_range(y, classes, "y_orig")
+        check_needs(self)
         structure = structure_of(self.model, images, seed=self.seed or 0)
-        check_label_range(y, structure.classes, "y_orig")
         self.random = structure.random or structure.known_draws
         if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")

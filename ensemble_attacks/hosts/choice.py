@@ -48,6 +48,13 @@ def choose(adversary: Any, structure: Structure, x: Tensor, y: Tensor) -> Sequen
     return diagnosis.attacks
 
 
+def check_needs(adversary: Any) -> None:
+    """Raise a TypeError or ValueError where an attack that the user named needs what the model does not have."""
+    for name in adversary.attacks_to_run:
+        if isinstance(name, str) and name not in SLOTS:
+            find_attack(name).check(adversary.model, name)
+
+
 def fitting(adversary: Any, names: Sequence[Name], structure: Structure, images: Tensor) -> dict[str, Name]:
     """Return those of the attacks that can attack images like these, by what they are called, and flag the others.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ensemble_attacks.attacks.foreign import rounded
+from ensemble_attacks.models.ask import default_dtype
 
 SLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # the original's attribute, and what its loop sets before every use
     "apgd-ce": ("apgd", {"loss": "ce"}),
@@ -35,7 +37,8 @@ def perturb(adversary: Any, name: str, x: Tensor, y: Tensor, seed: int) -> Tenso
     for key, value in (loops_own | {"seed": seed}).items():
         setattr(attack, key, value)
     try:
-        images = attack.perturb(x.float().clone(), y.clone()).detach().to(x.device)
+        with default_dtype(torch.float32):
+            images = attack.perturb(x.float().clone(), y.clone()).detach().to(x.device)
     finally:
         if before:
             vars(attack).clear()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,23 +70,39 @@ def check_alone(model: nn.Module) -> None:
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
 
 
+DEPTH = 4  # steps from a function to the modules that it stands on
+
+
 def _owners(function: object) -> Iterator[nn.Module]:
-    """Yield the modules that a function stands on, each once."""
+    """Yield the modules that a function stands on, each once: what it is bound to, closes over, names and holds."""
     found: dict[int, nn.Module] = {}
-    held: list[Any] = [getattr(function, "__self__", None)]
-    if isinstance(function, functools.partial):
-        held += [function.func, *function.args, *function.keywords.values()]
-    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
-    code, globals_ = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-    held += [globals_[name] for name in getattr(code, "co_names", ()) if name in globals_]
-    for value in held:
-        if isinstance(value, nn.Module):
-            found[id(value)] = value
-        elif isinstance(getattr(value, "__self__", None), nn.Module):
-            found[id(value.__self__)] = value.__self__
-        elif isinstance(value, functools.partial):
-            found |= {id(module): module for module in _owners(value)}
+    seen: set[int] = set()
+    held = [function]
+    for _ in range(DEPTH):
+        modules = [thing for thing in held if isinstance(thing, nn.Module)]
+        found |= {id(module): module for module in modules}
+        others = [thing for thing in held if not isinstance(thing, nn.Module) and id(thing) not in seen]
+        seen |= {id(thing) for thing in others}
+        held = [part for thing in others for part in _held(thing)]
     yield from found.values()
+
+
+def _held(thing: Any) -> list[Any]:
+    """Return what a function, an object or a collection holds that may be, or hold, a module."""
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, (list, tuple, set)):
+        return list(thing)
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, (type, types.ModuleType, str, bytes, Tensor)):
+        return []
+    held = [getattr(thing, "__self__", None), getattr(thing, "__func__", None), getattr(thing, "__wrapped__", None)]
+    if (code := getattr(thing, "__code__", None)) is not None:
+        held += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if _filled(cell)]
+        held += [thing.__globals__[name] for name in code.co_names if name in thing.__globals__]
+        return held
+    return [*held, *getattr(thing, "__dict__", {}).values()]
 
 
 def _filled(cell: Any) -> bool:
@@ -106,7 +124,7 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
     called = called or type(model).__name__
     scores_NK = unwrapped(model(x if getattr(model, "asks_itself", False) else x.clone()), called)
     check_scores(scores_NK, len(x), called)
-    return scores_NK
+    return scores_NK if scores_NK.requires_grad else scores_NK.clone()  # it may write its next answer into the same memory
 
 
 def ask_members(model: Any, x: Tensor) -> Tensor:
@@ -116,7 +134,7 @@ def ask_members(model: Any, x: Tensor) -> Tensor:
         check_same_classes(logits_MNK, "member_logits")
         logits_MNK = torch.stack(list(logits_MNK))
     check_member_logits(logits_MNK, len(x), type(model).__name__)
-    return logits_MNK
+    return logits_MNK if logits_MNK.requires_grad else logits_MNK.clone()
 
 
 def unwrapped(answer: Any, called: str) -> Tensor:
@@ -185,21 +203,34 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
     return held[0].device if held else default
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` torch's default type within the context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Asked(nn.Module):
     """A model as a host's attack sees it: asked through `ask`, by images in float32 whatever it computes in.
 
-    Hosts make their noise in float32, and would mix it with images of another type.
+    Hosts make their noise in float32, and would mix it with images of another type. Where they need this to be torch's
+    default type (`default_dtype`), the model still finds the one that its user has set.
     """
 
     asks_itself = True  # what it is given, it passes on as a copy
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.asked = model
+        self.asked, self.default = model, torch.get_default_dtype()
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        scores_NK = ask(self.asked, x.to(precision(self.asked, x.dtype)))
+        with default_dtype(self.default):
+            scores_NK = ask(self.asked, x.to(precision(self.asked, x.dtype)))
         return scores_NK.to(x.dtype, copy=True)  # hosts write into it
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax
-from ensemble_attacks.models.ask import ask, ask_members, check_alone
+from ensemble_attacks.models.ask import as_module, ask, ask_members, check_alone
 from ensemble_attacks.models.ensembles import check_members, member_probabilities
 from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, vote_of
 from ensemble_attacks.scores import per_sample
@@ -46,6 +46,7 @@ class Surrogate(nn.Module):
         super().__init__()
         if isinstance(surrogate, str) and surrogate not in AGGREGATIONS:
             raise unknown_name("surrogate", surrogate, AGGREGATIONS)
+        target = as_module(target)
         if not isinstance(surrogate, nn.Module):
             check_members(target, f"the surrogate {surrogate!r}")
         self.target: Any = target
@@ -117,9 +118,9 @@ class ZeroOrder(nn.Module):
         super().__init__()
         check_count("queries", queries)
         check_positive("sigma", sigma)
-        self.target, self.queries, self.sigma = target, queries, sigma
+        self.target, self.queries, self.sigma = as_module(target), queries, sigma
         self.generator = torch.Generator().manual_seed(seed)
-        self.training = target.training
+        self.training = self.target.training
 
     def forward(self, x: Tensor) -> Tensor:
         return _Estimated.apply(x, self)  # type: ignore[no-untyped-call]
@@ -141,8 +142,8 @@ class Expected(nn.Module):
     def __init__(self, target: nn.Module, draws: int = 20) -> None:
         super().__init__()
         check_count("draws", draws)
-        self.target, self.draws = target, draws
-        self.training = target.training
+        self.target, self.draws = as_module(target), draws
+        self.training = self.target.training
 
     def forward(self, x: Tensor) -> Tensor:
         return log_mean_softmax(torch.stack([ask(self.target, x) for _ in range(self.draws)]))
