@@ -26,5 +26,6 @@ def adaptive_attacks(structure: Structure) -> list[str]:
 def attacks_for(structure: Structure, flags: list[Check]) -> list[str]:
     """Return the adaptive suite that a structure and its flags call for, cheapest first."""
     asked = {flag.next for flag in flags if flag.next}
+    asked |= {"square" for flag in flags if flag.name == "zero_gradients"}  # what passes one part by may meet another
     chosen = (set(adaptive_attacks(structure)) - {"fab-t", "square"}) | asked
     return [name for name, record in RECORDS.items() if name in chosen and (structure.members or not record.needs_members)]
