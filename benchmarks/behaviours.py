@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import random
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from defenses.crossmax import CrossMax
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import Ensemble, as_ensemble
+from ensemble_attacks.models.ask import default_dtype
 
 N, CLASSES, SHAPE = 8, 5, (3, 8, 8)
 EPS = {"Linf": 0.03, "L2": 0.3, "L1": 2.0}
@@ -327,16 +328,6 @@ for _name, _after in REFUSED.items():
         lambda after: refused(Wrapped(member(), after=after)), _after
     )
 BEHAVIOURS["members of other numbers of classes"] = lambda: refused(Ensemble([member(0, 5), member(1, 4)]).eval())
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 for _dtype in (torch.half, torch.bfloat16, torch.double):
