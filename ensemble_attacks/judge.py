@@ -145,6 +145,7 @@ class Measured:
     beyond_ball: Tensor
 
 
+@torch.no_grad()
 def measured(x: Tensor, x_adv: Tensor, *, eps: Radius, norm: str, box: Box, mask: Tensor | None) -> Measured:
     """Return where images (N, ...) lie, in float64, a few at a time, whichever devices they are on."""
     # Filled rather than joined: small results between large ones that are freed would break up the memory.

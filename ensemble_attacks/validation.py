@@ -105,11 +105,13 @@ def check_same_classes(members: Sequence[Tensor], called: str = "members") -> No
 def check_member_logits(logits: object, n: int, model: str) -> None:
     """Raise a `ValueError` unless ``member_logits`` returned one tensor (M, N, K) for ``n`` images."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != n:
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != n or not len(logits):
         raise ValueError(
             f"member_logits of {model} returns {shape} for {n} images: expected one tensor (M, {n}, K), members first, as "
             "torch.stack makes of a list"
         )
+    if not logits.is_floating_point():
+        raise TypeError(f"member_logits of {model} returns {logits.dtype}: expected floating-point logits")
 
 
 def check_norm(norm: str) -> None:

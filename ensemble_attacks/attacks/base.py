@@ -14,7 +14,7 @@ from ensemble_attacks.descent.look import Draws
 from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
-from ensemble_attacks.models.adopted import AdoptedEnsemble, check_protocol
+from ensemble_attacks.models.adopted import CHECKED, AdoptedEnsemble, check_claim, check_protocol
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import private_random_state
@@ -128,6 +128,9 @@ class DescentAttack(CarefulAttack):
         if self.needs_members and not isinstance(self.model, Surrogate):
             with uncounted(self.model):
                 check_protocol(self.model, self._as_taken(images), self.batch_size)
+        elif not isinstance(self.model, Surrogate):
+            with uncounted(self.model):
+                check_claim(self.model, self._as_taken(images), self.batch_size or CHECKED, images.device)
         with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
             return self.outputs(images[:1]).scores_NK.shape[1]
 

@@ -42,8 +42,9 @@ class ComposedAttack(CarefulAttack):
         try:
             if targets is not None:
                 part._target_map_function = lambda *_: targets
-            taken = images if isinstance(part, CarefulAttack) else images.clone()  # another's may write into them
-            return part(taken, labels, *args, **options).detach()
+            ours = isinstance(part, CarefulAttack)
+            taken, told = (images, labels) if ours else (images.clone(), labels.clone())  # another's may write into them
+            return part(taken, told, *args, **options).detach()
         finally:
             part._target_map_function = own
 

@@ -43,10 +43,10 @@ def craft(
         x, y = ordinary(x), ordinary(y).long()
         with uncounted(model):
             classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)), y)
-        parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        images = torch.empty_like(x, dtype=torch.float32)
         with default_dtype(torch.float32), _told(attack):
-            crafted = [attack(images.float(), labels).detach() for images, labels in parts]
-        images = torch.cat(crafted).to(x.device)
+            for rows in torch.arange(len(x)).split(batch_size):  # it may write into what it gets
+                images[rows] = attack(x[rows].float().clone(), y[rows].clone()).detach().to(images)
         return images.to(x.dtype) if eps is None else rounded(x, images, eps=eps, norm=norm)
 
 

@@ -27,6 +27,8 @@ from ensemble_attacks.validation import (
     check_images,
     check_labels,
     check_positive,
+    check_radius,
+    check_seed,
 )
 
 
@@ -59,6 +61,9 @@ def diagnose(
     check_images(x, "x")
     check_labels(y, x, "y")
     check_positive("eps", eps)
+    check_seed(seed)
+    if isinstance(x, Tensor) and len(x):
+        check_radius(eps, "Linf", x[0])
     check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
     device = next(model.parameters(), x).device
     was_training = in_training(model)

@@ -17,7 +17,7 @@ from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
 from ensemble_attacks.judge import Judgement, judge
-from ensemble_attacks.models.adopted import check_protocol
+from ensemble_attacks.models.adopted import check_claim, check_protocol
 from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
@@ -88,6 +88,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         check_label_range(y, classes, "y")
         for name in attacks:
             check_fit(name, classes, settings.norm, x.shape[1:])
+        check_claim(model, x, settings.batch_size, few.device)
         if any(find_attack(name).needs_members for name in attacks):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:

@@ -30,7 +30,7 @@ from ensemble_attacks.hosts.original import installed_autoattack
 from ensemble_attacks.hosts.run import SEEN, Run
 from ensemble_attacks.hosts.slots import SLOTS, perturb
 from ensemble_attacks.judge import judge
-from ensemble_attacks.models.ask import Asked, as_module, ask, classes_of, device_of
+from ensemble_attacks.models.ask import Asked, as_module, ask, check_dtype, classes_of, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, ordinary
 from ensemble_attacks.models.structure import structure_of
@@ -44,6 +44,7 @@ from ensemble_attacks.validation import (
     check_label_range,
     check_labels,
     check_radius,
+    check_seed,
 )
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_eps(eps)
         check_choice("norm", norm, tuple(NORMS))
         self._ready = False
+        if seed is not None:
+            check_seed(seed)
+        if log_path is not None and not Path(log_path).parent.is_dir():
+            raise FileNotFoundError(f"log_path {str(log_path)!r}: there is no folder {str(Path(log_path).parent)!r}")
+        for name in attacks_to_run:
+            if not isinstance(name, (str, Attack)):
+                raise TypeError(f"attacks_to_run holds {name!r}: expected names, or instances of torchattacks.Attack")
+        eps, seed = eps if isinstance(eps, Tensor) else float(eps), None if seed is None else int(seed)
         self.box = box
         self.verbose, self.log_path = verbose, log_path
         module = as_module(model)
@@ -272,6 +281,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             self._flag("training_mode", 1, "the model was in training mode: it is attacked in eval mode")
         evaluating(self.model)
         images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
+        check_dtype(self.model, images, "x_orig")
         classes = classes_of(self.model, images)
         check_label_range(y, classes, "y_orig")
         check_needs(self)

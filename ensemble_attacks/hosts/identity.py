@@ -8,8 +8,12 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
@@ -36,6 +40,12 @@ def described(thing: object, attacked: Sequence[nn.Module] = (), _around: tuple[
         return repr(thing) if isinstance(thing, float) and not math.isfinite(thing) else thing
     if isinstance(thing, Tensor):
         return digest(thing)
+    if isinstance(thing, np.generic):
+        return described(thing.item(), attacked, _around)
+    if isinstance(thing, np.ndarray) and thing.dtype != object:
+        return digest(str(thing.dtype), thing.shape, thing.tobytes().hex())
+    if isinstance(thing, (torch.dtype, torch.device, range, complex, bytes, Path, Enum)):
+        return repr(thing)
     if any(thing is model for model in attacked):
         return ATTACKED
     if id(thing) in _around:
@@ -62,6 +72,8 @@ def described(thing: object, attacked: Sequence[nn.Module] = (), _around: tuple[
         return {"function": of(thing.__func__), "of": of(thing.__self__)}
     if isinstance(thing, types.FunctionType):
         return _function(thing, of)
+    if not isinstance(thing, type) and getattr(thing, "__dict__", None):
+        return {"class": _name(type(thing)), **{str(key): of(value) for key, value in vars(thing).items()}}
     return _name(thing if isinstance(thing, type) else type(thing))
 
 
@@ -71,7 +83,7 @@ def of_slot(adversary: Any, name: str, attacked: Sequence[nn.Module]) -> Any:
     attack = getattr(adversary, slot)
     if not is_original(attack):
         return described(attack, attacked)
-    shown = {key: value for key, value in vars(attack).items() if isinstance(value, (*SIMPLE, list, tuple))}
+    shown = {key: value for key, value in vars(attack).items() if isinstance(value, (*SIMPLE, list, tuple, np.generic))}
     return {key: described(value) for key, value in shown.items() if key not in {*loops_own, *FOUND, "seed"}}
 
 

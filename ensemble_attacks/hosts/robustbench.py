@@ -31,7 +31,7 @@ from ensemble_attacks.judge import judge
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.validation import check_choice, check_count, check_device
+from ensemble_attacks.validation import check_choice, check_count, check_device, check_radius
 
 FEW = 8  # images that tell whether a model is random
 NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
@@ -212,6 +212,7 @@ def benchmark(
     version = version or ("custom" if attacks_to_run else "ensemble")
     norm = threat_model.value if lp else "Linf"
     size = eps if lp and eps is not None else 1.0
+    check_radius(size, norm, torch.empty(3, *((224, 224) if dataset.value == "imagenet" else (32, 32))))
     asked = AutoAttack(module, norm, size, seed, False, attacks_to_run, version)  # tells a bad argument now
     for name in asked.attacks_to_run if lp else ():
         if isinstance(name, str):

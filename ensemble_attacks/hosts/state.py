@@ -81,10 +81,11 @@ class State:
                 about = json.loads((file.metadata() or {})["state"])
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
             x_adv, right, predicted, pending = (tensors[name] for name in TENSORS)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            stored = dict(about["identity"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
         asked = json.loads(json.dumps(identity))
-        if found := difference({key: about["identity"].get(key) for key in asked}, asked):
+        if found := difference({key: stored.get(key) for key in asked}, asked):
             key, value, wanted = found
             raise ValueError(
                 f"state_path {str(path)!r} is of a run with {key} = {value!r}, not {wanted!r}: choose another, or delete it"

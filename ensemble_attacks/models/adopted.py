@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError, unknown_name
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
-from ensemble_attacks.models.ask import as_module, ask, ask_members, classes_of
+from ensemble_attacks.models.ask import as_module, ask, ask_aggregate, ask_members, check_dtype, classes_of
 from ensemble_attacks.models.ensembles import Ensemble, check_members, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import private_random_state
@@ -158,7 +158,7 @@ def check_protocol(model: Any, x: Tensor, batch_size: int | None = None) -> None
     differing = 0
     for part in x.split(batch_size or CHECKED):
         logits_MNK, own_NK = ask_members(model, part), ask(model, part)
-        differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
+        differ = _predict_otherwise(own_NK, ask_aggregate(model.aggregate, logits_MNK, f"{type(inner).__name__}.aggregate"))
         differ &= ~vote_of(model).tied(logits_MNK)
         if differ.any() and not torch.equal(ask(model, part), own_NK):
             return
@@ -191,6 +191,22 @@ def false_claims(model: nn.Module, x: Tensor, batch_size: int, device: torch.dev
             return 0
         found += len(wrong)
     return found
+
+
+def check_claim(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str) -> None:
+    """Raise `AggregateMismatchError` where an attack on an adopted ensemble's scores would follow a false claim.
+
+    That is where its own scores have no gradient, and the claimed members and vote, whose gradient stands in, predict
+    otherwise on images (N, ...).
+    """
+    inner = getattr(model, "counted", model)
+    if not isinstance(inner, AdoptedEnsemble) or has_gradient(inner.original, x[:FEW].to(device)):
+        return
+    if count := false_claims(inner, x, batch_size, device):
+        raise AggregateMismatchError(
+            f"the scores have no gradient, and the members and vote={inner.vote_said!r} claimed for them predict another "
+            f"class on {count} of {len(x)} images: name the right members and vote"
+        )
 
 
 def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
@@ -247,16 +263,20 @@ def as_ensemble(
     'logits'
     """
     model = as_module(model)
+    if inputs is not None and not len(inputs):
+        raise ValueError("inputs holds no images: pass some of those that are attacked")
     if members is None:
         check_members(model, "as_ensemble")
         if inputs is not None:
             with guarded(model):
+                check_dtype(model, inputs, "inputs")
                 classes_of(model, inputs)
                 check_protocol(model, inputs)
         return model
     ensemble = AdoptedEnsemble(model, _found(model, members), vote, weights)
     if inputs is not None:
         with guarded(ensemble):
+            check_dtype(model, inputs, "inputs")
             classes_of(model, inputs)
             ensemble.verify(inputs)
     return ensemble

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ensemble_attacks.validation import check_label_range, check_member_logits, check_same_classes, check_scores
 
@@ -60,6 +61,11 @@ def check_alone(model: nn.Module) -> None:
                 f"model is, or holds, a {type(part).__name__}, whose forward waits for other processes, while each needs as "
                 "many passes as its own images do: pass its .module (of sharded parameters: gather them first)"
             )
+    for parameter in (*model.parameters(), *model.buffers()):
+        if is_lazy(parameter):
+            raise TypeError(f"model {type(model).__name__} has parameters without a shape: run one forward pass first")
+        if parameter.is_meta:
+            raise TypeError(f"model {type(model).__name__} lies on the device 'meta': load its weights first")
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise TypeError(
             f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
@@ -135,6 +141,13 @@ def ask_members(model: Any, x: Tensor) -> Tensor:
         logits_MNK = torch.stack(list(logits_MNK))
     check_member_logits(logits_MNK, len(x), type(model).__name__)
     return logits_MNK if logits_MNK.requires_grad else logits_MNK.clone()
+
+
+def ask_aggregate(aggregate: Callable[[Tensor], Any], logits_MNK: Tensor, called: str) -> Tensor:
+    """Return the scores (N, K) that a user's ``aggregate`` makes of a copy of its members' logits; otherwise as `ask`."""
+    scores_NK = unwrapped(aggregate(logits_MNK.clone()), called)
+    check_scores(scores_NK, logits_MNK.shape[1], called)
+    return scores_NK
 
 
 def unwrapped(answer: Any, called: str) -> Tensor:

@@ -49,11 +49,11 @@ def differentiable() -> Iterator[None]:
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """Return a tensor that gradients can be had through: itself, or a copy of one that was made in inference mode.
+    """Return a tensor by itself, that gradients can be had through: a copy of one that was made in inference mode.
 
     It is to be called outside that mode (`differentiable`).
     """
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def in_training(model: nn.Module) -> bool:

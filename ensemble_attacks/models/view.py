@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.models.aggregations import log_expected_softmax
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.scores import differ
@@ -59,7 +59,11 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
     if getattr(model, "own_ties", False):
         with torch.no_grad():
             verdict_ENK = ask(model, x).unsqueeze(0)
-    return Outputs(model.aggregate(logits_MNK), logits_MNK, verdict_ENK)
+    return Outputs(_aggregated(model, logits_MNK), logits_MNK, verdict_ENK)
+
+
+def _aggregated(model: Any, logits_MNK: Tensor) -> Tensor:
+    return ask_aggregate(model.aggregate, logits_MNK, f"{type(model).__name__}.aggregate")
 
 
 def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
@@ -69,14 +73,14 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
         with torch.no_grad():
             verdict_NK = ask(target, x)
         logits_MNK = ask_members(other, x) if hasattr(other, "member_logits") else None
-        scores_NK = ask(other, x) if logits_MNK is None else other.aggregate(logits_MNK)
+        scores_NK = ask(other, x) if logits_MNK is None else _aggregated(other, logits_MNK)
         return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
     logits_MNK = ask_members(target, x)
-    scores_NK = surrogate.aggregate(logits_MNK)
+    scores_NK = _aggregated(surrogate, logits_MNK)
     probabilities = member_probabilities(target)
     if probabilities is not None:
         return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
-    verdict_NK = target.aggregate(logits_MNK.detach())
+    verdict_NK = _aggregated(target, logits_MNK.detach())
     if scores_NK.shape != verdict_NK.shape:
         raise ValueError(
             f"the surrogate scores {scores_NK.shape[1]} classes, {type(target).__name__} {verdict_NK.shape[1]}: its members "

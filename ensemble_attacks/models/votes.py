@@ -23,6 +23,7 @@ from ensemble_attacks.models.aggregations import (
     mean_logits,
     shares,
 )
+from ensemble_attacks.models.ask import ask_aggregate
 from ensemble_attacks.scores import at_least
 
 Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
@@ -162,7 +163,7 @@ WEIGHTED = {"softmax": (_softmax, _softmax), "voting": (_voting, _softmax), "log
 
 def as_vote(vote: str | Vote | Aggregate) -> Vote:
     """Return the `Vote` of a name, of a function (M, N, K) -> (N, K), or the `Vote` itself."""
-    return Vote(OWN, vote) if callable(vote) else check_vote(vote)
+    return Vote(OWN, partial(ask_aggregate, vote, called="vote")) if callable(vote) else check_vote(vote)
 
 
 def vote_of(model: Any) -> Vote:
@@ -171,4 +172,4 @@ def vote_of(model: Any) -> Vote:
     vote = getattr(model, "claimed", getattr(model, "vote", None))
     if isinstance(vote, Vote):
         return vote
-    return check_vote(vote) if isinstance(vote, str) and vote in VOTES | MORE else Vote(OWN, model.aggregate)
+    return check_vote(vote) if isinstance(vote, str) and vote in VOTES | MORE else as_vote(model.aggregate)
