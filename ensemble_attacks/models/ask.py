@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ensemble_attacks.models.held import modules_of
 from ensemble_attacks.validation import check_label_range, check_member_logits, check_same_classes, check_scores
 
 
@@ -22,7 +21,7 @@ class Function(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.function = function
-        self.owners = nn.ModuleList(_owners(function))
+        self.owners = nn.ModuleList(_outermost(modules_of(function)))
         self.training = any(owner.training for owner in self.owners)
 
     def forward(self, x: Tensor) -> Any:
@@ -55,7 +54,7 @@ def as_module(model: object) -> nn.Module:
 def check_alone(model: nn.Module) -> None:
     """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation, or without
     gradients, as it was made in inference mode."""
-    for part in model.modules():
+    for part in modules_of(model):
         if any(kind.__name__ in COLLECTIVE for kind in type(part).__mro__):
             raise TypeError(
                 f"model is, or holds, a {type(part).__name__}, whose forward waits for other processes, while each needs as "
@@ -76,46 +75,10 @@ def check_alone(model: nn.Module) -> None:
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
 
 
-DEPTH = 4  # steps from a function to the modules that it stands on
-
-
-def _owners(function: object) -> Iterator[nn.Module]:
-    """Yield the modules that a function stands on, each once: what it is bound to, closes over, names and holds."""
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-    held = [function]
-    for _ in range(DEPTH):
-        modules = [thing for thing in held if isinstance(thing, nn.Module)]
-        found |= {id(module): module for module in modules}
-        others = [thing for thing in held if not isinstance(thing, nn.Module) and id(thing) not in seen]
-        seen |= {id(thing) for thing in others}
-        held = [part for thing in others for part in _held(thing)]
-    yield from found.values()
-
-
-def _held(thing: Any) -> list[Any]:
-    """Return what a function, an object or a collection holds that may be, or hold, a module."""
-    if isinstance(thing, Mapping):
-        return list(thing.values())
-    if isinstance(thing, (list, tuple, set)):
-        return list(thing)
-    if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if isinstance(thing, (type, types.ModuleType, str, bytes, Tensor)):
-        return []
-    held = [getattr(thing, "__self__", None), getattr(thing, "__func__", None), getattr(thing, "__wrapped__", None)]
-    if (code := getattr(thing, "__code__", None)) is not None:
-        held += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if _filled(cell)]
-        held += [thing.__globals__[name] for name in code.co_names if name in thing.__globals__]
-        return held
-    return [*held, *getattr(thing, "__dict__", {}).values()]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is bound later
-        return False
+def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules that are no parts of others among them."""
+    inner = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in inner]
 
 
 def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) -> Tensor:

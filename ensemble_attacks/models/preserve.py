@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
-OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # generators that a model may hold
+from ensemble_attacks.models.held import generators_of, modules_of
 
 
 @contextmanager
@@ -22,13 +22,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     ``model.train()`` on the whole would not do: it wakes batch norm in members that were in eval mode.
     """
-    flags = [(module, module.training) for module in model.modules()]
+    modules = modules_of(model)
+    flags = [(module, module.training) for module in modules]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
     ]
-    gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
+    gradients = [
+        (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None
+    ]
     try:
         yield
     finally:
@@ -97,11 +103,10 @@ def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
 def private_random_state(seed: int, *models: nn.Module) -> Iterator[None]:
     """Seed all random generators within the context, and put them back afterwards.
 
-    These are the global ones (torch's, CUDA's, numpy's, Python's) and those that parts of models hold as attributes. Only
+    These are the global ones (torch's, CUDA's, numpy's, Python's) and those that models hold, wherever (`held_by`). Only
     models with randomness of their own see the difference: attacks draw from generators of their own.
     """
-    modules = [module for model in models for module in model.modules()]
-    owned = [held for module in modules for held in vars(module).values() if isinstance(held, OWN)]
+    owned = generators_of(*models)
     states = [_state(generator) for generator in owned]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
