@@ -124,13 +124,12 @@ class DescentAttack(CarefulAttack):
                 raise ValueError(f"start has shape {tuple(start.shape)}, images {tuple(images.shape)}: give one for each")
 
     def _num_classes(self, images: Tensor) -> int:
-        super()._num_classes(images)
-        if self.needs_members and not isinstance(self.model, Surrogate):
-            with uncounted(self.model):
+        with uncounted(self.model):
+            if self.needs_members and not isinstance(self.model, Surrogate):
                 check_protocol(self.model, self._as_taken(images), self.batch_size)
-        elif not isinstance(self.model, Surrogate):
-            with uncounted(self.model):
+            else:
                 check_claim(self.model, self._as_taken(images), self.batch_size or CHECKED, images.device)
+        super()._num_classes(images)
         with private_random_state(self.seed, self.model), uncounted(self.model), torch.no_grad():
             return self.outputs(images[:1]).scores_NK.shape[1]
 

@@ -79,7 +79,10 @@ class CarefulAttack(Attack):
         with private_random_state(self._own_seed, self.model), uncounted(self.model):
             counts = [classes_of(model, self._as_taken(images[:2])) for model in shown]
         if counts[0] != counts[-1]:
-            raise ValueError(f"the surrogate scores {counts[-1]} classes, the model {counts[0]}: both need the same")
+            raise ValueError(
+                f"the surrogate scores {counts[-1]} classes, the model {counts[0]}: pass a function (M, N, K) -> (N, K) that "
+                "maps them, or attack with MORA or apgd-ce"
+            )
         return counts[0]
 
     @property

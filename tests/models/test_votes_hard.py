@@ -163,7 +163,7 @@ def test_members_over_other_classes_are_attacked_by_the_ensembles_scores() -> No
     adopted = as_ensemble(theirs, "nets", superclasses, inputs=x)
     robust, own = (judge(theirs, x, y, attack(x, y), eps=0.3).robust for attack in attacks(adopted, theirs))
     assert robust.sum() <= own.sum() + 1
-    with pytest.raises(ValueError, match="the surrogate scores 4 classes, AdoptedEnsemble 2"):
+    with pytest.raises(ValueError, match="the surrogate scores 4 classes, the model 2"):
         CrossMaxTransfer(adopted, attack=APGD, refine=None, eps=0.3, steps=2)(x, y)
 
 
@@ -230,7 +230,7 @@ def test_ties_are_no_false_claim(digits: tuple[Tensor, Tensor]) -> None:
 def test_members_of_different_sizes_are_named(make: Callable[[list[nn.Module]], nn.Module]) -> None:
     model = make([make_member(4), make_member(3)]).eval()
     x, y = torch.rand(8, 3, 6, 6), torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"members\[0\]: 4, members\[1\]: 3"):
+    with pytest.raises(ValueError, match=r"\[0\]: 4, members.*\[1\]: 3"):
         MORA(model, eps=0.1, steps=2)(x, y)
 
 
