@@ -80,8 +80,8 @@ class CarefulAttack(Attack):
             counts = [classes_of(model, self._as_taken(images[:2])) for model in shown]
         if counts[0] != counts[-1]:
             raise ValueError(
-                f"the surrogate scores {counts[-1]} classes, the model {counts[0]}: pass a function (M, N, K) -> (N, K) that "
-                "maps them, or attack with MORA or apgd-ce"
+                f"the surrogate scores {counts[-1]} classes, the model {counts[0]}: pass a function (M, N, K) -> (N, K) "
+                "that maps them, or attack with MORA or apgd-ce"
             )
         return counts[0]
 
