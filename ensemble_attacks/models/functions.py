@@ -12,7 +12,7 @@ from torch import nn
 
 from ensemble_attacks import sources
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.adopted import as_ensemble
+from ensemble_attacks.models.adopting import as_ensemble
 from ensemble_attacks.models.ask import as_module
 from ensemble_attacks.names import split_options
 
