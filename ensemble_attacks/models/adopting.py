@@ -59,6 +59,7 @@ def as_ensemble(
         ValueError: Where a name in ``members`` is no submodule, the vote is unknown, or there is not one weight for each
             member.
 
+    >>> import torch
     >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
     >>> class Theirs(nn.Module):
     ...     def __init__(self):
@@ -134,6 +135,6 @@ def _checked(model: nn.Module, inputs: Tensor | None) -> nn.Module:
     """Return the model, checked on images where there are any."""
     if inputs is not None:
         with guarded(model):
-            classes_of(getattr(model, "original", model), inputs)
+            classes_of(model.original if isinstance(model, AdoptedEnsemble) else model, inputs)
             check_protocol(model, inputs)
     return model

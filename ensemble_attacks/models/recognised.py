@@ -71,19 +71,22 @@ def recognise(model: nn.Module) -> Found | None:
     """Return what a model's structure says of its members; ``None`` where it is none that is known.
 
     Raises:
-        NotAnEnsembleError: Where it is an ensemble that has not been fitted.
+        NotAnEnsembleError: Where it is an ensemble that has not been fitted, or a wrapper of one that draws its members.
     """
     inner, path = _inside(model)
     within = f"{type(inner).__name__} in .{'.'.join(path)} of {type(model).__name__}" if path else type(inner).__name__
-    if path and shows_members(inner) and member_probabilities(inner) is None:
+    if path and shows_members(inner):
+        if member_probabilities(inner) is not None:
+            raise NotAnEnsembleError(f"{within} draws its members, so that no claim can be checked: pass .{'.'.join(path)}")
         return Found(within, [Together(inner.member_logits)], replace(vote_of(inner), joined=None))  # type: ignore[arg-type]
     names = _names(inner)
-    if (named := (MEAN_PROBABILITY | MEAN_OUTPUT) & names) and isinstance(inner.estimators_, nn.ModuleList):
-        if not len(inner.estimators_):
+    estimators = getattr(inner, "estimators_", None)
+    if (named := (MEAN_PROBABILITY | MEAN_OUTPUT) & names) and isinstance(estimators, nn.ModuleList):
+        if not len(estimators):
             raise NotAnEnsembleError(f"{within} has no estimators yet: fit it, or load its weights, first")
         soft = "voting" if getattr(inner, "voting_strategy", "soft") == "hard" else "softmax"
         vote = soft if named & MEAN_PROBABILITY else "logits"
-        return Found(f"torchensemble's {within}, {len(inner.estimators_)} estimators", list(inner.estimators_), vote)
+        return Found(f"torchensemble's {within}, {len(estimators)} estimators", list(estimators), vote)
     if (said := _stacks(inner)) is not None:
         return Found(
             f"torch-uncertainty's {within}, rows of all members together ({said})", [Together(model)], "softmax", False
@@ -94,7 +97,7 @@ def recognise(model: nn.Module) -> Found | None:
 def networks_of(model: object) -> list[nn.Module] | None:
     """Return the networks of what is nothing but a list, or a mapping, of them; ``None`` where it is something else."""
     if type(model) in (nn.ModuleList, nn.ModuleDict):
-        return list(model.children())  # type: ignore[attr-defined]
+        return _held(model)  # type: ignore[arg-type]
     if isinstance(model, Mapping):
         model = list(model.values())
     return [as_module(net) for net in model] if isinstance(model, (list, tuple)) else None
@@ -104,7 +107,7 @@ def lists_in(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     """Yield the lists of at least two networks that a model holds, with their names, the outermost first."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
-            yield name, list(module.children())
+            yield name or "itself", _held(module)
 
 
 def named_members(model: nn.Module, members: str | nn.Module | Sequence[nn.Module | str]) -> list[nn.Module]:
@@ -130,9 +133,13 @@ def _spread(members: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the members, with the children of lists of networks in their place."""
     spread: list[nn.Module] = []
     for member in members:
-        held = isinstance(member, (nn.ModuleList, nn.ModuleDict))
-        spread += _spread(list(member.children())) if held else [member]
+        spread += _spread(_held(member)) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
     return spread
+
+
+def _held(networks: nn.ModuleList | nn.ModuleDict) -> list[nn.Module]:
+    """Return the networks of a list, in order, one that stands in it twice included."""
+    return list(networks.values() if isinstance(networks, nn.ModuleDict) else networks)
 
 
 def _names(model: nn.Module) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import MORA, AggregateMismatchError, Ensemble, NotAnEnsembleError, as_ensemble, judge
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.models.providers import load_model
@@ -168,6 +169,8 @@ def test_lists_of_networks(shape: Any, batch: Batch) -> None:
     assert model.found == "a list of 3 networks"
     assert not model.training
     assert torch.equal(model(x), make_ensemble("voting")(x))
+    twice = as_ensemble(shape(nets(1) * 2))
+    assert len(twice.members) == 2  # type: ignore[arg-type]
     assert as_ensemble(shape(nets()), vote=lambda logits_MNK: logits_MNK.amax(0))(x).shape == (64, 4)
 
 
@@ -188,6 +191,8 @@ def test_wrappers_of_ensembles(batch: Batch) -> None:
         adopted = as_ensemble(wrapper.eval(), inputs=x)
         assert str(adopted.found).startswith("Ensemble in .m")
         assert torch.equal(MORA(adopted, eps=0.1, steps=5)(x, labels), expected)
+    with pytest.raises(NotAnEnsembleError, match=r"draws its members.*pass \.module"):
+        as_ensemble(nn.DataParallel(RandomizedEnsemble(nets(), seed=0)))
     stacked = as_ensemble(LightningModule(Stacked(nets())).eval(), inputs=x)
     assert torch.equal(stacked(x), make_ensemble("softmax")(x))
 
