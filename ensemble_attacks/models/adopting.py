@@ -87,7 +87,7 @@ def _recognised(
     if nets is None and shows_members(model := as_module(model)):
         return _checked(model, inputs)
     found = recognise(model) if nets is None else Found(f"a list of {len(nets)} networks", nets, "softmax", own_scores=False)
-    if found is None:
+    if found is None or (nets is None and not found.own_scores and _scores_itself(model, inputs)):
         found = _tried(model, vote, weights, inputs)
     claimed = found.vote if vote is None else vote
     if found.own_scores:
@@ -97,6 +97,18 @@ def _recognised(
         adopted.training = adopted.members.training = any(net.training for net in found.members)
     adopted.found = found.said
     return _checked(adopted, inputs)
+
+
+def _scores_itself(model: nn.Module, inputs: Tensor | None) -> bool:
+    """Tell whether a model answers with scores (N, K) rather than rows of all members, as far as images can say."""
+    if inputs is None:
+        return False
+    try:
+        with guarded(model):
+            classes_of(model, inputs)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _tried(

@@ -257,6 +257,15 @@ def test_a_list_of_networks_in_somebody_elses_code_is_tried(vote: str, batch: Ba
         as_ensemble(model, vote=lambda logits_MNK: logits_MNK.amin(0), inputs=x)
 
 
+def test_num_estimators_of_a_model_with_scores_of_its_own(batch: Batch) -> None:
+    class Own(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).unflatten(0, (-1, len(x))).mean(0)
+
+    adopted = as_ensemble(Own(nets()).eval(), inputs=batch[0])
+    assert str(adopted.found).startswith("3 networks in core_models, by logits")
+
+
 def test_what_is_not_recognised_is_told_how_to_be_named(batch: Batch) -> None:
     for inputs in (None, batch[0]):
         with pytest.raises(NotAnEnsembleError) as told:
