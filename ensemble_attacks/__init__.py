@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ensemble_attacks.hosts.autoattack import AutoAttack as AutoAttack
     from ensemble_attacks.judge import Judgement as Judgement
     from ensemble_attacks.judge import judge as judge
-    from ensemble_attacks.models.adopted import as_ensemble as as_ensemble
+    from ensemble_attacks.models.adopting import as_ensemble as as_ensemble
     from ensemble_attacks.models.ensembles import Ensemble as Ensemble
     from ensemble_attacks.models.surrogates import Expected as Expected
     from ensemble_attacks.models.surrogates import Surrogate as Surrogate
@@ -65,7 +65,7 @@ _HOMES = {  # of every public name, the module that defines it
     "Surrogate": "models.surrogates",
     "WeightsError": "errors",
     "ZeroOrder": "models.surrogates",
-    "as_ensemble": "models.adopted",
+    "as_ensemble": "models.adopting",
     "evaluate": "evaluation.own",
     "judge": "judge",
     "verify": "evaluation.own",

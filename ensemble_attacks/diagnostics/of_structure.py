@@ -17,7 +17,9 @@ from ensemble_attacks.scores import are_probabilities, differ
 
 def of_structure(examined: Examination, training: bool) -> Iterator[Check]:
     structure = examined.structure
-    yield Check("members", NOTE, float(structure.members), None, "shows its members" if structure.members else "one model")
+    found = getattr(examined.original, "found", "")
+    said = f"shows its members{f' ({found})' if found else ''}" if structure.members else "one model"
+    yield Check("members", NOTE, float(structure.members), None, said)
     said = "parts called frontend stand before the classifier; their gradient may mislead"
     yield flag_if(structure.frontend, "frontend", said, "bpda", "[A18] BPDA")
     said = "the members are put together otherwise than by mean probability, votes or mean logits"

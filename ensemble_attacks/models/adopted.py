@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.errors import AggregateMismatchError, unknown_name
+from ensemble_attacks.errors import AggregateMismatchError
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
-from ensemble_attacks.models.ask import as_module, ask, ask_aggregate, ask_members, check_dtype, classes_of
-from ensemble_attacks.models.ensembles import Ensemble, check_members, member_probabilities
-from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
+from ensemble_attacks.models.ensembles import Ensemble, member_probabilities
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.models.softening import scores_of
 from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, vote_of, weighted
@@ -52,6 +51,7 @@ class AdoptedEnsemble(Ensemble):
         self.verified = False
         self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
         self.refuted = 0
+        self._checked = ""
         self._gradient: bool | None = None  # whether the model's own scores have one; not known before it is asked for
         self.training = self.members.training = original.training
 
@@ -59,6 +59,14 @@ class AdoptedEnsemble(Ensemble):
     def vote_said(self) -> str:
         """Return the name of the claimed vote, for messages."""
         return "callable" if self.claimed.name == OWN else self.claimed.name
+
+    @property
+    def checked(self) -> str:
+        """Return on how many images the claim was found true; empty before it is checked."""
+        return self._checked
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", checked on {self._checked}" if self._checked else "")
 
     def forward(self, x: Tensor) -> Tensor:
         if wants_gradient(x) and self._gradient is None:
@@ -106,6 +114,7 @@ class AdoptedEnsemble(Ensemble):
                 "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
                 "random model differs from itself: freeze its draws"
             )
+        self._checked = f"{len(x)} images and {len(differ) - len(x)} mixtures of them" if shares else self._checked
         self.verified, self.own_ties = True, self.own_ties or bool(ties.any())
 
     def mismatches(self, x: Tensor, batch_size: int | None = None) -> list[int]:
@@ -221,86 +230,3 @@ def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
             "claim a vote that gives the model's classes, a function (M, N, K) -> (N, K)"
         )
     return own_NK.argmax(1) != claimed_NK.argmax(1)
-
-
-def as_ensemble(
-    model: nn.Module,
-    members: str | nn.Module | Sequence[nn.Module | str] | None = None,
-    vote: str | Vote | Aggregate = "softmax",
-    *,
-    weights: Sequence[float] | None = None,
-    inputs: Tensor | None = None,
-) -> nn.Module:
-    """Adopt a third party's ensemble without rewriting it.
-
-    Args:
-        model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
-            itself, and is returned as it is.
-        members: its classifiers, as modules or as names of submodules (``["net.0", "net.1"]``), or the list that holds them
-            (``"net"``): of a ModuleList, a ModuleDict, or by itself a Sequential, the children are meant, in order.
-        vote: how it combines them: a name, a `Vote`, or a function (M, N, K) -> (N, K).
-        weights: a weight for each member in a named vote; ``None``: all the same.
-        inputs: real images to check the claim on at once; otherwise it is checked on those attacked.
-
-    Returns:
-        An ensemble whose forward pass is that of ``model``, or ``model`` itself.
-
-    Raises:
-        NotAnEnsembleError: Where no members are named, and the model shows none.
-        AggregateMismatchError: Where the claimed members and vote do not reproduce the model's own predictions.
-        TypeError: Where weights are given for a vote without a name.
-        ValueError: Where a name in ``members`` is no submodule, the vote is unknown, or there is not one weight for each
-            member.
-
-    >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
-    >>> class Theirs(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.nets = nets
-    ...     def forward(self, x):
-    ...         return sum(net(x) for net in self.nets)
-    >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
-    'logits'
-    """
-    model = as_module(model)
-    if inputs is not None and not len(inputs):
-        raise ValueError("inputs holds no images: pass some of those that are attacked")
-    if members is None:
-        check_members(model, "as_ensemble")
-        if inputs is not None:
-            with guarded(model):
-                check_dtype(model, inputs, "inputs")
-                classes_of(model, inputs)
-                check_protocol(model, inputs)
-        return model
-    ensemble = AdoptedEnsemble(model, _found(model, members), vote, weights)
-    if inputs is not None:
-        with guarded(ensemble):
-            check_dtype(model, inputs, "inputs")
-            classes_of(model, inputs)
-            ensemble.verify(inputs)
-    return ensemble
-
-
-def _found(model: nn.Module, members: str | nn.Module | Sequence[nn.Module | str]) -> list[nn.Module]:
-    """Return the members that are named, or meant by the list that holds them."""
-    known = dict(model.named_modules())
-
-    def one(member: nn.Module | str) -> nn.Module:
-        if isinstance(member, str) and member not in known:
-            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
-        return known[member] if isinstance(member, str) else member
-
-    if isinstance(members, (str, nn.Module)):
-        alone = one(members)
-        return _spread(list(alone) if isinstance(alone, nn.Sequential) else [alone])
-    return _spread([one(member) for member in members])
-
-
-def _spread(members: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the members, with the children of lists of networks in their place."""
-    spread: list[nn.Module] = []
-    for member in members:
-        held = isinstance(member, (nn.ModuleList, nn.ModuleDict))
-        spread += _spread(list(member.children())) if held else [member]
-    return spread

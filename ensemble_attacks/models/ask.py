@@ -98,11 +98,26 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
 
 def ask_members(model: Any, x: Tensor) -> Tensor:
     """Return the logits of an ensemble's members, (M, N, K); otherwise as `ask`."""
-    logits_MNK = plain(model.member_logits(x.clone()))
+    return _of_members(model.member_logits(x.clone()), len(x), type(model).__name__)
+
+
+def ask_together(network: Callable[[Tensor], Any], x: Tensor, called: str) -> Tensor:
+    """Return the logits (M, N, K) of members that one network computes together: these, or rows (M * N, K), of which the
+    first N are the first member's; otherwise as `ask`."""
+    answer = network(x.clone())
+    if not isinstance(answer, (tuple, list)):
+        answer = unwrapped(answer, called)
+        if answer.dim() == 2 and len(x) < len(answer) and len(answer) % len(x) == 0:
+            answer = answer.unflatten(0, (-1, len(x)))
+    return _of_members(answer, len(x), called)
+
+
+def _of_members(answer: Any, images: int, called: str) -> Tensor:
+    logits_MNK = plain(answer)
     if isinstance(logits_MNK, (tuple, list)) and all(isinstance(one, Tensor) and one.dim() == 2 for one in logits_MNK):
         check_same_classes(logits_MNK, "member_logits")
         logits_MNK = torch.stack(list(logits_MNK))
-    check_member_logits(logits_MNK, len(x), type(model).__name__)
+    check_member_logits(logits_MNK, images, called)
     return logits_MNK if logits_MNK.requires_grad else logits_MNK.clone()
 
 

@@ -18,6 +18,7 @@ from ensemble_attacks.errors import NotAnEnsembleError
 from ensemble_attacks.models import pooled, routed  # noqa: F401 (they name further votes)
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.softening import scores_of
+from ensemble_attacks.models.together import Together
 from ensemble_attacks.models.votes import Vote, check_vote, vote_of, weighted
 from ensemble_attacks.validation import check_same_classes
 
@@ -26,7 +27,8 @@ class Ensemble(nn.Module):
     """An ensemble of classifiers that decide together by a vote: images (N, C, H, W) -> scores (N, K).
 
     Args:
-        members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
+        members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1]. `Together` stands for
+            several that one network computes.
         vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits); also
             ``"median"``, ``"max"``, ``"product"``, ``"borda"`` or ``"decided"`` (the member with the largest probability);
             or a `Vote`, of your own or of `ensemble_attacks.votes`.
@@ -43,6 +45,8 @@ class Ensemble(nn.Module):
     (torch.Size([2, 5, 3]), torch.Size([5, 3]))
     """
 
+    found = ""  # what `as_ensemble` recognised
+
     def __init__(
         self, members: Sequence[nn.Module], vote: str | Vote = "softmax", weights: Sequence[float] | None = None
     ) -> None:
@@ -56,18 +60,21 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.vote: str | Vote | None = vote if weights is None else weighted(vote, weights)  # type: ignore[arg-type]
         known = check_vote(self.vote)
-        if known.members not in (None, len(members)):
-            raise ValueError(f"the vote {known.name!r} is made for {known.members} members, there are {len(members)}")
+        if not any(isinstance(member, Together) for member in members):
+            _check_number(known, len(members))
         if known.modules:
             self.of_vote = nn.ModuleList(known.modules)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Return the logits of every member, (M, N, K)."""
-        answers = [ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)]
+        answers: list[Tensor] = []
+        for index, member in enumerate(self.members):
+            answers += member(x) if isinstance(member, Together) else [ask(member, x, f"members[{index}]")]
         check_same_classes(answers)
+        vote = vote_of(self)
+        _check_number(vote, len(answers))
         logits_MNK = torch.stack(answers)
-        joined = vote_of(self).joined
-        return logits_MNK if joined is None else joined(x, logits_MNK)
+        return logits_MNK if vote.joined is None else vote.joined(x, logits_MNK)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """Return the ensemble's scores, (N, K), from its members' logits, (M, N, K)."""
@@ -78,7 +85,17 @@ class Ensemble(nn.Module):
         return self.aggregate(self.member_logits(x))
 
     def extra_repr(self) -> str:
-        return f"vote={self.vote!r}"
+        return f"vote={self.vote!r}" + (f", found={self.found!r}" if self.found else "")
+
+
+def _check_number(vote: Vote, members: int) -> None:
+    if vote.members not in (None, members):
+        raise ValueError(f"the vote {vote.name!r} is made for {vote.members} members, there are {members}")
+
+
+def shows_members(model: object) -> bool:
+    """Tell whether a model has the protocol's two functions."""
+    return all(callable(getattr(model, name, None)) for name in ("member_logits", "aggregate"))
 
 
 def check_members(model: nn.Module, who: str) -> None:
@@ -89,7 +106,8 @@ def check_members(model: nn.Module, who: str) -> None:
     if missing:
         raise NotAnEnsembleError(
             f"{who} looks inside an ensemble, but {type(model).__name__} has no {' and no '.join(missing)}: "
-            "pass ensemble_attacks.Ensemble([...], vote=...), or as_ensemble(model, members=[...], vote=...)"
+            "pass ensemble_attacks.Ensemble([...], vote=...), or as_ensemble(model, members=[...], vote=...); some "
+            "structures as_ensemble(model) recognises"
         )
 
 

@@ -1,7 +1,7 @@
 """Make models of what a user's functions return.
 
-A function returns a module, or a module and a dictionary of what is known of it: ``members`` and ``vote``, as of
-`as_ensemble`, and ``dataset``, the name of the data that it is evaluated on unless another is named.
+A function returns a module, or a module and a dictionary of what is known of it: ``members`` or ``member_logits``, ``vote``
+and ``weights``, as of `as_ensemble`, and ``dataset``, the name of the data that it is evaluated on unless another is named.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from torch import nn
 
 from ensemble_attacks import sources
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.adopted import as_ensemble
+from ensemble_attacks.models.adopting import as_ensemble
 from ensemble_attacks.models.ask import as_module
 from ensemble_attacks.names import split_options
 
-KNOWN = ("members", "vote", "dataset")
+CLAIMS = ("members", "member_logits", "vote", "weights")
+KNOWN = (*CLAIMS, "dataset")
 
 
 def model_of_function(name: str) -> nn.Module:
@@ -27,8 +28,8 @@ def model_of_function(name: str) -> nn.Module:
         TypeError: Where it returns no module.
     """
     model, spec = _returned(name)
-    if "members" in spec:
-        model = as_ensemble(model, members=spec["members"], **{key: spec[key] for key in ("vote",) if key in spec})
+    if "members" in spec or "member_logits" in spec:
+        model = as_ensemble(model, **{key: spec[key] for key in CLAIMS if key in spec})
     return model.eval()
 
 
