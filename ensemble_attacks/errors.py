@@ -30,6 +30,26 @@ class LedgerError(RuntimeError):
     """An error that is raised where a run's folder cannot be used: damaged, not writable, unfinished, or of another run."""
 
 
+OUT_OF_MEMORY = (  # as allocators and libraries of kernels say it
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN
+    "alloc_failed",  # cuBLAS, cuDNN
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, in whatever words."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """Return a `ValueError` for a name that is not registered, which tells the nearest one that is."""
     known = sorted(known)

@@ -52,12 +52,18 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.UsageError(str(error), ctx=None) from error
+            raise click.UsageError(_one_line(error), ctx=None) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's message in one line, without what a terminal would obey, at a length that is read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)[:2000]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -7,25 +7,20 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from hashlib import sha256
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchattacks
-
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.evaluation.identity import code_version, made_of, versions
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.runner import check_arguments
 from ensemble_attacks.evaluation.settings import Settings, Shared
 from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
-from ensemble_attacks.hosts.autoattack import Original
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.votes import check_vote
-from ensemble_attacks.validation import check_count
-from ensemble_attacks.version import __version__
+from ensemble_attacks.validation import check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
 PIECE = 500  # images that are read at once
@@ -110,7 +105,11 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     check_count("shard_size", sweep.shard_size)
     n = len(load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)[1])
     x, y = load_dataset(sweep.dataset, data_dir=data_dir, n=min(n, PIECE))
-    weights = {}
+    weights, made = {}, {}
+    for eps in sweep.eps:
+        check_positive("eps", eps)
+    for seed in sweep.seeds:
+        check_seed(seed)
     for vote in sweep.votes:
         check_vote(vote)
     for name in sweep.models:
@@ -118,13 +117,15 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         if sweep.votes != DEFAULT_VOTES and getattr(model, "vote", None) != sweep.votes[0]:
             raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
         shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
-        for eps, seed in product(sweep.eps, sweep.seeds):
-            check_arguments(model, x, y, sweep.attacks, Settings(eps, seed, **shared))
+        made[name] = made_of(model)
+        check_arguments(model, x, y, sweep.attacks, Settings(sweep.eps[0], sweep.seeds[0], **shared))
         weights[name] = digest(*model.state_dict().values())
     return {
         "sweep": asdict(sweep) | {"n": n},
         "weights": weights,
+        "made": made,
         "data": data_digest(sweep.dataset, data_dir, n),
+        "versions": versions(),
         "code": code_version(),
         "places": {
             "model_dir": None if model_dir is None else str(Path(model_dir).resolve()),
@@ -139,18 +140,6 @@ def data_digest(dataset: str, data_dir: str, n: int) -> str:
     parts = [(first, min(PIECE, n - first)) for first in range(0, n, PIECE)]
     hashes = [digest(*load_dataset(dataset, data_dir=data_dir, first=first, n=count)) for first, count in parts]
     return sha256("".join(hashes).encode()).hexdigest()
-
-
-@cache
-def code_version() -> str:
-    """Return this package's version, and a hash of its sources, the models' sources, and the versions they stand on."""
-    modules = [provider.__file__ for provider in providers.providers() if provider.__file__]
-    folders = [Path(__file__).parents[1], *(Path(file).parent for file in modules)]
-    state = sha256(f"{torch.__version__} {Original.__module__} {torchattacks.__version__}".encode())
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            state.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return f"{__version__}+{state.hexdigest()[:12]}"
 
 
 def warn_of_code(ledger: Ledger) -> None:

@@ -6,15 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.errors import is_out_of_memory
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, crafting
-from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
+from ensemble_attacks.evaluation.summary import TOLD, Standing, row_of, worst_case
+from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.ask import ask, check_dtype
 from ensemble_attacks.models.ensembles import check_protocol
@@ -48,6 +50,7 @@ class Attacked:
         seconds: the time that it took.
         batch_size: the batch size with which it fitted into memory.
         outside: the number of images that left the ball, and count as the clean ones.
+        disagreement: the number of images that the attack saw fooled, and the judge finds robust.
     """
 
     images: Tensor
@@ -59,6 +62,12 @@ class Attacked:
     seconds: float
     batch_size: int
     outside: int = 0
+    disagreement: int = 0
+
+    @property
+    def told(self) -> dict[str, int]:
+        """Return the counts that a reader has to know, where there are any (`summary.TOLD`)."""
+        return {kind: count for kind in TOLD if (count := getattr(self, kind))}
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
@@ -99,20 +108,28 @@ def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, s
     Raises:
         OutOfBallError: Where an attack returned an image outside the ball.
     """
+
+    def whole(smaller: Settings) -> Attacked:
+        return _attack(model, twin, x, y, name, smaller)
+
+    return halving(settings, name, whole)
+
+
+Done = TypeVar("Done")
+
+
+def halving(settings: Settings, name: str, work: Callable[[Settings], Done]) -> Done:
+    """Return what ``work`` does with these settings, or with half the batch size, as often as memory runs out."""
     while True:
         try:
-            return _attack(model, twin, x, y, name, settings)
+            return work(settings)
         except (MemoryError, RuntimeError) as error:
-            if settings.batch_size == 1 or not _out_of_memory(error):
+            if settings.batch_size == 1 or not is_out_of_memory(error):
                 raise
-            settings = replace(settings, batch_size=settings.batch_size // 2)
-            logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        settings = replace(settings, batch_size=settings.batch_size // 2)  # once the error, and what it holds, is gone
+        logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
@@ -128,8 +145,15 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     judgement = judged(model, x, y, crafted.images, settings)
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
     stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
+    disagreement = 0 if crafted.fooled is None else int((crafted.fooled.cpu() & judgement.robust).sum())
+    if disagreement:
+        logger.warning(
+            "%s saw %d images fooled that the judge finds robust: the model answers the judge otherwise than the attack",
+            *(name, disagreement),
+        )
     passes = counted.forwards, counted.backwards
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, settings.batch_size, crafted.outside)
+    told = settings.batch_size, crafted.outside, disagreement
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, *told)
 
 
 def evaluate(
@@ -163,18 +187,19 @@ def evaluate(
     """
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    clean = judged(model, x, y, x, settings)
+    clean = halving(settings, CLEAN, lambda smaller: judged(model, x, y, x, smaller))
     report("clean", clean.summary())
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
-    right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
+    everyone = torch.arange(len(x))
+    standing = Standing.of(len(x)).after(everyone, clean)
     for name in attacks:
         attacked = attack(model, twin, x, y, name, settings)
-        right = right.minimum(share_right(attacked.judgement, right))
-        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.outside)
+        standing = standing.after(everyone, attacked.judgement)
+        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.told)
         report(name, rows[name] | {"seconds": attacked.seconds})
         keep(name, attacked)
-    worst = worst_case(right)
+    worst = worst_case(standing)
     report("worst case", worst)
     return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst}
 
@@ -195,5 +220,9 @@ def _recraft(
         return crafted
     counted.counted = model
     images = crafted.images.clone()
-    images[rows] = craft(counted, x[rows], y[rows], settings).images
-    return replace(crafted, images=images)
+    again = craft(counted, x[rows], y[rows], settings)
+    images[rows], fooled = again.images, crafted.fooled
+    if fooled is not None:
+        fooled = fooled.clone()
+        fooled[rows] = torch.zeros(len(rows), dtype=torch.bool) if again.fooled is None else again.fooled.to(fooled)
+    return replace(crafted, images=images, fooled=fooled)

@@ -15,7 +15,7 @@ from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack, craft
 from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
-from ensemble_attacks.descent.stages import Trace
+from ensemble_attacks.descent.stages import NEVER, Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
@@ -36,12 +36,14 @@ class Crafted:
         stages: after each part of a suite, its own robust flags (N,), and the forward and backward passes so far.
         trace: the convergence of an attack of this package (`Trace.rows`).
         outside: the number of images that left the ball, and were replaced by the clean ones.
+        fooled: the samples (N,) that the attack itself saw fooled; ``None`` where it does not say.
     """
 
     images: Tensor
     stages: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
     trace: list[dict[str, float]] = field(default_factory=list)
     outside: int = 0
+    fooled: Tensor | None = None
 
 
 Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
@@ -63,7 +65,7 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
         )
         stages = {name: (flags[name], *passes[name]) for name in flags} if len(attacks) > 1 else {}
-        return Crafted(images, stages)
+        return Crafted(images, stages, fooled=~list(flags.values())[-1] if flags else None)
 
     return run
 
@@ -78,7 +80,8 @@ def _ours(version: str) -> Craft:
         adversary.on_attack = lambda name: passes.setdefault(name, (model.forwards, model.backwards))
         images = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
         assert isinstance(images, Tensor)
-        return Crafted(images, {name: (adversary.stages[name], *passes[name]) for name in passes})
+        stages = {name: (adversary.stages[name], *passes[name]) for name in passes}
+        return Crafted(images, stages, fooled=~list(stages.values())[-1][0].bool() if stages else None)
 
     return run
 
@@ -105,12 +108,13 @@ def _named(make: Callable[..., Attack]) -> Craft:
             made.trace = trace
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
+        fooled = torch.cat(trace.fooled_in).cpu() < NEVER if isinstance(made, DescentAttack) and trace.fooled_in else None
         if isinstance(made, MORA) and made.targets:
             descents = len(made.sweep())
             sweep = [row for row in rows if row["stage"] < descents]
             robust = torch.cat(trace.fooled_in).cpu() >= descents
             stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
-        return Crafted(images, stages, rows)
+        return Crafted(images, stages, rows, fooled=fooled if fooled is not None and len(fooled) == len(x) else None)
 
     return run
 
