@@ -190,6 +190,8 @@ def parse(data: bytes) -> Any:
 
 def check(content: Any, kind: type[Known]) -> Known:
     """Return the content as a record of its kind; raise a `ValueError` that says in one line what is wrong first."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}: expected an object")
     try:
         return kind.model_validate(content)
     except ValidationError as error:

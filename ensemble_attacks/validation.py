@@ -144,6 +144,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 def check_device(device: str) -> None:
     """Raise a `ValueError` unless torch knows the device and this machine has it."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try cpu or cuda") from None

@@ -20,7 +20,7 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
     "sweep": ("run", "Evaluate what a TOML file describes: models x votes x eps x seeds."),
     "status": ("run", "How far a run is, and what failed."),
     "resume": ("run", "Go on with a run; units that were given up are tried again."),
-    "verify": ("inspect", "Judge stored images anew, from them, the model and the data alone."),
+    "verify": ("verify", "Compute anew, from stored images, the model and the data alone, what a run or a bundle says."),
     "report": ("inspect", "Write a finished run as one HTML page, Markdown, CSV and figures."),
     "export": ("inspect", "Write a finished run in another project's format."),
     "demo": ("demo", "Handwritten digits: AutoAttack beside MORA, in about a minute."),

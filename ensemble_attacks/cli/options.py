@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import reduce
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import click
@@ -64,6 +65,12 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def check_out(out: Path | None) -> None:
+    """Raise a `ValueError` where a folder to write is named by nothing, or by what no folder can be called."""
+    if (out is not None and str(out) in ("", ".")) or "\0" in str(out):
+        raise ValueError(f"--out {str(out)!r}: name a folder, such as --out runs/first")
 
 
 RADIUS = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?(/[0-9.]{1,30})?", re.IGNORECASE)

@@ -83,7 +83,7 @@ def _lacking(unit: Unit, why: str) -> Finding:
 
 
 def _examined(ledger: Ledger, unit: Unit, context: Context, standing: Standing) -> tuple[Finding, Result | None]:
-    """Return what is found of one unit, and its result as it should be; ``None`` where its images cannot be judged."""
+    """Return what is found of one unit, and its result as it should be; ``None`` where its images are not all those due."""
     try:
         stored = ledger.examine(unit)
     except FileNotFoundError as error:
@@ -109,7 +109,7 @@ def _examined(ledger: Ledger, unit: Unit, context: Context, standing: Standing) 
     what |= _stages(stages, judgement.fooled)
     finding = {"unit": unit.name, "n": len(rows), "robust": int(judgement.robust.sum()), "differ": sum(what.values())}
     lines = [f"{name}: {count} differ" for name, count in what.items()]
-    return finding | {"what": lines}, Result(anew, stored.info)
+    return finding | {"what": lines}, Result(anew, stored.info) if torch.equal(rows, due) else None
 
 
 def _differing(name: str, stored: Tensor, anew: Tensor) -> int:
