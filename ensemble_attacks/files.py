@@ -21,6 +21,7 @@ from torch import Tensor
 from ensemble_attacks.errors import LedgerError
 
 LARGEST = 4 << 30  # bytes, as they lie and unpacked
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ABANDONED = 24 * 3600  # seconds after which nobody is still writing a temporary file
 
 
@@ -100,12 +101,13 @@ def read_whole(path: Path, most: int = LARGEST) -> bytes:
     except OSError as error:
         what = "a symbolic link" if path.is_symlink() else "not readable"
         raise ValueError(f"{path} is {what} ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+        os.close(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError(f"{path} is no regular file")
-        if about.st_size > most:
-            raise ValueError(f"{path} holds {about.st_size:,} bytes, more than the {most:,} that are read")
+        raise ValueError(f"{path} holds {about.st_size:,} bytes, more than the {most:,} that are read")
+    with os.fdopen(descriptor, "rb") as file:
         return file.read(most)
 
 
@@ -143,7 +145,9 @@ def check_plain(tensor: object, what: str) -> None:
     """
     if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
         raise ValueError(f"{what} is a {type(tensor).__name__}, not a plain tensor")
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+    known = not tensor.is_floating_point() or tensor.dtype in FLOATING
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not (known and dense) or tensor.is_complex():
         kind = "quantised" if tensor.is_quantized else str(tensor.dtype)
         raise ValueError(f"{what} is {tensor.layout}, {kind}, on {tensor.device}: expected a dense tensor of real numbers")
     stored = tensor.untyped_storage().nbytes()

@@ -61,6 +61,8 @@ class ListedSweep(Record):
         for values in lists:
             if len(set(values)) < len(values):
                 raise ValueError("a list holds something twice")
+        if self.shard_size > self.n:
+            raise ValueError(f"shard_size is {self.shard_size}, of {self.n} images")
         if (units := prod(map(len, lists)) * -(-self.n // self.shard_size)) > MOST_UNITS:
             raise ValueError(f"it asks for {units:,} units, more than {MOST_UNITS:,}")
         return self
@@ -74,14 +76,16 @@ class Places(Record):
 class StoredManifest(Record):
     sweep: ListedSweep
     weights: dict[Text, Text]
+    made: dict[Text, Text]
     data: Text
     code: Text
     places: Places
 
     @model_validator(mode="after")
     def complete(self) -> StoredManifest:
-        if missing := [name for name in self.sweep.models if name not in self.weights]:
-            raise ValueError(f"it has no weights of {missing[0][:100]}")
+        for what, known in (("weights", self.weights), ("made", self.made)):
+            if missing := [name for name in self.sweep.models if name not in known]:
+                raise ValueError(f"{what}: there is nothing on {missing[0][:100]}")
         return self
 
 
@@ -108,6 +112,7 @@ class UnitInfo(Record):
     trace: Annotated[list[Step], Field(max_length=100_000)]
     seconds: Seconds
     outside: Index
+    disagreement: Index = 0
     batch_size: Annotated[int, Field(ge=1)]
     finished: Seconds
     torch: Text
@@ -164,6 +169,8 @@ class Card(Record):
     num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
     negative_slope: Annotated[float, Field(ge=0, le=10)] | None = None
     normalization: Annotated[list[list[float]], Field(min_length=2, max_length=2)] | None = None
+    in_channels: Annotated[int, Field(ge=1, le=64)] | None = None
+    probabilities: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1, max_length=1000)] | None = None
 
     @field_validator("normalization")
     @classmethod

@@ -72,7 +72,7 @@ def verify(
         count = RECRAFTED if recraft is None else recraft
         findings = _examine(path, {"model_dir": model_dir, "data_dir": data_dir or "data"}, claimed, count, seed, device)
         _print(findings, bundles.NOT_VERIFIABLE)
-    sys.exit(any(finding["differ"] != 0 for finding in findings))
+    sys.exit(1 if any(finding["differ"] != 0 for finding in findings) else 0)
 
 
 def _beside(

@@ -121,7 +121,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         check_arguments(model, x, y, sweep.attacks, Settings(sweep.eps[0], sweep.seeds[0], **shared))
         weights[name] = digest(*model.state_dict().values())
     return {
-        "sweep": asdict(sweep) | {"n": n},
+        "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n)},
         "weights": weights,
         "made": made,
         "data": data_digest(sweep.dataset, data_dir, n),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.units import Unit
+from ensemble_attacks.files import FLOATING
 
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 UNKNOWN_IMAGE = 3 * 512 * 512  # the most values of an image of a dataset that is not registered
 FLAGS = ("robust", "invalid")
 

@@ -112,9 +112,7 @@ def _dimensions(manifest: dict[str, Any]) -> list[list[Any]]:
 def _cell(manifest: dict[str, Any], model: str, vote: str, eps: float, seed: int) -> Cell:
     sweep = manifest["sweep"]
     shared = {key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "amp", "cascade")}
-    hashes = {key: manifest[key] for key in ("data", "code")} | {"weights": manifest["weights"][model]}
-    if "made" in manifest:
-        hashes["made"] = manifest["made"][model]
+    hashes = {key: manifest[key] for key in ("data", "code")} | {key: manifest[key][model] for key in ("weights", "made")}
     return Cell(eps, seed, model=model, vote=vote, **shared, **hashes)
 
 
