@@ -91,6 +91,18 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def as_stored(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor as a plain one: a subclass may measure or compare otherwise than torch does.
+
+    Raises:
+        TypeError: Where it has no values of its own, but computes them.
+    """
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"images and labels must be plain tensors, got a {type(tensor).__name__}, which computes its values")
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """Return the size of every sample's perturbation, (N,), in float64."""
     delta = (x_adv.double() - x.double()).flatten(1)
@@ -102,10 +114,13 @@ def rounding(images: Tensor) -> float:
     return min(torch.finfo(images.dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def allowed(x_adv: Tensor, norm: str) -> float:
-    """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
+def allowed(x_adv: Tensor, norm: str, eps: float) -> float:
+    """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`.
+
+    It is never more than eps: a step that rounding makes of one within the ball is at most twice as long.
+    """
     pixels = x_adv[0].numel()
-    return rounding(x_adv) * pixels ** (1 / NORMS[norm].order)
+    return min(rounding(x_adv) * pixels ** (1 / NORMS[norm].order), eps)
 
 
 def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
@@ -114,7 +129,7 @@ def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Bo
         return torch.zeros(0, dtype=torch.bool)
     exact = x_adv.double().flatten(1)
     beyond = box.excess(exact) > rounding(x_adv)
-    return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm))
+    return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm, eps))
 
 
 def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
@@ -136,7 +151,7 @@ def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
     excess = distances(x, x_adv, norm) - eps
-    bad = torch.nonzero(excess > allowed(x_adv, norm)).squeeze(-1)
+    bad = torch.nonzero(excess > allowed(x_adv, norm, eps)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(
             f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {eps:.6g} by {excess[bad[0]]:.3g} "
@@ -194,7 +209,7 @@ def judge(
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in {box}")
-    x_adv, y = x_adv.detach(), y.long()
+    x, x_adv, y = as_stored(x), as_stored(x_adv), as_stored(y).long()
     check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm, box=box)
 
     parameter = next(model.parameters(), x_adv)

@@ -31,6 +31,9 @@ STANDS_ON = (  # the packages whose version may change a result
 )
 
 
+NO_OPTIONS = ("training", "vote")  # the judge decides the one, and a cell names the other
+
+
 @cache
 def code_version() -> str:
     """Return this package's version, and a hash of its sources, of plug-ins' sources, and of the versions they stand on."""
@@ -73,7 +76,7 @@ def _add_sources(state: Any, path: Path) -> None:
 def made_of(model: nn.Module) -> str:
     """Return a hash of what a model is made of beside its weights: modules, their options, and the code of their classes.
 
-    The options are the plain values among a module's attributes; the code is the file of its class, where that is no part of
+    The vote is none of them: a cell names it. The options are the plain values among a module's attributes; the code is the file of its class, where that is no part of
     torch or of this package, whose version says it.
     """
     state = sha256()
@@ -81,7 +84,7 @@ def made_of(model: nn.Module) -> str:
         kind = type(module)
         state.update(f"{name} {kind.__module__}.{kind.__qualname__} {module.extra_repr()}".encode())
         values = {key: _plain(value) for key, value in vars(module).items() if not key.startswith("_")}
-        options = {key: value for key, value in values.items() if value is not None and key != "training"}
+        options = {key: value for key, value in values.items() if value is not None and key not in NO_OPTIONS}
         state.update(repr(sorted(options.items())).encode())
         state.update(digest(*(buffer for _, buffer in module.named_buffers(recurse=False))).encode())
         state.update(_code_of(kind.__module__))
