@@ -76,13 +76,13 @@ def _add_sources(state: Any, path: Path) -> None:
 def made_of(model: nn.Module) -> str:
     """Return a hash of what a model is made of beside its weights: modules, their options, and the code of their classes.
 
-    The vote is none of them: a cell names it. The options are the plain values among a module's attributes; the code is the file of its class, where that is no part of
-    torch or of this package, whose version says it.
+    The options are the plain values among a module's attributes, but for the vote, which a cell names; the code is the file
+    of its class, where that is no part of torch or of this package, whose version says it.
     """
     state = sha256()
     for name, module in model.named_modules():
         kind = type(module)
-        state.update(f"{name} {kind.__module__}.{kind.__qualname__} {module.extra_repr()}".encode())
+        state.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())
         values = {key: _plain(value) for key, value in vars(module).items() if not key.startswith("_")}
         options = {key: value for key, value in values.items() if value is not None and key not in NO_OPTIONS}
         state.update(repr(sorted(options.items())).encode())
