@@ -223,8 +223,8 @@ def test_a_worst_case_lies_above_no_attack() -> None:
     model = Unsound().eval()
     x = (255 * torch.rand(8, 1, 6, 6)).round() / 255
     y = model(x).argmax(1)
-    summary = evaluate(model, x, y, ["ea-apgd-ce"], Settings(eps=0.4))
-    row, worst = summary["attacks"]["ea-apgd-ce"], summary["worst_case"]
+    summary = evaluate(model, x, y, ["torchattacks:FGSM"], Settings(eps=0.1))
+    row, worst = summary["attacks"]["torchattacks:FGSM"], summary["worst_case"]
     assert row["invalid"] > 0
     assert worst["accuracy"] <= row["accuracy"]
     assert worst["invalid"] == row["invalid"]
