@@ -112,12 +112,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
-def check_count(name: str, value: int, at_least: int = 1) -> None:
-    """Raise a `TypeError` or `ValueError` unless a value is a whole number not below ``at_least``."""
+def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = None) -> None:
+    """Raise a `TypeError` or `ValueError` unless a value is a whole number from ``at_least`` to ``at_most``, if any."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most:,}, got {value if value < 10**20 else 'far more'}")
 
 
 def check_seed(seed: int) -> None:
