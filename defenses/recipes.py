@@ -118,7 +118,7 @@ def train_model(
         check_positive("minutes", minutes)
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
-    network = architecture or DEFAULT_ARCHITECTURE[dataset]
+    network = DEFAULT_ARCHITECTURE[dataset] if architecture is None else architecture
     built = {**FRONT_ENDED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
     fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)] + list(MIXED)
     check_choice(f"architecture for the recipe {recipe!r}", network, fitting)

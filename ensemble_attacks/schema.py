@@ -47,10 +47,10 @@ class ListedSweep(Record):
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=100_000)]
     dataset: Text
     n: Many
-    shard_size: Annotated[int, Field(ge=1)]
+    shard_size: Many
     cascade: bool
     norm: Text
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: Many
     draws: Draws
     eot_iter: Draws | None
     amp: bool

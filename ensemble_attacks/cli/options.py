@@ -46,7 +46,7 @@ def machines(command: Callable[..., None]) -> Callable[..., None]:
 def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
     """Raise on an engine or options that cannot be used; the devices of other machines are not looked at."""
     check_choice("engine", engine, tuple(ENGINES))
-    check_count("workers", workers)
+    check_count("workers", workers, at_most=10_000)
     known = [name for name, of in signature(ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
     known = [name for name in known if name not in ("workers", "devices")]
     for key, _ in map(key_value, options):

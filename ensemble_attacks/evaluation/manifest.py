@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tomllib
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +21,7 @@ from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.votes import check_vote
+from ensemble_attacks.schema import MOST_IMAGES, StoredManifest, check
 from ensemble_attacks.validation import check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     Raises:
         ValueError, TypeError, FileNotFoundError: Where something cannot be run.
     """
-    check_count("shard_size", sweep.shard_size)
+    check_count("shard_size", sweep.shard_size, at_most=MOST_IMAGES)
     n = len(load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)[1])
     x, y = load_dataset(sweep.dataset, data_dir=data_dir, n=min(n, PIECE))
     weights, made = {}, {}
@@ -120,7 +122,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         made[name] = made_of(model)
         check_arguments(model, x, y, sweep.attacks, Settings(sweep.eps[0], sweep.seeds[0], **shared))
         weights[name] = digest(*model.state_dict().values())
-    return {
+    manifest = {
         "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n)},
         "weights": weights,
         "made": made,
@@ -132,6 +134,11 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
             "data_dir": str(Path(data_dir).resolve()),
         },
     }
+    try:
+        check(json.loads(json.dumps(manifest)), StoredManifest)  # what is written must be what is read
+    except ValueError as error:
+        raise ValueError(f"this cannot be run: {error}") from None
+    return manifest
 
 
 @cache
