@@ -19,11 +19,6 @@ NEGATIVE_SLOPE = 0.1
 NAME = "gal"
 
 
-def slope_of(name: str) -> float:
-    """Return the members' leaky-ReLU slope in a model of that name, which checkpoints do not tell: 0 but for GAL's."""
-    return NEGATIVE_SLOPE if name.lower().startswith(NAME) else 0.0
-
-
 def coherence(gradients_MN: Tensor) -> Tensor:
     """Return ``log sum_{a<b} exp(cos(g_a, g_b))``, (N,): the smooth maximum of the cosines between members' input gradients.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defenses.draws import OwnDraws
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import log_expected_softmax
-from ensemble_attacks.validation import check_choice
+from ensemble_attacks.validation import check_choice, check_same_classes
 
 PER = ("image", "batch")
 
@@ -72,4 +72,5 @@ class RandomizedEnsemble(OwnDraws, Ensemble):
             return self.members[int(chosen)](x)
         rows = [torch.nonzero(chosen == index).squeeze(-1).to(x.device) for index in range(len(self.members))]
         parts = [member(x[own]) for member, own in zip(self.members, rows, strict=True) if len(own)]
+        check_same_classes(parts, "members drawn")
         return torch.cat(parts)[torch.cat(rows).argsort()]

@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from ensemble_attacks.errors import OutOfBallError as OutOfBallError
     from ensemble_attacks.errors import PartError as PartError
     from ensemble_attacks.errors import WeightsError as WeightsError
+    from ensemble_attacks.evaluation.own import evaluate as evaluate
+    from ensemble_attacks.evaluation.own import verify as verify
     from ensemble_attacks.hosts.autoattack import AutoAttack as AutoAttack
     from ensemble_attacks.judge import Judgement as Judgement
     from ensemble_attacks.judge import judge as judge
+    from ensemble_attacks.models.adopted import as_ensemble as as_ensemble
     from ensemble_attacks.models.ensembles import Ensemble as Ensemble
-    from ensemble_attacks.models.ensembles import as_ensemble as as_ensemble
     from ensemble_attacks.models.surrogates import Expected as Expected
     from ensemble_attacks.models.surrogates import Surrogate as Surrogate
     from ensemble_attacks.models.surrogates import ZeroOrder as ZeroOrder
+    from ensemble_attacks.norms import Box as Box
 
 _HOMES = {  # of every public name, the module that defines it
     "A3": "attacks.a3",
@@ -44,6 +47,7 @@ _HOMES = {  # of every public name, the module that defines it
     "AggregateMismatchError": "errors",
     "AutoAttack": "hosts.autoattack",
     "BPDAIdentity": "attacks.bpda",
+    "Box": "norms",
     "CAA": "attacks.caa",
     "CrossMaxTransfer": "attacks.crossmax_transfer",
     "EOTAPGD": "attacks.apgd",
@@ -61,8 +65,10 @@ _HOMES = {  # of every public name, the module that defines it
     "Surrogate": "models.surrogates",
     "WeightsError": "errors",
     "ZeroOrder": "models.surrogates",
-    "as_ensemble": "models.ensembles",
+    "as_ensemble": "models.adopted",
+    "evaluate": "evaluation.own",
     "judge": "judge",
+    "verify": "evaluation.own",
 }
 __all__ = [*_HOMES]
 

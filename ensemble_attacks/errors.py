@@ -30,6 +30,10 @@ class LedgerError(RuntimeError):
     """An error that is raised where a run's folder cannot be used: damaged, not writable, unfinished, or of another run."""
 
 
+class AttackFailedError(RuntimeError):
+    """An error that is raised where no attack of a pipeline could be run to its end; the message says why, of each."""
+
+
 OUT_OF_MEMORY = (  # as allocators and libraries of kernels say it
     "out of memory",
     "can't allocate memory",
@@ -42,12 +46,29 @@ OUT_OF_MEMORY = (  # as allocators and libraries of kernels say it
 )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, in whatever words."""
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says, in any words, that memory ran out, no fault of an attack's: a smaller batch may do."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"}:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def reason(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says, for one line of a summary."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+
+
+def none_completed(errors: dict[str, Exception]) -> Exception:
+    """Return what is raised where all attacks failed, by name: the first error if it tells of unusable arguments."""
+    first = next(iter(errors.values()))
+    if isinstance(first, (TypeError, ValueError, AttackFailedError)):
+        return first
+    said = "; ".join(f"{name}: {reason(error)}" for name, error in errors.items())
+    failed = AttackFailedError(f"no attack could be run to its end: {said}")
+    failed.__cause__ = first
+    return failed
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -57,3 +78,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.4)
     hint = f"did you mean {by_case[nearest[0]]!r}? " if nearest else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def said(error: BaseException, limit: int = 300) -> str:
+    """Return the kind of an error and what it says, on one line of at most ``limit`` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import secrets
@@ -15,14 +16,23 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from ensemble_attacks.errors import LedgerError
 
 LARGEST = 4 << 30  # bytes, as they lie and unpacked
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ABANDONED = 24 * 3600  # seconds after which nobody is still writing a temporary file
+SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]  # what numpy's pickles call
+PLAIN: list[Any] = [
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # of numpy 1 and 2
+    *((ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.ndarray, np.dtype, argparse.Namespace),
+    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"),
+]
 
 
 @cache
@@ -111,6 +121,13 @@ def read_whole(path: Path, most: int = LARGEST) -> bytes:
         return file.read(most)
 
 
+@contextmanager
+def plain_objects() -> Iterator[None]:
+    """Let ``torch.load`` with ``weights_only`` also read numpy's numbers and arrays, and parsed arguments: data, no code."""
+    with safe_globals(PLAIN):
+        yield
+
+
 def load_tensors(path: Path) -> Any:
     """Return what ``torch.save`` wrote, if it is made of tensors, numbers, strings and containers of them, 4 GiB at most.
 
@@ -122,6 +139,8 @@ def load_tensors(path: Path) -> Any:
     if not is_file(path):
         raise ValueError("it is no regular file")
     size, mapped = path.stat().st_size, False
+    if not size:
+        raise ValueError("it is empty")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -133,7 +152,8 @@ def load_tensors(path: Path) -> Any:
     if size > LARGEST:
         raise ValueError(f"it holds {size / 2**30:.1f} GiB, more than the {LARGEST >> 30} that are read")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with plain_objects():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load and pickle fail in many ways on what is no checkpoint, or holds code
         raise ValueError(f"it is no torch file, or holds pickled objects ({type(error).__name__})") from None
 

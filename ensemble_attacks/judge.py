@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.norms import NORMS, UNIT, Box
-from ensemble_attacks.scores import decided, margin, per_sample
+from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
+from ensemble_attacks.scores import decided, margin
 from ensemble_attacks.validation import (
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
+    check_mask,
     check_norm,
-    check_positive,
+    check_radius,
 )
 
 
@@ -103,6 +106,9 @@ def as_stored(tensor: Tensor) -> Tensor:
         return tensor.detach().as_subclass(Tensor)
 
 
+Radius = float | Tensor
+
+
 def distances(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """Return the size of every sample's perturbation, (N,), in float64."""
     delta = (x_adv.double() - x.double()).flatten(1)
@@ -114,49 +120,110 @@ def rounding(images: Tensor) -> float:
     return min(torch.finfo(images.dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def allowed(x_adv: Tensor, norm: str, eps: float) -> float:
+def allowed(x_adv: Tensor, norm: str, eps: Radius, box: Box = UNIT) -> float:
     """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`.
 
-    It is never more than eps: a step that rounding makes of one within the ball is at most twice as long.
+    It is never more than eps, of several the largest: a step that rounding makes of one within the ball is at most twice as
+    long.
     """
     pixels = x_adv[0].numel()
-    return min(rounding(x_adv) * pixels ** (1 / NORMS[norm].order), eps)
+    most = eps.max().item() if isinstance(eps, Tensor) else eps
+    return min(rounding(x_adv) * box.magnitude * pixels ** (1 / NORMS[norm].order), most)
 
 
-def outside(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
+def beyond(x: Tensor, x_adv: Tensor, eps: Radius, norm: str, mask: Tensor | None) -> Tensor:
+    """Return by how much each sample leaves the ball, (N,), in float64.
+
+    With eps for each feature, Linf measures the feature that leaves its own by most, another norm what moved in units of
+    eps, brought back to the largest. What may not move may move by 0.
+    """
+    if not isinstance(eps, Tensor):
+        excess = distances(x, x_adv, norm) - eps
+        still = torch.zeros_like(x_adv, dtype=torch.bool) if mask is None else ~mask.to(x_adv.device).expand_as(x_adv)
+    else:
+        moved, reach = (x_adv.double() - x.double()).abs(), eps.to(x_adv.device).double().expand_as(x_adv)
+        still = (reach == 0) if mask is None else (reach == 0) | ~mask.to(x_adv.device).expand_as(x_adv)
+        if NORMS[norm].order == float("inf"):
+            excess = (moved - reach).flatten(1).amax(1)
+        else:
+            excess = (NORMS[norm].size(torch.where(still, 0, moved / reach)) - 1) * reach.max()
+    if not still.any():
+        return excess
+    stirred = torch.where(still, (x_adv.double() - x.double()).abs(), 0).flatten(1).amax(1)
+    return torch.where(stirred > 0, excess.maximum(stirred), excess)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A record of where images lie, one value each: whether they are finite, and by how much they leave box and ball."""
+
+    finite: Tensor
+    beyond_box: Tensor
+    beyond_ball: Tensor
+
+
+def measured(x: Tensor, x_adv: Tensor, *, eps: Radius, norm: str, box: Box, mask: Tensor | None) -> Measured:
+    """Return where images (N, ...) lie, in float64, a few at a time, whichever devices they are on."""
+    # Filled rather than joined: small results between large ones that are freed would break up the memory.
+    beyond_box, beyond_ball = torch.empty(2, len(x_adv), dtype=torch.double, device=x_adv.device)
+    found = Measured(torch.empty(len(x_adv), dtype=torch.bool, device=x_adv.device), beyond_box, beyond_ball)
+    for part in in_parts(x_adv):
+        exact = x_adv[part].double()
+        found.finite[part] = torch.isfinite(exact).flatten(1).all(1)
+        found.beyond_box[part] = box.excess(exact)
+        own = mask[part] if mask is not None and mask.shape == x.shape else mask
+        found.beyond_ball[part] = beyond(x[part].to(x_adv.device), exact, eps, norm, own)
+    return found
+
+
+def outside(
+    x: Tensor, x_adv: Tensor, *, eps: Radius, norm: str = "Linf", box: Box = UNIT, mask: Tensor | None = None
+) -> Tensor:
     """Return the samples that `check_adversarial` would raise an error for, (N,) bool; also in the norm L1."""
     if not len(x):
         return torch.zeros(0, dtype=torch.bool)
-    exact = x_adv.double().flatten(1)
-    beyond = box.excess(exact) > rounding(x_adv)
-    return beyond | ~torch.isfinite(exact).all(1) | ~(distances(x, x_adv, norm) <= eps + allowed(x_adv, norm, eps))
+    found = measured(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
+    out_of_box = found.beyond_box > rounding(x_adv) * box.magnitude
+    return out_of_box | ~found.finite | ~(found.beyond_ball <= allowed(x_adv, norm, eps, box))
 
 
-def or_clean(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> Tensor:
+def or_clean(
+    x: Tensor, x_adv: Tensor, *, eps: Radius, norm: str = "Linf", box: Box = UNIT, mask: Tensor | None = None
+) -> Tensor:
     """Return ``x_adv`` with the clean image in place of every one that is `outside`: no success, and no error either."""
-    return torch.where(per_sample(outside(x, x_adv, eps=eps, norm=norm, box=box), x), x, x_adv)
+    left = outside(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
+    if not left.any():
+        return x_adv
+    return x_adv.index_copy(0, rows := torch.nonzero(left).squeeze(-1), x[rows.to(x.device)].to(x_adv))
 
 
-def check_adversarial(x: Tensor, x_adv: Tensor, *, eps: float, norm: str = "Linf", box: Box = UNIT) -> None:
+def check_adversarial(
+    x: Tensor, x_adv: Tensor, *, eps: Radius, norm: str = "Linf", box: Box = UNIT, mask: Tensor | None = None
+) -> None:
     """Raise `OutOfBallError` unless every image is finite, in the box and within ``eps`` of its clean image.
 
     The distances are measured in float64. What rounding to float32 may add is allowed, whatever the images' type: one unit
     in the last place of 1 (1.2e-7) per pixel for Linf and the box, times the square root of the number of pixels for L2.
     """
-    bad = torch.nonzero(~torch.isfinite(x_adv).flatten(1).all(1)).squeeze(-1)
+    found = measured(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
+    bad = torch.nonzero(~found.finite).squeeze(-1)
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] is not finite ({len(bad)} of {len(x_adv)} images are not)")
-    beyond = box.excess(x_adv.double())
-    bad = torch.nonzero(beyond > rounding(x_adv)).squeeze(-1)
+    excess = found.beyond_box
+    bad = torch.nonzero(excess > rounding(x_adv) * box.magnitude).squeeze(-1)
     if len(bad):
-        raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {beyond[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
-    excess = distances(x, x_adv, norm) - eps
-    bad = torch.nonzero(excess > allowed(x_adv, norm, eps)).squeeze(-1)
+        raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {excess[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
+    excess = found.beyond_ball
+    bad = torch.nonzero(excess > allowed(x_adv, norm, eps, box)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(
-            f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {eps:.6g} by {excess[bad[0]]:.3g} "
-            f"({len(bad)} of {len(x_adv)} images do): was eps given in pixel units of [0, 1]?"
+            f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {_said(eps)} by {excess[bad[0]]:.3g} "
+            f"({len(bad)} of {len(x_adv)} images do): was eps given in pixel units of {box}?"
         )
+
+
+def _said(eps: Radius) -> str:
+    return f"{eps.min():.6g} to {eps.max():.6g}" if isinstance(eps, Tensor) else f"{eps:.6g}"
 
 
 def judge(
@@ -165,19 +232,22 @@ def judge(
     y: Tensor,
     x_adv: Tensor,
     *,
-    eps: float,
+    eps: Radius,
     norm: str = "Linf",
     draws: int = 1,
     batch_size: int = 250,
     seed: int = 2**31 - 1,
     box: Box = UNIT,
+    mask: Tensor | None = None,
 ) -> Judgement:
     """Decide, for every sample, whether ``x_adv`` fools ``model``, from fresh forward passes.
 
     Args:
         model: images in [0, 1] -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
-        x, y, x_adv: clean images, their classes, and the images to judge; (N, C, H, W), (N,), (N, C, H, W).
-        eps, norm, box: the radius and norm of the ball, and the values that images can take; eps in their units.
+        x, y, x_adv: clean images, their classes, and the images to judge; (N, ...), (N,), (N, ...), such as (N, C, H, W).
+        eps, norm, box: the radius and norm of the ball, and the values that images can take; eps in their units, a number or
+            one for each feature.
+        mask: what may move, bool, of one image (...) or of each; ``None``: all.
         draws: the number of fresh forward passes of each image, for a model that is random.
         batch_size: the number of images per forward pass.
         seed: the seed of the model's own randomness; apart from the seeds that attacks use, so that no draw is one they saw.
@@ -196,7 +266,7 @@ def judge(
     """
     model = as_module(model)
     check_norm(norm)
-    check_positive("eps", eps)
+    check_eps(eps)
     check_count("draws", draws)
     check_count("batch_size", batch_size)
     check_images(x, "x", box=box)
@@ -210,16 +280,21 @@ def judge(
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in {box}")
     x, x_adv, y = as_stored(x), as_stored(x_adv), as_stored(y).long()
-    check_adversarial(x.to(x_adv.device), x_adv, eps=eps, norm=norm, box=box)
+    eps = as_stored(eps) if isinstance(eps, Tensor) else eps
+    mask = as_stored(mask) if isinstance(mask, Tensor) else mask
+    check_radius(eps, norm, x[0], box)
+    check_mask(mask, x)
+    check_adversarial(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
 
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
     with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x_adv, "x_adv")
+        with private_random_state(seed, model):
+            check_label_range(y, classes_of(model, x_adv[:2].to(parameter.device)), "y")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
                 scores_NK = ask(model, images.to(parameter.device)).cpu()
-                check_label_range(labels, scores_NK.shape[1], "y")
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(decided(scores_NK))
                 margins.append(margin(scores_NK, labels.cpu()))

@@ -21,6 +21,7 @@ MOST_UNITS = 10_000_000
 MOST_DRAWS = 10_000
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+Said = Annotated[str, StringConstraints(max_length=2000)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Passes = Annotated[int, Field(ge=0, le=2**60)]
 Index = Annotated[int, Field(ge=0, le=MOST_IMAGES)]
@@ -54,6 +55,10 @@ class ListedSweep(Record):
     draws: Draws
     eot_iter: Draws | None
     amp: bool
+    first: Index
+    sample: Many | None
+    only_correct: bool
+    transform: Said
 
     @model_validator(mode="after")
     def bounded(self) -> ListedSweep:
@@ -69,15 +74,32 @@ class ListedSweep(Record):
 
 
 class Places(Record):
+    """Where models and data lie: ``paths`` by name, and the names of what a Python program has ``given``."""
+
     model_dir: Text | None
     data_dir: Text
+    paths: dict[Text, Text]
+    given: list[Text]
+
+
+class Origin(Record):
+    """By what source a user's own model can be told from another (`evaluation.origins`)."""
+
+    files: dict[Text, Hash]
+    classes: dict[Text, Hash]
+    environment: dict[Text, Text]
 
 
 class StoredManifest(Record):
+    """What decides a run; ``rows`` are the numbers of its images, ``None``: the first; ``images`` is how many there are."""
+
     sweep: ListedSweep
     weights: dict[Text, Text]
     made: dict[Text, Text]
+    origins: dict[Text, Origin]
     data: Text
+    rows: list[Index] | None
+    images: Many
     code: Text
     places: Places
 
@@ -86,6 +108,10 @@ class StoredManifest(Record):
         for what, known in (("weights", self.weights), ("made", self.made)):
             if missing := [name for name in self.sweep.models if name not in known]:
                 raise ValueError(f"{what}: there is nothing on {missing[0][:100]}")
+        if self.rows is not None and not len(self.rows) == len(set(self.rows)) == self.sweep.n:
+            raise ValueError(f"rows holds {len(set(self.rows))} of {self.sweep.n} images")
+        if max(self.rows or [self.sweep.n - 1]) >= self.images:
+            raise ValueError(f"rows or n name images beyond {self.images}")
         return self
 
 
@@ -113,6 +139,7 @@ class UnitInfo(Record):
     seconds: Seconds
     outside: Index
     disagreement: Index = 0
+    failed: Annotated[dict[Text, Said], Field(max_length=100)] = {}
     batch_size: Annotated[int, Field(ge=1)]
     finished: Seconds
     torch: Text

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.norms import UNIT, Box, attacked_norms
+from ensemble_attacks.norms import UNIT, Box, attacked_norms, in_parts
 
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
-    """Check that images are floating point, (N, C, H, W), finite and in the box (give or take ``slack``).
+    """Check that images are floating point, (N, ...), finite and in the box (give or take ``slack``).
 
     Raises:
         TypeError: Where they are no tensor, or not floating point.
@@ -23,16 +23,19 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
     if not images.is_floating_point():
-        raise TypeError(
-            f"{name} has dtype {images.dtype}: convert to floating point in [0, 1], such as {name}.float() / 255"
+        raise TypeError(f"{name} has dtype {images.dtype}: convert to floating point in {box}, such as {name}.float() / 255")
+    if images.dim() < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}: expected at least two dimensions, (N, ...), such as (N, C, H, W)"
         )
-    if images.dim() != 4:
-        raise ValueError(f"{name} has shape {tuple(images.shape)}: expected four dimensions, (N, C, H, W)")
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
+    for bound in (box.low, box.high):
+        check_per_feature("box", bound, images)
     if images.numel():
-        low, high = images.min().item(), images.max().item()
-        if low < box.low - slack or high > box.high + slack:
+        extremes = torch.stack([torch.stack(images[part].aminmax()) for part in in_parts(images)])  # NaN where there is any
+        if not torch.isfinite(extremes).all():
+            raise ValueError(f"{name} holds NaN or infinite values: remove those samples first")
+        low, high = extremes.min().item(), extremes.max().item()
+        if any((box.excess(images[part]) > slack).any() for part in in_parts(images)):
             raise ValueError(
                 f"{name} spans [{low:.4g}, {high:.4g}]: expected values in {box}. Divide 8-bit images by 255; for "
                 "normalised inputs call set_normalization_used(mean, std) first, or normalise inside the model"
@@ -55,15 +58,15 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
             f"{name} has shape {tuple(labels.shape)}: expected ({len(images)},), one class index per image "
             "(for one-hot labels, use argmax(1))"
         )
-    if len(labels) and labels.min() < 0:
-        raise ValueError(f"{name} holds {labels.min().item()}: class indices start at 0")
+    if len(labels) and labels.long().min() < 0:  # unsigned types have no min
+        raise ValueError(f"{name} holds {labels.long().min().item()}: class indices start at 0")
 
 
 def check_label_range(labels: Tensor, num_classes: int, name: str = "labels") -> None:
     """Raise a `ValueError` where labels hold a class index that the model has no score for."""
-    if len(labels) and labels.max() >= num_classes:
+    if len(labels) and labels.long().max() >= num_classes:
         raise ValueError(
-            f"{name} holds {labels.max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
+            f"{name} holds {labels.long().max().item()}, but the model scores {num_classes} classes (0 to {num_classes - 1})"
         )
 
 
@@ -88,6 +91,17 @@ def check_scores(scores: object, n: int, model: str, y: Tensor | None = None) ->
         check_label_range(y, scores.shape[1], "y")
 
 
+def check_same_classes(members: Sequence[Tensor], called: str = "members") -> None:
+    """Raise a `ValueError` where members answer with different numbers of classes; names them and theirs."""
+    counts = [member.shape[-1] for member in members]
+    if len(set(counts)) > 1:
+        theirs = ", ".join(f"{called}[{index}]: {count}" for index, count in enumerate(counts))
+        raise ValueError(
+            f"the {called} score different numbers of classes ({theirs}): they need the same K; map each to the ensemble's "
+            "classes (ensemble_attacks.votes.Mapped)"
+        )
+
+
 def check_member_logits(logits: object, n: int, model: str) -> None:
     """Raise a `ValueError` unless ``member_logits`` returned one tensor (M, N, K) for ``n`` images."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -110,6 +124,54 @@ def check_positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_per_feature(name: str, value: object, images: Tensor) -> None:
+    """Raise a `ValueError` where a tensor does not broadcast over one input (...) of the images (N, ...)."""
+    if isinstance(value, Tensor):
+        shape = tuple(images.shape[1:])
+        try:
+            fits = torch.broadcast_shapes(value.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected a number, or one for each feature, {shape}")
+
+
+def check_eps(eps: float | Tensor) -> None:
+    """Raise a `TypeError` or `ValueError` unless eps is a number above 0, or a tensor of such, 0 where nothing may move."""
+    if not isinstance(eps, Tensor):
+        check_positive("eps", eps)
+    elif not eps.is_floating_point():
+        raise TypeError(f"eps has dtype {eps.dtype}: expected floating point, one radius for each feature")
+    elif not torch.isfinite(eps).all() or (eps < 0).any() or not (eps > 0).any():
+        raise ValueError("eps per feature must be finite, nowhere below 0, and above 0 somewhere")
+
+
+def check_mask(mask: Tensor | None, images: Tensor) -> None:
+    """Raise a `TypeError` or `ValueError` unless a mask is bool, fits one input or all, and lets something move."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, True where the input may move, got {getattr(mask, 'dtype', mask)!r}")
+    if mask.shape != images.shape:
+        check_per_feature("mask", mask, images)
+    if not mask.any():
+        raise ValueError("mask is False everywhere: nothing may move; set True where the input may")
+
+
+def check_radius(eps: float | Tensor, norm: str, image: Tensor, box: Box = UNIT) -> None:
+    """Raise a `ValueError` where ``eps`` is more than any two images (...) in the box differ by."""
+    check_per_feature("eps", eps, image.unsqueeze(0))
+    if isinstance(eps, Tensor):
+        return
+    diameter = box.diameter(norm, image)
+    if eps > diameter * (1 + 1e-6):
+        remedy = f": did you mean eps = {eps:g}/255?" if box == UNIT else ": give it in the units of the images"
+        raise ValueError(
+            f"eps is {eps:g}, but images in {box} differ by at most {diameter:.4g} in {norm}, so that all would be allowed"
+            + remedy
+        )
 
 
 def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = None) -> None:

@@ -39,6 +39,7 @@ PACKAGES = ("ensemble_attacks", "defenses")
         ("ensemble_attacks.base", ["CarefulAttack", "DescentAttack"]),
         ("ensemble_attacks.descent", ["Stage", "Trace", "Outputs"]),
         ("ensemble_attacks.steps", ["CosineSteps", "StepRule"]),
+        ("ensemble_attacks.votes", ["Vote", "weighted", "abstaining", "gated", "ecoc", "smoothed"]),
         ("ensemble_attacks.registry", ["NamedAttack", "find_attack", "registered"]),
         ("ensemble_attacks.data", ["load_dataset"]),
         ("ensemble_attacks.diagnostics", ["diagnose", "indicators", "binarization"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from defenses.architectures import ARCHITECTURES, MIXED, networks
 from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
-from ensemble_attacks.errors import WeightsError, unknown_name
+from defenses.randomized import RandomizedEnsemble
+from ensemble_attacks.errors import WeightsError, said, unknown_name
 from ensemble_attacks.files import FLOATING, read_whole, whole_file
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, Vote
@@ -29,13 +31,15 @@ from ensemble_attacks.schema import Card, check, parse
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
 NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type (`schema.Card` has the rest)
 MOST_CARD, MOST_WEIGHTS = 1 << 20, 2 << 30  # bytes that are read
-OPTIONS = ("num_classes", "negative_slope", "normalization")  # of an architecture, where a card has them
+OPTIONS = ("num_classes", "negative_slope", "normalization", "in_channels", "probabilities")  # where a card has them
 
 
-def make_ensemble(architecture: str, members: int, vote: str = "softmax", **options: Any) -> Any:
+def make_ensemble(
+    architecture: str, members: int, vote: str = "softmax", probabilities: Sequence[float] | None = None, **options: Any
+) -> Any:
     """Return an untrained ensemble of equal members, or of ``mixed`` ones; ``options`` are those of the architecture.
 
-    Self-ensembles have a vote of their own.
+    Self-ensembles have a vote of their own, and one with ``probabilities`` draws its members and has none.
     """
     if architecture in SELF_ENSEMBLES:
         parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
@@ -44,7 +48,8 @@ def make_ensemble(architecture: str, members: int, vote: str = "softmax", **opti
     chosen = networks(architecture, members)
     if unknown := next((name for name in chosen if name not in known), None):
         raise unknown_name("architecture", unknown, {**known, **SELF_ENSEMBLES, **MIXED})
-    return Ensemble([known[name](**options) for name in chosen], vote)
+    built = [known[name](**options) for name in chosen]
+    return Ensemble(built, vote) if probabilities is None else RandomizedEnsemble(built, probabilities)
 
 
 def check_name(name: str) -> None:
@@ -61,11 +66,11 @@ def read_card(stem: Path) -> dict[str, Any]:
     path = stem.with_suffix(".json")
     try:
         content = parse(read_whole(path, MOST_CARD))
-        said = content if isinstance(content, dict) else {}
-        lacking = [key for key, kind in NEEDED.items() if not isinstance(said.get(key), kind)]
+        card = content if isinstance(content, dict) else {}
+        lacking = [key for key, kind in NEEDED.items() if not isinstance(card.get(key), kind)]
         if not lacking:
-            check(said, Card)
-            return said
+            check(card, Card)
+            return card
     except ValueError as error:
         raise WeightsError(f"the card {path} is no card ({error}): restore it, or train the model again") from None
     raise WeightsError(f"the card {path} does not say its {', '.join(lacking)}: restore it, or train the model again")
@@ -82,7 +87,12 @@ def read_model(stem: Path, vote: str = "softmax") -> Any:
     if card["members"] > len(weights):
         raise WeightsError(f"{stem}.safetensors holds {len(weights)} tensors, too few for {card['members']} members")
     options = {key: card[key] for key in OPTIONS if card.get(key) is not None}
-    ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
+    try:
+        ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"the card {stem}.json describes no model ({said(error)}): restore it, or train it again"
+        ) from None
     for key, value in ensemble.state_dict().items():
         if key in weights and value.is_floating_point() != (weights[key].dtype in FLOATING):
             raise WeightsError(f"{stem}.safetensors holds {key} as {weights[key].dtype}: expected {value.dtype}")
@@ -131,7 +141,7 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         tensors = load_safetensors(content)
     except Exception as error:  # safetensors' own kind, and torch's of types that it has not
-        raise WeightsError(f"the weights {path} are no safetensors ({error}): fetch or train them again") from None
+        raise WeightsError(f"the weights {path} are no safetensors ({said(error)}): fetch or train them again") from None
     return {key: value.float() if value.dtype in FLOATING else value for key, value in tensors.items()}
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from defenses.architectures import ARCHITECTURES
-from defenses.gal import slope_of
 from defenses.multiresolution import SELF_ENSEMBLES
 from defenses.zoo.cards import check_name, read_card, read_model
-from defenses.zoo.convert import check_build, ensemble_from_checkpoint
-from defenses.zoo.foreign import ensemble_of, model_of
+from defenses.zoo.convert import ensemble_from_checkpoint
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models import providers
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, check_vote
 from ensemble_attacks.validation import check_choice
@@ -23,7 +22,6 @@ from ensemble_attacks.validation import check_choice
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "weights"
 THREAT_MODELS = ("Linf",)
-FOREIGN = ("robustbench:", "timm:")
 
 
 def list_models(dataset: str | None = None, model_dir: str | Path | None = None) -> list[str]:
@@ -56,6 +54,7 @@ def load_model(
     *,
     vote: str = "softmax",
     checkpoint: str | Path | None = None,
+    negative_slope: float | None = None,
     norm: str | None = None,
 ) -> Any:
     """Load an ensemble defense: images (N, C, H, W) in [0, 1] -> logits (N, K).
@@ -63,14 +62,15 @@ def load_model(
     The arguments are RobustBench's, the vote, and a published checkpoint.
 
     Args:
-        model_name: one of ``list_models(dataset)``; or ``"ensemble:A+B"``, of models of this package, of RobustBench's zoo
-            or of timm (``timm/<name>``); or a single model of theirs, ``"robustbench:NAME"`` or ``"timm:NAME"``; or, with
+        model_name: one of ``list_models(dataset)``; or any other name that `ensemble_attacks.models.providers.load_model`
+            knows, such as ``"ensemble:A+B"``, ``"robustbench:NAME"``, ``"timm:NAME"`` or ``"file.py:function"``; or, with
             ``checkpoint``, ``<defense>_<architecture>_<members>``.
         model_dir: a folder that holds ``<dataset>/<threat model>/<name>.safetensors``; the models that ship come after it.
         dataset, threat_model: names, or RobustBench's enums.
         vote: ``"softmax"``, ``"voting"`` or ``"logits"``.
-        checkpoint: a published file to take the weights from (see `defenses.convert`; with CIFAR-10's normalisation, and
-            leaky ReLU for GAL; `convert` has the options).
+        checkpoint: a published file to take the weights from (see `defenses.convert`, which has more options; with
+            CIFAR-10's normalisation). One that holds probabilities of its members is a randomised ensemble, without a vote.
+        negative_slope: the slope of the leaky ReLU of a checkpoint's members, where it does not state it.
         norm: RobustBench's older name of ``threat_model``.
 
     Returns:
@@ -85,13 +85,9 @@ def load_model(
     threat_model = _named("threat model", norm or threat_model, THREAT_MODELS)
     check_vote(vote)
     if checkpoint is not None:
-        return _load_checkpoint(model_name, checkpoint, dataset, vote)
-    if model_name.startswith("ensemble:"):
-        own = {name: partial(load_model, name, model_dir, dataset, threat_model) for name in list_models(dataset, model_dir)}
-        names = model_name.removeprefix("ensemble:").split("+")
-        return ensemble_of(names, own, model_dir=model_dir, dataset=dataset, threat_model=threat_model, vote=vote)
-    if model_name.startswith(FOREIGN):
-        return model_of(model_name, model_dir=model_dir, dataset=dataset, threat_model=threat_model)
+        return _load_checkpoint(model_name, checkpoint, dataset, vote, negative_slope)
+    if ":" in model_name:
+        return providers.load_model(model_name, model_dir, dataset, threat_model, vote=vote)
     return read_model(_stem(model_name, model_dir, dataset, threat_model), vote)
 
 
@@ -119,15 +115,17 @@ def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_mo
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 
 
-def _load_checkpoint(model_name: str, checkpoint: str | Path, dataset: str, vote: str) -> Ensemble:
+def _load_checkpoint(
+    model_name: str, checkpoint: str | Path, dataset: str, vote: str, negative_slope: float | None
+) -> Ensemble:
     _, *build = model_name.rsplit("_", 2)
     if len(build) != 2 or build[0] not in ARCHITECTURES or not build[1].isdigit():
         raise ValueError(
             f"model_name {model_name!r}: with a checkpoint it is <defense>_<architecture>_<members>, as gal_resnet20_3"
         )
-    ensemble, found = ensemble_from_checkpoint(checkpoint, dataset=dataset, negative_slope=slope_of(model_name), vote=vote)
-    check_build(model_name, found)
-    return ensemble
+    return ensemble_from_checkpoint(checkpoint, dataset=dataset, negative_slope=negative_slope, vote=vote, name=model_name)[
+        0
+    ]
 
 
 def register_with_robustbench() -> list[str]:

@@ -21,6 +21,7 @@ from ensemble_attacks.descent.objectives import Goal, lead, of_scores
 from ensemble_attacks.descent.stages import Direction, Stage
 from ensemble_attacks.descent.steps import ConstantSteps, DecayingSteps
 from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import check_count
 
 INITIAL_STEPS = 7
@@ -61,17 +62,19 @@ class A3(DescentAttack):
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         n_restarts (int): how many of the schedule's 28 restarts are run; the first has no directed start. (Default: 28)
         seed (int): seed of the random starts and directions. (Default: 0)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Samples compete for passes: beyond a hundred robust ones, a sample's result depends on which others are in the call.
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     step_rule = DecayingSteps
@@ -80,13 +83,17 @@ class A3(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         n_restarts: int = len(SCHEDULE),
         seed: int = 0,
         *,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("A3", model, norm=norm, eps=eps, steps=SCHEDULE[0][0], seed=seed, batch_size=batch_size)
+        super().__init__(
+            "A3", model, norm=norm, eps=eps, steps=SCHEDULE[0][0], seed=seed, batch_size=batch_size, box=box, mask=mask
+        )
         self.n_restarts = n_restarts
         self.supported_mode = ["default"]
         self._check()

@@ -13,6 +13,7 @@ from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.descent.objectives import cross_entropy, of_scores, ratio
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import CheckpointSteps
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import check_choice, check_count, check_fractions
 
 LOSSES = ("ce", "dlr", "dlr-targeted")
@@ -25,7 +26,7 @@ class APGD(DescentAttack):
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): gradient steps of each descent; AutoAttack's number. (Default: 100)
         n_restarts (int): random starts; each only on the samples still robust. (Default: 1)
         seed (int): seed of the random starts. (Default: 0)
@@ -34,11 +35,13 @@ class APGD(DescentAttack):
         targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
 
     Examples::
         >>> import torch
@@ -52,7 +55,7 @@ class APGD(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 100,
         n_restarts: int = 1,
         seed: int = 0,
@@ -62,8 +65,12 @@ class APGD(DescentAttack):
         targets: int = 9,
         eot_iter: int | None = None,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("APGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__(
+            "APGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask
+        )
         self.n_restarts, self.loss, self.rho, self.targets, self.eot_iter = n_restarts, loss, rho, targets, eot_iter
         self._check()
 
@@ -99,7 +106,7 @@ class EOTAPGD(APGD):
         model (nn.Module): images in [0, 1] -> scores (N, K), random. If it names its members and their ``probabilities``,
             the expectation over them is exact; draws are then only taken if the members are random themselves.
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)
         n_restarts (int): random starts. (Default: 1)
         seed (int): seed of the random starts, and of PyTorch's, NumPy's and Python's global generators. (Default: 0)
@@ -110,18 +117,20 @@ class EOTAPGD(APGD):
         draws_per_pass (int): draws that go through the model as one batch; more than 1 only for a model that draws for each
             image by itself. (Default: 1)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     def __init__(
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 100,
         n_restarts: int = 1,
         seed: int = 0,
@@ -132,7 +141,22 @@ class EOTAPGD(APGD):
         targets: int = 9,
         draws_per_pass: int = 1,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps, n_restarts, seed, loss, rho=rho, targets=targets, batch_size=batch_size)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps,
+            n_restarts,
+            seed,
+            loss,
+            rho=rho,
+            targets=targets,
+            batch_size=batch_size,
+            box=box,
+            mask=mask,
+        )
         self.attack, self.eot_iter, self.draws_per_pass = "EOTAPGD", eot_iter, draws_per_pass
         self._check()

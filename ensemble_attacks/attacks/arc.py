@@ -24,7 +24,7 @@ from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.errors import NotAnEnsembleError
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.norms import NORMS, Norm
+from ensemble_attacks.norms import NORMS, UNIT, Box, Norm
 from ensemble_attacks.scores import best_other, gather, per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
@@ -74,7 +74,7 @@ class MemberSteps(StepRule):
 
     def _propose(self, ball: Ball, gradient: Tensor, lead: Tensor) -> Tensor:
         """Return the local step with a member's added, which crosses its boundary, as linearised; it has the length eps."""
-        slope = self.norm.dual_size(gradient).clamp_min(1e-12)
+        slope = self.norm.dual_size(ball.scaled(gradient)).clamp_min(1e-12)
         distance = (-lead).clamp_min(0) / slope
         gone = (gradient * self.local).flatten(1).sum(1) / slope
         near = self.eps / (self.eps - distance).clamp_min(1e-12) * (distance - gone).abs() + self.beyond * self.eps
@@ -113,20 +113,22 @@ class ARC(DescentAttack):
     Arguments:
         model (nn.Module): a randomized ensemble: ``member_logits(x) -> (M, N, K)``, ``aggregate``, ``probabilities`` (M,).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): rounds over all members. (Default: 20)
         n_restarts (int): number of restarts; the first starts at the clean image, the others at random. (Default: 1)
         seed (int): seed of the random starts. (Default: 0)
         beyond (float): how far to go beyond a boundary, in units of eps. (Default: 0.05)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Raises:
         NotAnEnsembleError: Where the model shows no members, or no probabilities of theirs.
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     needs_members = True
@@ -135,15 +137,17 @@ class ARC(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 20,
         n_restarts: int = 1,
         seed: int = 0,
         *,
         beyond: float = 0.05,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("ARC", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__("ARC", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask)
         self.n_restarts, self.beyond = n_restarts, beyond
         self._check()
 

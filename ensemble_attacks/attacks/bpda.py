@@ -67,21 +67,21 @@ class BPDAIdentity(ComposedAttack):
         super()._check()
         find_parts(self.model, self.parts)
 
-    def forward(self, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        """Attack images; the arguments are those of the attack inside."""
-        self._check_inputs(images, labels)
-        if len(images):
-            with torch.no_grad():
-                few = images[:PREMISE_IMAGES].detach().to(self.device)
-                scores_NK = self.get_logits(few)
-            self.premise = premise(self.model, self.parts, self._as_taken(few), scores_NK.argmax(1))
-            logger.info("BPDAIdentity: %s", self.premise)
-            for name, figures in self.premise.items():
-                if isinstance(figures, dict) and figures["relative"] > NEAR:
-                    warnings.warn(
-                        f"parts: {name!r} is far from the identity (|f(x) - x| is {figures['relative']:.2f} of |x|), whose "
-                        "backward pass is then no good stand-in: try an attack that does not need it",
-                        stacklevel=2,
-                    )
+    def _attack(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W); further arguments are those of the attack inside."""
+        few = images[:PREMISE_IMAGES]
+        with torch.no_grad():
+            scores_NK = self.get_logits(few)
+        self.premise = premise(self.model, self.parts, self._as_taken(few), scores_NK.argmax(1))
+        logger.info("BPDAIdentity: %s", self.premise)
+        for name, figures in self.premise.items():
+            if isinstance(figures, dict) and figures["relative"] > NEAR:
+                warnings.warn(
+                    f"parts: {name!r} is far from the identity (|f(x) - x| is {figures['relative']:.2f} of |x|), whose "
+                    "backward pass is then no good stand-in: try an attack that does not need it",
+                    stacklevel=2,
+                )
         with straight_through(self.model, self.parts):
-            return self.inner(images, labels, **kwargs)
+            return self._run(self.inner, images, labels, targets, *args, **options)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from itertools import product
 
-from torch import nn
+from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.descent.objectives import lead, of_scores
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import CheckpointSteps
+from ensemble_attacks.norms import UNIT, Box
 
 TARGETS = 9
 
@@ -27,14 +28,16 @@ class CAA(DescentAttack):
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         seed (int): seed of the random start. (Default: 0)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     step_rule = CheckpointSteps
@@ -43,12 +46,14 @@ class CAA(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         seed: int = 0,
         *,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("CAA", model, norm=norm, eps=eps, steps=125, seed=seed, batch_size=batch_size)
+        super().__init__("CAA", model, norm=norm, eps=eps, steps=125, seed=seed, batch_size=batch_size, box=box, mask=mask)
         self.supported_mode = ["default"]
         self._check()
 

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.apgd import EOTAPGD
-from ensemble_attacks.attacks.base import CarefulAttack
+from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.composed import ComposedAttack
 from ensemble_attacks.models.surrogates import Surrogate
 
-SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size")
+SHARED = ("norm", "eps", "seed", "eot_iter", "batch_size", "box", "mask")
 
 
 class CrossMaxTransfer(ComposedAttack):
@@ -95,19 +95,9 @@ class CrossMaxTransfer(ComposedAttack):
         if "inner" in vars(self):
             self.inner.set_model(Surrogate(model, self.surrogate))
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack images (N, C, H, W) in [0, 1] with labels (N,), and return adversarial images (N, C, H, W)."""
-        if self.refine is None:
-            return self.inner(images, labels)
-        parts = (self.inner, self.refine)
-        own_targets = [part._target_map_function for part in parts]
-        try:
-            if self.targeted:  # both aim at the classes that the defended model's scores choose
-                aim = self.get_target_label(images, labels)
-                self._change_model_mode(None)
-                for part in parts:
-                    part._target_map_function = lambda *_: aim
-            return self.refine(images, labels, start=self.inner(images, labels))
-        finally:
-            for part, own in zip(parts, own_targets, strict=True):
-                part._target_map_function = own
+    def _attack(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W); both parts aim at the classes that the defended model's scores choose."""
+        found = self._run(self.inner, images, labels, targets)
+        return found if self.refine is None else self._run(self.refine, images, labels, targets, start=found)

@@ -16,6 +16,7 @@ from ensemble_attacks.descent.objectives import Goal, cross_entropy, normalize_m
 from ensemble_attacks.descent.stages import CLOSEST, Stage
 from ensemble_attacks.descent.steps import CosineSteps
 from ensemble_attacks.models.view import Outputs
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import margin
 from ensemble_attacks.validation import check_count, check_fractions
 
@@ -30,21 +31,23 @@ class LAFEAT(DescentAttack):
         model (nn.Module): a model with ``member_logits(x) -> (M, N, K)``, the probes' logits and last the network's own, and
             ``aggregate``; an aggregation that masks its gradient is best replaced (`Surrogate`).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): gradient steps of each descent. (Default: 100)
         betas (sequence of float): shares of the probe in the mixture with the model's scores, eq. 6. (Default: (0.5,))
         probes (sequence of int): which probes, in order. (Default: None: all but the network's own logits, the last first)
         seed (int): seed of the random starts. (Default: 0)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Raises:
         NotAnEnsembleError: Where the model shows no members.
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     needs_members = True
@@ -54,7 +57,7 @@ class LAFEAT(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 100,
         betas: Sequence[float] = (0.5,),
         probes: Sequence[int] | None = None,
@@ -62,8 +65,12 @@ class LAFEAT(DescentAttack):
         *,
         eot_iter: int | None = None,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("LAFEAT", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__(
+            "LAFEAT", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask
+        )
         self.betas, self.probes, self.eot_iter = betas, probes, eot_iter
         self._members = 0
         self._check()

@@ -18,8 +18,11 @@ from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.descent.objectives import Goal, cross_entropy, normalize_margin
 from ensemble_attacks.descent.stages import CLOSEST, Stage
 from ensemble_attacks.descent.steps import CosineSteps
+from ensemble_attacks.models.aggregations import log_mean_softmax
+from ensemble_attacks.models.softening import softened
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.models.votes import Vote, log_mean_softmax, vote_of
+from ensemble_attacks.models.votes import Vote, vote_of
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import best_other, gather, margin, mask_class
 from ensemble_attacks.validation import check_choice, check_count, check_fractions, check_positive
 
@@ -68,14 +71,18 @@ def reweigh(
     masked: bool,
     rule: str,
     probabilities: Tensor | None = None,
+    log_own: Tensor | None = None,
 ) -> Tensor:
     """Return MORA's member weights (M, N), which sum to 1 over the members (MORA, eq. 10 and the indicator of eq. 11).
 
     With ``masked``, members that already prefer ``others`` to y weigh nothing; where that, or the rule, leaves no member,
     all weigh the same. Of a model that draws members with ``probabilities`` (M,), the weights are those of the expected
-    vote, and the members that weigh nothing are those that are wrong already, whichever class they prefer.
+    vote, and the members that weigh nothing are those that are wrong already, whichever class they prefer. Where the vote
+    itself weighs its members, E is their weighted mean, and ``log_own``, (M, N) or (M, 1), are these weights' logarithms.
     """
     log_weights_MN = log_reweighing(logits_MNK, labels, others, rule)
+    if log_own is not None:
+        log_weights_MN = log_weights_MN + log_own
     if probabilities is not None:
         log_weights_MN = log_weights_MN + probabilities.to(log_weights_MN).log().unsqueeze(-1)
     if masked:
@@ -116,15 +123,25 @@ def mora(
         probabilities: the probabilities with which a random model draws each member, (M,).
     """
     leave, reach = goal.overtaken(scores_NK), goal.reach
+    vote = softened(vote, logits_MNK)
+    log_own = None if vote.log_weights is None else vote.log_weights(logits_MNK.detach())
+    logits_MNK = vote.over_classes(logits_MNK)
     detached_MNK = logits_MNK.detach()
     temperature = vote.temperature(detached_MNK) if tau is None else tau
     ensemble_NK = scores_NK if vote.soft is None or probabilities is not None else vote.soft(logits_MNK / temperature)
     others = best_other(ensemble_NK.detach(), leave) if reach is None else reach
-    if vote.linear and rule == "derivative":
-        members_NK = ensemble_NK  # E is the mean of the logits: its derivative by k^m is 1 / M for every member
+    if (vote.linear and rule == "derivative") or logits_MNK.shape[-1] != scores_NK.shape[-1]:
+        # E is the mean of the logits: its derivative by k^m is 1 / M for every member; or nobody knows what they say of y
+        members_NK = ensemble_NK
     else:
         weights_MN = reweigh(
-            detached_MNK / temperature, leave, others, masked=vote.masked, rule=rule, probabilities=probabilities
+            detached_MNK / temperature,
+            leave,
+            others,
+            masked=vote.masked,
+            rule=rule,
+            probabilities=probabilities,
+            log_own=log_own,
         )
         members_NK = torch.einsum("mn,mnk->nk", weights_MN, logits_MNK)  # eq. 11
 
@@ -147,7 +164,7 @@ class MORA(DescentAttack):
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
         steps (int): gradient steps for each beta, and for each target. (Default: 100)
         betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
@@ -158,14 +175,16 @@ class MORA(DescentAttack):
             ``"derivative"``)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Raises:
         NotAnEnsembleError: Where ``model`` shows no members; `as_ensemble` can name them.
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
 
     Examples::
         >>> import torch
@@ -184,7 +203,7 @@ class MORA(DescentAttack):
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         steps: int = 100,
         betas: Sequence[float] = (0.5, 0.0, 0.25, 0.75, 1.0),
         targets: int = 0,
@@ -195,8 +214,12 @@ class MORA(DescentAttack):
         weight_rule: str = "derivative",
         eot_iter: int | None = None,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__(
+            "MORA", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask
+        )
         self.eot_iter = eot_iter
         self.betas, self.targets, self.tau, self.aimed, self.weight_rule = betas, targets, tau, aimed, weight_rule
         self._check()
@@ -221,9 +244,10 @@ class MORA(DescentAttack):
         return self.aimed and not self.targeted
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        sweep = [(partial(self._loss, beta), steps) for beta, steps in self.sweep()]
+        vote = vote_of(self.model)
+        sweep = [(partial(self._loss, beta, vote=vote), steps) for beta, steps in self.sweep()]
         targets = 0 if self.targeted else min(self.targets, num_classes - 1)
-        aimed = [(partial(self._loss, TARGETED_BETA), self.steps)] * targets
+        aimed = [(partial(self._loss, TARGETED_BETA, vote=vote), self.steps)] * targets
         opening: list[Stage] = []
         if self._aims:
             (loss, steps), *others = sweep
@@ -236,14 +260,14 @@ class MORA(DescentAttack):
             *(Stage(loss, target_rank=CLOSEST, restart=r, steps=steps) for r, (loss, steps) in restarts),
         ]
 
-    def _loss(self, beta: float, outputs: Outputs, goal: Goal) -> Tensor:
+    def _loss(self, beta: float, outputs: Outputs, goal: Goal, vote: Vote | None = None) -> Tensor:
         assert outputs.logits_MNK is not None
         return mora(
             outputs.logits_MNK,
             outputs.scores_NK,
             goal,
             beta=beta,
-            vote=vote_of(self.model),
+            vote=vote or vote_of(self.model),
             probabilities=outputs.weights_E,
             tau=self.tau,
             rule=self.weight_rule,

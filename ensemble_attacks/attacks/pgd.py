@@ -12,6 +12,7 @@ from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.descent.objectives import cross_entropy, lead, of_scores
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import ConstantSteps
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import check_choice, check_count, check_positive
 
 LOSSES = ("ce", "margin")
@@ -23,8 +24,8 @@ class PGD(DescentAttack):
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
         norm (str): ``"Linf"`` or ``"L2"``. (Default: ``"Linf"``)
-        eps (float): radius of the ball, in pixel units of [0, 1]. (Default: 8/255)
-        alpha (float): step size. (Default: None: eps / 4)
+        eps (float or Tensor): radius of the ball, in the units of the images, or of each feature. (Default: 8/255)
+        alpha (float): step size; with eps for each feature, as a share of it. (Default: None: eps / 4)
         steps (int): gradient steps of each restart. (Default: 100)
         n_restarts (int): random starts, each only on the samples still robust. (Default: 5)
         seed (int): seed of the random starts. (Default: 0)
@@ -32,18 +33,20 @@ class PGD(DescentAttack):
             ``"ce"``)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask (Tensor): what may move, bool, of one image or of each. (Default: None: all)
 
     Shape:
-        - images: :math:`(N, C, H, W)`, floating point in [0, 1]
+        - images: :math:`(N, ...)`, such as :math:`(N, C, H, W)`, floating point in the box
         - labels: :math:`(N)`, integer class indices
-        - output: :math:`(N, C, H, W)`
+        - output: as images
     """
 
     def __init__(
         self,
         model: nn.Module,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         alpha: float | None = None,
         steps: int = 100,
         n_restarts: int = 5,
@@ -52,8 +55,10 @@ class PGD(DescentAttack):
         *,
         eot_iter: int | None = None,
         batch_size: int | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
     ) -> None:
-        super().__init__("PGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size)
+        super().__init__("PGD", model, norm=norm, eps=eps, steps=steps, seed=seed, batch_size=batch_size, box=box, mask=mask)
         self.alpha, self.n_restarts, self.loss, self.eot_iter = alpha, n_restarts, loss, eot_iter
         self._check()
 

@@ -40,6 +40,11 @@ PEER = "torchattacks:"
 SMALLEST = 5  # pixels a side that AutoAttack's Square divides into windows
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
+NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and where to go
+    "MultiAttack": "it takes attacks, not a model: name these one after another, or pass an instance",
+    "LGV": "it trains the model further, on a loader of training images: pass an instance",
+    "Attack": "it is the base of all: name one of them",
+}
 NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
     MEMBERS: check_members,
     FRONTEND: lambda model, name: find_parts(model, "frontend"),
@@ -251,7 +256,13 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     ),
     "autoattack-adaptive": NamedAttack("AutoAttack(version='adaptive'): what the model's structure asks for"),
     "auto": NamedAttack("AutoAttack(version='auto'): what a diagnosis asks for, until nothing moves"),
-    "eot-square": NamedAttack("AutoAttack's Square on the mean over draws, no gradients", cost=5000, source=CROCE),
+    "eot-square": NamedAttack(
+        "AutoAttack's Square on the mean over draws, no gradients",
+        square=("L2",),
+        images_only=True,
+        cost=5000,
+        source=CROCE,
+    ),
 }
 
 
@@ -325,7 +336,7 @@ def _peer(name: str) -> NamedAttack:
     """Return the record of an attack of torchattacks, with options: ``torchattacks:PGD?steps=50&alpha=0.002``.
 
     Raises:
-        ValueError: Where there is no such attack or option.
+        ValueError: Where there is no such attack or option, or it wants more than a model (`NOT_BY_NAME`).
     """
     import torchattacks
 
@@ -333,6 +344,8 @@ def _peer(name: str) -> NamedAttack:
     kinds = [key for key, value in vars(torchattacks).items() if inspect.isclass(value) and issubclass(value, Attack)]
     if kind not in kinds:
         raise unknown_name("attack of torchattacks", kind, kinds)
+    if kind in NOT_BY_NAME:
+        raise ValueError(f"attack {PEER + kind!r} cannot be had by its name: {NOT_BY_NAME[kind]}")
     attack = getattr(torchattacks, kind)
     options = {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     takes = [key for key in inspect.signature(attack).parameters if key != "model"]

@@ -23,7 +23,7 @@ from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import find_parts, not_called
-from ensemble_attacks.norms import NORMS
+from ensemble_attacks.norms import NORMS, UNIT
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
 
@@ -133,6 +133,7 @@ class FrontEndReversal(ComposedAttack):
         **arguments: Any,
     ) -> None:
         super().__init__("FrontEndReversal", model)
+        self.box, self.mask = UNIT, None  # its own: what lies behind the front end has others
         self.part, self.norm, self.eps, self.rounds, self.amplification = part, norm, eps, rounds, amplification
         self._check()
         self.inner = attack(Behind(model, part), norm=norm, eps=eps, **arguments)
@@ -140,6 +141,8 @@ class FrontEndReversal(ComposedAttack):
     def _check(self) -> None:
         check_norm(self.norm)
         check_positive("eps", self.eps)
+        if self.mask is not None:
+            raise ValueError("FrontEndReversal knows no mask: what it carries back goes everywhere; use BPDAIdentity")
         check_count("rounds", self.rounds)
         if self.amplification is not None:
             check_positive("amplification", self.amplification)
@@ -151,29 +154,27 @@ class FrontEndReversal(ComposedAttack):
         if behind is not None:
             self.inner.set_model(behind)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack images (N, C, H, W) in [0, 1] with labels (N,), and return adversarial images (N, C, H, W)."""
-        self._check_inputs(images, labels)
-        clean = self.box.clamp(images.detach().clone().to(self.device))
-        labels = labels.to(self.device).long()
-        if not len(clean):
-            return clean
+    def _attack(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, num_classes: int, *args: Any, **options: Any
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W)."""
         self.inner._set_normalization_applied(None)  # what it sees are no images
-        ball = make_ball(self.norm, clean, self.eps, self.box)
-        best, robust, start = clean.clone(), self._right(clean, labels), clean
+        ball = make_ball(self.norm, images, self.eps, self.box)
+        best, robust, start = images.clone(), self._right(images, labels), images
         own_eps = self.inner.eps
-        amplification = self.amplification or self._amplification(clean)
+        amplification = self.amplification or self._amplification(images)
         for round_ in range(self.rounds):
             rows = torch.nonzero(robust).squeeze(-1)
             if not len(rows):
                 break
             seen = self._seen(start[rows])
-            self.inner.eps = amplification * self.eps / 2**round_ / (2 * REACH)
+            largest = UNIT.diameter(self.norm, seen[0])
+            self.inner.eps = min(amplification * self.eps / 2**round_ / (2 * REACH), largest)
             try:
                 found = self.inner(seen, labels[rows]).to(seen)
             finally:
                 self.inner.eps = own_eps
-            step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, clean)
+            step = self._as_image((found - seen).nan_to_num() * 2 * REACH / amplification, images)
             for share in range(1, SHARES + 1):
                 trial = ball.select(rows).project(start[rows] + share / SHARES * step)
                 fooled = robust[rows] & ~self._right(trial, labels[rows])

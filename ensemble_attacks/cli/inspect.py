@@ -6,29 +6,32 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
+from click import get_current_context
+from click.core import ParameterSource
 from rich.table import Table
 from torch import nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks import diagnostics
 from ensemble_attacks.attacks.registry import find_attack, find_maker
-from ensemble_attacks.cli.options import check_out, console, places, plain, shown
-from ensemble_attacks.data import DATASETS, load_dataset
+from ensemble_attacks.cli.options import NAMED, check_out, console, elsewhere, images, places, plain, shown
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench
+from ensemble_attacks.evaluation.manifest import subjects_of
+from ensemble_attacks.evaluation.settings import Sweep
+from ensemble_attacks.evaluation.suite import check_fit
 from ensemble_attacks.files import write_whole
-from ensemble_attacks.models import providers
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.validation import check_device
 
 
 @click.command()
-@click.option("--model", required=True, help="As of evaluate.")
+@click.option("--model", required=True, help=NAMED)
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
-@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@images(64)
 @click.option("--eps", type=float, required=True, help="Linf radius, in pixel units of [0, 1].")
-@click.option("--n", type=int, default=64, help="Test images, in file order.")
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
 @click.option("--attack", help="The attack whose failures are looked into, by name.  [default: 50 steps of PGD]")
@@ -37,9 +40,7 @@ from ensemble_attacks.validation import check_device
 def diagnose(
     model: str,
     vote: str,
-    dataset: str,
     eps: float,
-    n: int,
     seed: int,
     device: str,
     attack: str | None,
@@ -47,22 +48,29 @@ def diagnose(
     model_dir: str | None,
     data_dir: str,
     download: bool,
+    **chosen: Any,
 ) -> None:
     """Is a model masking its gradients? Print checks with figure, threshold and verdict, and the attacks to run."""
     check_device(device)
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         what = "is a folder, name a file in it" if path.is_dir() else f"there is no folder {path.parent}, make it first"
         raise FileNotFoundError(f"--json {path}: {what}")
-    x, y = load_dataset(dataset, data_dir=data_dir, n=n, download=download)
-    net = providers.load_model(model, model_dir, dataset, vote=vote).to(device)
+    if chosen["sample"] is not None and get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
+        chosen["n"] = None
+    given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
+    subjects = subjects_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
+    x, y = subjects.opened.take(subjects.numbers)
+    net = subjects.models[model].to(device)
     make = None
     if attack is not None:
         maker = find_maker(attack)
         find_attack(attack).check(net, attack)
-        eot_iter = diagnostics.EOT_ITER if structure_of(net, x[:8].to(device), seed).random else None
+        structure = structure_of(net, x[:8].to(device), seed)
+        check_fit(attack, structure.classes, "Linf", x.shape[1:])
+        eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
-    table = Table(title=f"{shown(model)}, {vote}, {dataset}, Linf {eps:g}, {n} images")
+    table = Table(title=f"{shown(model)}, {vote}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left")
     colours = {"flag": "red", "ok": "green", "note": "dim"}
@@ -88,13 +96,15 @@ def _of_radius(make: Callable[..., Attack], seed: int, eot_iter: int | None, mod
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder.  [default: report, in the run's]")
 @click.option("--device", default="cpu")
-def report(run: Path, out: Path | None, device: str) -> None:
+@elsewhere
+def report(run: Path, out: Path | None, device: str, model: str | None, dataset: str | None) -> None:
     """Write a finished run as one HTML page, Markdown, CSV and figures."""
     from ensemble_attacks.evaluation.report.pages import write_report
 
     check_device(device)
     check_out(out)
-    console.print(f"Written: {write_report(run, out or run / 'report', device=device)}", soft_wrap=True)
+    page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
+    console.print(f"Written: {page}", soft_wrap=True)
 
 
 @click.group()

@@ -12,10 +12,15 @@ from rich.table import Column, Table
 
 from ensemble_attacks.attacks.registry import PEER, registered
 from ensemble_attacks.cli.options import console
-from ensemble_attacks.data import DATASETS
+from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
+from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
+from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.validation import check_device
+
+CLEAN = 1000  # test images on which a new model is tried
+CLEAN_DRAWS = 5  # forward passes of each, of one that draws its members
 
 
 @click.command()
@@ -52,11 +57,31 @@ def train(recipe: str, **options: Any) -> None:
 @click.option("--model-dir", type=click.Path(path_type=Path), required=True, help="Where the model goes.")
 @click.option("--dataset", default="cifar10", help=" or ".join(DATASETS) + ".")
 @click.option("--normalization", default="cifar10", help="cifar10, imagenet or none, where the checkpoint has none.")
-@click.option("--negative-slope", type=float, help="Of the members' leaky ReLU.  [default: 0.1 for gal..., else 0]")
-def convert(checkpoints: tuple[str, ...], name: str, **options: Any) -> None:
-    """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts."""
+@click.option("--negative-slope", type=float, help="Of the members' leaky ReLU.  [default: the checkpoint's, else 0, ReLU]")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py, for the clean accuracy.")
+def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: Any) -> None:
+    """Make a model of published checkpoints: DVERGE's layout (also for ADP and GAL), akamaster's, plain state dicts.
+
+    Its clean accuracy is printed, where the data are at hand.
+    """
     card = providers.able_to("convert").convert(checkpoints, name, **options)
     _print_card(card, options["dataset"], options["model_dir"])
+    console.print(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir), soft_wrap=True)
+
+
+def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) -> str:
+    """Return what is known of the clean accuracy of a new model."""
+    try:
+        x, y = load_dataset(dataset, data_dir=data_dir, n=min(CLEAN, DATASETS[dataset].test_images))
+    except FileNotFoundError as error:
+        return f"Clean accuracy unknown, as there are no data: {error}"
+    model = providers.load_model(card.stem, str(model_dir), dataset)
+    verdict = judge(model, x, y, x, eps=1.0, draws=1 if member_probabilities(model) is None else CLEAN_DRAWS)
+    low, high = verdict.interval
+    return (
+        f"Clean accuracy: {100 * verdict.accuracy:.1f}% [{100 * low:.1f}, {100 * high:.1f}] of {len(y)} test images. "
+        "Far below the published one, the members had another --normalization or --negative-slope."
+    )
 
 
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:

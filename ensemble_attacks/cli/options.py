@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.engines import ENGINES
 from ensemble_attacks.validation import check_choice, check_count, check_device
@@ -26,8 +27,41 @@ def places(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where models and data lie."""
     options = [
         click.option("--model-dir", help="Where trained models lie, if not among those that ship."),
-        click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py."),
-        click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir."),
+        click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py and the like."),
+        click.option("--download", is_flag=True, help="Let torchvision fetch the dataset into --data-dir."),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+NAMED = (
+    "From `ensemble-attacks models`; nets.py:make or package.module:make, with options as ?width=8; a folder of weights; "
+    "torchvision:NAME, timm:NAME, hf:FOLDER, robustbench:NAME; ensemble:A+B+C?vote=voting, crossmax:A+B+C, "
+    "randomized:A+B+C?probabilities=0.5,0.3,0.2 of any of these."
+)
+DATA = (
+    ", ".join(DATASETS) + ", a .npz or .safetensors file of images and labels, a folder with a folder of pictures for every "
+    "class, or file.py:function.  [default: what the model's name implies]"
+)
+
+
+def images(n: int | None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options that say which images are taken, ``n`` (``None``: all) by default."""
+    options = [
+        click.option("--data", "--dataset", "dataset", help=DATA),
+        click.option("--transform", default="", help="Of every image, as resize=256,crop=224."),
+        click.option("--n", type=int, default=n, help="Test images, in file order." + ("" if n else "  [default: all]")),
+        click.option("--first", type=int, default=0, help="Number of the first of them."),
+        click.option("--sample", type=int, help="In place of --n: so many, of every class in its share, drawn by --seed."),
+        click.option("--only-correct", is_flag=True, help="Pass images by that the model gets wrong."),
+    ]
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what a run's model and data are called by now."""
+    options = [
+        click.option("--model", help="Where the run's model is by now, as of evaluate.  [default: where it was]"),
+        click.option("--data", "--dataset", "dataset", help="Where its images are by now.  [default: where they were]"),
     ]
     return reduce(lambda decorated, option: option(decorated), reversed(options), command)
 

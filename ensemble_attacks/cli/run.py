@@ -11,12 +11,25 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import RECORDS
-from ensemble_attacks.cli.options import check_machine, check_out, console, key_value, machines, places, plain, shown
-from ensemble_attacks.data import DATASETS
+from ensemble_attacks.cli.options import (
+    NAMED,
+    check_machine,
+    check_out,
+    console,
+    elsewhere,
+    images,
+    key_value,
+    machines,
+    places,
+    plain,
+    shown,
+)
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.manifest import Sweep, manifest_of, run_identity
+from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
+from ensemble_attacks.evaluation.origins import placed_anew
+from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import PIPELINES
 from ensemble_attacks.evaluation.summary import run_digest, seconds_of
 from ensemble_attacks.evaluation.units import CLEAN, count_chains, seed_said
@@ -25,12 +38,11 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 
 
 @click.command()
-@click.option("--model", required=True, help="From `ensemble-attacks models`, robustbench:NAME, timm:NAME, or ensemble:A+B.")
+@click.option("--model", required=True, help=NAMED)
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
-@click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
+@images(None)
 @click.option("--norm", default="Linf", help="Linf or L2.")
 @click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
-@click.option("--n", type=int, help="Test images, in file order.  [default: all]")
 @click.option(
     "--attacks",
     default="autoattack,mora",
@@ -95,11 +107,14 @@ def sweep(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@elsewhere
 @machines
-def resume(run: Path, **machine: Any) -> None:
+def resume(run: Path, model: str | None, dataset: str | None, **machine: Any) -> None:
     """Go on with a run; units that were given up are tried again."""
     check_machine(**machine)
     ledger = Ledger(run).go_on()
+    if model or dataset:
+        ledger = Ledger(run, placed_anew(ledger.manifest, model, dataset))
     ledger.retry_failed()
     _drive(ledger, **machine)
 
@@ -180,6 +195,7 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
+        told += f" (without {shown(', '.join(row['failed']))})" if row.get("failed") else ""
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from ensemble_attacks.cli.options import console, radius, shown
-from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation import audit, bundles
 from ensemble_attacks.evaluation.external import compare_bundle, read_bundle, run_of
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
+from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
 from ensemble_attacks.models import providers
 from ensemble_attacks.validation import check_count, check_device
@@ -24,10 +24,11 @@ RECRAFTED = 20  # units of a bundle that are crafted anew, unless told otherwise
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--model", help="Of a bundle: as of evaluate.")
+@click.option("--model", help="As of evaluate.  [default: the run's]")
 @click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", help="softmax, voting or logits.  [default: the bundle's, or softmax]")
-@click.option("--dataset", help=" or ".join(DATASETS) + ".  [default: the bundle's]")
+@click.option("--data", "--dataset", "dataset", help="As of evaluate.  [default: the bundle's, or the run's]")
+@click.option("--transform", help="Of a bundle: as of evaluate.  [default: its run's]")
 @click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
 @click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
@@ -39,6 +40,8 @@ RECRAFTED = 20  # units of a bundle that are crafted anew, unless told otherwise
 @click.option("--device", default="cpu")
 def verify(
     path: Path,
+    model: str | None,
+    dataset: str | None,
     model_dir: str | None,
     data_dir: str | None,
     recraft: int | None,
@@ -61,7 +64,8 @@ def verify(
         if given := [key for key, value in claimed.items() if value is not None]:
             raise ValueError(f"{path} is a run, which has its own {given[0]}: leave --{given[0]} out")
         ledger = Ledger(path)
-        findings = audit.verify(ledger, device, data_dir=data_dir, model_dir=model_dir, recraft=recraft or 0, seed=seed)
+        named: dict[str, Any] = {"data_dir": data_dir, "model_dir": model_dir, "model": model, "dataset": dataset}
+        findings = audit.verify(ledger, device, **named, recraft=recraft or 0, seed=seed)
         beside, drawn = _beside(ledger, report, bundle, device)
         findings += beside
         _print(findings, (*audit.NOT_VERIFIABLE, *drawn))
@@ -70,6 +74,7 @@ def verify(
         if report is not None or bundle is not None:
             raise ValueError(f"{path} is no run: --report and --bundle go with a run's folder")
         count = RECRAFTED if recraft is None else recraft
+        claimed |= {"model": model, "dataset": dataset}
         findings = _examine(path, {"model_dir": model_dir, "data_dir": data_dir or "data"}, claimed, count, seed, device)
         _print(findings, bundles.NOT_VERIFIABLE)
     sys.exit(1 if any(finding["differ"] != 0 for finding in findings) else 0)
@@ -101,8 +106,15 @@ def _examine(
     """Return what is found of a bundle, after printing the judge's verdict."""
     images, about = read_bundle(path)
     manifest = run_of(path)
+    if manifest is not None:
+        manifest["places"] |= places
+        manifest = placed_anew(manifest, claimed["model"], claimed["dataset"])
     said: dict[str, Any] = {"vote": about.get("vote") or "softmax", "dataset": about.get("dataset"), "eps": about.get("eps")}
     said |= {"norm": about.get("threat_model") or "Linf", "draws": about.get("draws") or 1}
+    said["transform"] = manifest["sweep"]["transform"] if manifest else ""
+    said["dataset"] = said["dataset"] or (
+        claimed["model"] and providers.implied_dataset(claimed["model"], places["model_dir"])
+    )
     chosen: dict[str, Any] = {key: said.get(key) if value is None else value for key, value in claimed.items()}
     for key in ("model", "dataset", "eps"):
         if chosen[key] is None:
@@ -114,7 +126,7 @@ def _examine(
     console.print(f"{shown(claim.model)}: {verdict}", highlight=False)
     findings = [_finding(f"bundle {path}", lines)]
     if manifest is not None and recraft and not lines:
-        findings += bundles.recraft_bundle(manifest, images, device, recraft, seed, places)
+        findings += bundles.recraft_bundle(manifest, images, device, recraft, seed)
     return findings
 
 

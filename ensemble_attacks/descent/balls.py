@@ -22,12 +22,14 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 class Ball:
-    """A ball ``|x - clean| <= eps`` within a box, in a norm whose name subclasses give.
+    """A ball ``|(x - clean) / scale| <= eps`` within a box, in a norm whose name subclasses give.
 
     Args:
         clean: the centres, (N, ...), in the box.
-        eps: the radius, in the units of the images.
+        eps: the radius, in the units of the images, or of the ``scale``.
         box: the values that images can take.
+        scale: the radius of each feature beside the others', which broadcasts over ``clean``: 0 where nothing may move;
+            ``None``: 1 everywhere.
     """
 
     known: ClassVar[dict[str, type[Ball]]] = {}  # by the norm's name
@@ -36,8 +38,13 @@ class Ball:
         super().__init_subclass__(**arguments)
         cls.known[norm] = cls
 
-    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT, scale: Tensor | None = None) -> None:
         self.clean, self.eps, self.box = clean, eps, box
+        self.scale = None if scale is None else scale.to(clean.device).expand_as(clean)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return ``x`` (N, ...) times the scale: of a slope, how fast a function grows in the ball's own units."""
+        return x if self.scale is None else x * self.scale.to(x.dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """Return the points (N, ...) put into the ball and the box."""
@@ -62,25 +69,25 @@ class Ball:
 class LinfBall(Ball, norm="Linf"):
     """A ball ``max |x - clean| <= eps``, onto which projection is one clamp: box and ball are both intervals."""
 
-    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
-        super().__init__(clean, eps, box)
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT, scale: Tensor | None = None) -> None:
+        super().__init__(clean, eps, box, scale)
         exact = clean.double()
-        lower = (exact - eps).clamp_min(box.low).to(clean.dtype)
-        upper = (exact + eps).clamp_max(box.high).to(clean.dtype)
+        reach = eps if self.scale is None else eps * self.scale.double()
+        lower, upper = box.clamp(exact - reach).to(clean.dtype), box.clamp(exact + reach).to(clean.dtype)
         # Rounding to the images' dtype may step outside: then take the neighbour inside.
-        self.lower = torch.where(exact - lower.double() > eps, _neighbour(lower, +1), lower)
-        self.upper = torch.where(upper.double() - exact > eps, _neighbour(upper, -1), upper)
+        self.lower = torch.where(exact - lower.double() > reach, _neighbour(lower, +1), lower)
+        self.upper = torch.where(upper.double() - exact > reach, _neighbour(upper, -1), upper)
 
     def project(self, x: Tensor) -> Tensor:
         return torch.clamp(x, self.lower, self.upper)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient.sign()
+        return self.scaled(gradient.sign())
 
     def start(self, noise: Tensor) -> Tensor:
         """Return ``P(clean + eps * t / max |t|)`` of uniform noise t in [-1, 1]."""
         largest = noise.flatten(1).abs().amax(1)
-        return self.project(self.clean + self.eps * noise / per_sample(largest, noise))
+        return self.project(self.clean + self.scaled(self.eps * noise / per_sample(largest, noise)))
 
 
 class L2Ball(Ball, norm="L2"):
@@ -92,11 +99,12 @@ class L2Ball(Ball, norm="L2"):
         ValueError: Where ``eps`` is below what the images' type can resolve.
     """
 
-    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT) -> None:
-        super().__init__(clean, eps, box)
+    def __init__(self, clean: Tensor, eps: float, box: Box = UNIT, scale: Tensor | None = None) -> None:
+        super().__init__(clean, eps, box, scale)
         # Room for the rounding of every pixel of clean + delta and of the norm itself.
         unit = torch.finfo(clean.dtype).eps / 2
-        self.radius = eps * (1 - 16 * unit) - unit * clean[0].numel() ** 0.5
+        features = clean[0].numel() ** 0.5 if self.scale is None else self._most_units()
+        self.radius = eps * (1 - 16 * unit) - unit * box.magnitude * features
         if self.radius <= 0:
             raise ValueError(
                 f"eps {eps} is below what {clean.dtype} can resolve in L2 on {clean[0].numel()} pixels: use float32"
@@ -109,7 +117,7 @@ class L2Ball(Ball, norm="L2"):
         clean, within = self.clean.double(), torch.full((len(x),), self.eps, dtype=torch.double, device=x.device)
         for _ in range(ROUNDINGS):
             rounded = self._shrunk(x.double(), clean, within).to(x.dtype)
-            size = l2_norm(rounded.double() - clean)
+            size = l2_norm(self._units(rounded.double() - clean))
             if not (size > self.eps).any():
                 return rounded
             within = torch.where(size > self.eps, within * (self.eps / size) * (1 - torch.finfo(x.dtype).eps), within)
@@ -118,22 +126,36 @@ class L2Ball(Ball, norm="L2"):
 
     def _shrunk(self, x: Tensor, clean: Tensor, radius_N: Tensor) -> Tensor:
         delta = x - clean
-        scale = radius_N / l2_norm(delta).maximum(radius_N)
-        return self.box.clamp(clean + delta * per_sample(scale, delta))
+        if self.scale is not None:
+            delta = delta.masked_fill(self.scale == 0, 0)
+        share_N = radius_N / l2_norm(self._units(delta)).maximum(radius_N)
+        return self.box.clamp(clean + delta * per_sample(share_N, delta))
+
+    def _units(self, delta: Tensor) -> Tensor:
+        """Return perturbations (N, ...) in the ball's own units, in which it is round; 0 where nothing may move."""
+        if self.scale is None:
+            return delta
+        scale = self.scale.to(delta.dtype)
+        return torch.where(scale > 0, delta / scale, 0)
+
+    def _most_units(self) -> float:
+        """Return the size of a perturbation by 1 of all that may move, in the ball's units, the largest of any sample."""
+        return l2_norm(self._units(torch.ones_like(self.clean))).amax().item()
 
     def steepest(self, gradient: Tensor) -> Tensor:
+        gradient = self.scaled(gradient)
         largest = gradient.flatten(1).abs().amax(1)  # taken out first: the squares of a tiny gradient are 0
         scaled = gradient / per_sample(torch.where(largest > 0, largest, 1), gradient)
-        return scaled / per_sample(l2_norm(scaled).clamp_min(1), gradient)
+        return self.scaled(scaled / per_sample(l2_norm(scaled).clamp_min(1), gradient))
 
     def start(self, noise: Tensor) -> Tensor:
         """Return ``P(clean + eps * t / |t|_2)`` of normal noise t."""
         return self.project(self.clean + self.eps * self.steepest(noise))
 
 
-def make_ball(norm: str, clean: Tensor, eps: float, box: Box = UNIT) -> Ball:
-    """Return the ball of radius ``eps`` in ``norm``, within ``box``, around ``clean`` (N, ...)."""
-    return Ball.known[norm](clean, eps, box)
+def make_ball(norm: str, clean: Tensor, eps: float, box: Box = UNIT, scale: Tensor | None = None) -> Ball:
+    """Return the ball of radius ``eps`` in ``norm``, within ``box``, around ``clean`` (N, ...), in the ``scale``'s units."""
+    return Ball.known[norm](clean, eps, box) if scale is None else Ball.known[norm](clean, eps, box, scale)
 
 
 def _neighbour(x: Tensor, step: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,13 +48,6 @@ class Point(NamedTuple):
     gradient: Tensor | None
     forwards: int
     backwards: int
-
-    @classmethod
-    def joined(cls, points: Sequence[Point]) -> Point:
-        """Return the points of all batches as one."""
-        scores, margins, losses, gradients, forwards, backwards = zip(*points, strict=True)
-        gradient = None if gradients[0] is None else torch.cat(gradients)
-        return cls(torch.cat(scores), torch.cat(margins), torch.cat(losses), gradient, sum(forwards), sum(backwards))
 
     def at(self, rows: Tensor) -> Point:
         """Return what was seen of some samples, with no passes, which have been counted already."""

@@ -45,6 +45,7 @@ def attack(
     batch_size: int | None = None,
     trace: Trace | None = None,
     box: Box = UNIT,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Run the stages one after another, each on samples that the ones before it left robust, the smallest margin first.
 
@@ -57,40 +58,46 @@ def attack(
         steps: the number of gradient steps of each stage that does not say its own.
         step_rule: the maker of the step rule of each stage that does not say its own.
         seed: the seed of the random starts and directions.
-        start: where the opening, or the first restart, starts, (N, C, H, W), in the ball; ``None``: the opening at the clean
-            images, restarts at random.
+        start: where the opening, or the first restart, starts, (N, C, H, W), which is put into the ball; ``None``: the
+            opening at the clean images, restarts at random.
         draws: how a random model is looked at; ``None``: the model is deterministic.
         batch_size: the number of samples per pass; ``None``: all at once.
         trace: a record that is filled with what each step found and spent.
         box: the values that images can take.
+        scale: the radius of each feature beside the others' (`Ball`), for all images or for each; ``None``: 1.
 
     Returns:
         Adversarial images, (N, C, H, W): the first iterate that succeeded; failing that, of all iterates and the clean
         image, the one of the smallest margin.
     """
     batch_size = batch_size or max(len(images), 1)
-
-    def survey(x: Tensor, objective: Objective | None) -> Point:
-        """Look at all samples, batch by batch."""
-        parts = torch.arange(len(x), device=x.device).split(batch_size)
-        return Point.joined([look(forward, x[rows], goal.select(rows), objective, draws) for rows in parts])
-
-    opening = plan[0].objective if plan and plan[0].opening else None
-    seen = [survey(images, opening if start is None else None)]
-    if start is not None:
-        seen.append(survey(start, opening))
-    goal = goal.settled(seen[0].scores_NK)
-    progress = Progress(images, start, goal, seen, plan, norm=norm, eps=eps, seed=seed, steps=steps, box=box)
+    progress = Progress(images, start, goal, plan, norm=norm, eps=eps, seed=seed, steps=steps, box=box, scale=scale)
     if trace is not None:
-        trace.begin(progress.fooled_in, seen)
+        trace.begin(progress.fooled_in)
+
+    def run(index: int, rows: Tensor, seen: Point | None = None) -> None:
+        stage = plan[index]
+        begun = progress.begin(stage, rows, seen)
+        rule = (stage.step_rule or step_rule)(begun.x, eps=eps, steps=progress.steps_of(stage))
+        record = partial(trace.add, index) if trace is not None else (lambda *row: None)
+        found = descend(forward, stage.objective, begun, rule, progress.steps_of(stage), draws, record)
+        progress.book(index, rows, found)
+
+    opening = plan[0] if plan and plan[0].opening else None
+    for rows in torch.arange(len(images), device=images.device).split(batch_size):
+        at_once = opening.objective if opening is not None else None
+        seen = [look(forward, images[rows], goal.select(rows), at_once if start is None else None, draws)]
+        if start is not None:
+            seen.append(look(forward, progress.opening(rows), goal.select(rows), at_once, draws))
+        progress.see(rows, seen)
+        if trace is not None:
+            trace.look(int((progress.fooled_in[rows] < 0).sum()), seen)
+        if opening is not None and len(chosen := progress.rows(opening, rows)):
+            run(0, chosen, seen[-1].at(chosen - rows[0]))
     for index, stage in enumerate(plan):
-        chosen = progress.rows(stage)
+        chosen = torch.arange(0) if stage.opening else progress.rows(stage)
         for rows in chosen.split(batch_size) if len(chosen) else ():
-            begun = progress.begin(stage, rows)
-            rule = (stage.step_rule or step_rule)(begun.x, eps=eps, steps=progress.steps_of(stage))
-            record = partial(trace.add, index) if trace is not None else (lambda *row: None)
-            found = descend(forward, stage.objective, begun, rule, progress.steps_of(stage), draws, record)
-            progress.book(index, rows, found)
+            run(index, rows)
     return progress.adversarial
 
 

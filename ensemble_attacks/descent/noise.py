@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ensemble_attacks.norms import NORMS, UNIT, Box
+from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
 
 
 def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
@@ -21,16 +21,12 @@ def sample_keys(images: Tensor, box: Box = UNIT) -> list[bytes]:
 
     The levels are cut where neither k/255 nor k/16, the values of 8-bit images and of the digits, come near.
     """
-    pixels = (
-        ((images.detach().double() - box.low) / box.width * 255 + 0.47)
-        .floor()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .flatten(1)
-        .cpu()
-        .numpy()
-    )
-    return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
+    keys = []
+    for part in in_parts(images):
+        levels = (box.levels(images[part].detach()) * 255 + 0.47).floor().clamp(0, 255)
+        pixels = levels.to(torch.uint8).flatten(1).cpu().numpy()
+        keys += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
+    return keys
 
 
 def generator_for(key: bytes, seed: int, *counters: int) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,29 +58,33 @@ class Progress:
 
     Args:
         images: the centres of the balls.
-        start: where the opening, or the first restart, begins; ``None``: the opening at the clean images, restarts at
-            random.
+        start: where the opening, or the first restart, begins, which is put into the ball; ``None``: the opening at the
+            clean images, restarts at random.
         goal: what counts as success.
-        seen: what was seen of the clean images and, if there is one, of ``start``; the last one with its gradient where
-            ``plan`` has an opening.
         plan: all stages.
-        norm, eps, box: the ball, and the values that images can take; eps in their units.
+        norm, eps, box, scale: the ball (`Ball`), and the values that images can take; eps in their units.
         seed: the seed of the random starts and directions.
         steps: the number of gradient steps of stages that do not say their own.
 
     Attributes:
         adversarial: the first iterate that succeeded; failing that, the one of the smallest margin.
-        margin_N: the margin of that image, which is negative where it succeeded.
+        margin_N: the margin of that image, which is negative where it succeeded; known of what was seen (`see`).
         fooled_in: the stage in which each sample was fooled: -1 if the clean image, or a start, was a success already,
             `NEVER` if it held out.
+
+    Of what is as large as the images, it holds those it returns and, where a stage resumes, where the last one ended.
     """
+
+    margin_N: Tensor
+    clean_NK: Tensor
+    ranked_NK: Tensor
+    gaps_NK: Tensor
 
     def __init__(
         self,
         images: Tensor,
         start: Tensor | None,
         goal: Goal,
-        seen: Sequence[Point],
         plan: Sequence[Stage],
         *,
         norm: str,
@@ -87,57 +92,90 @@ class Progress:
         seed: int,
         steps: int,
         box: Box,
+        scale: Tensor | None = None,
     ) -> None:
-        self.images, self.start, self.goal, self.seen_at_start = images, start, goal, seen[-1]
-        self.norm, self.eps, self.seed, self.steps, self.box = norm, eps, seed, steps, box
-        self.clean_NK = clean_NK = seen[0].scores_NK
-        self.ranked_NK = mask_class(clean_NK, goal.leave).argsort(dim=-1, descending=True, stable=True)
-        self.adversarial, self.ended = images.clone(), images.clone()
-        margin_N = seen[0].margin_N.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite one is less
-        if start is not None:
-            closer = seen[1].margin_N < margin_N
-            self.adversarial[closer], margin_N = start[closer], margin_N.fmin(seen[1].margin_N)
-        self.margin_N = margin_N
-        self.gaps_NK = gather(clean_NK, goal.leave).unsqueeze(-1) - clean_NK
-        never_NK = F.one_hot(goal.leave, clean_NK.shape[1]) * NEVER
-        self.aims = {self.steps_of(stage): never_NK.clone() for stage in plan}  # at each class, by as many steps or more
-        self.fooled_in = torch.full_like(goal.leave, NEVER).masked_fill(margin_N < 0, -1)
+        self.images, self.start, self.goal = images, start, replace(goal, leave=goal.leave.clone())
+        self.norm, self.eps, self.seed, self.steps, self.box, self.scale = norm, eps, seed, steps, box, scale
+        self.adversarial = images.clone()
+        self.ended = images.clone() if any(stage.resume for stage in plan) else None
+        self.aims: dict[int, Tensor] = {self.steps_of(stage): torch.empty(0) for stage in plan}
+        self.fooled_in = torch.full_like(goal.leave, NEVER)
         self.keys = sample_keys(images, box)
         self.chosen = torch.arange(0)
+
+    def _make_room(self, seen: Point) -> None:
+        """Make room for what is to be known of all samples: their number of classes shows in the first scores."""
+        scores_NK = seen.scores_NK.new_empty(len(self.images), seen.scores_NK.shape[1])
+        self.margin_N = seen.margin_N.new_empty(len(self.images))
+        self.clean_NK, self.gaps_NK = scores_NK, scores_NK.clone()
+        self.ranked_NK = torch.empty_like(scores_NK, dtype=torch.long)
+        # how often each sample was aimed at each class, by as many steps or more
+        self.aims = {steps: torch.empty_like(self.ranked_NK) for steps in self.aims}
+
+    def ball(self, rows: Tensor) -> Ball:
+        """Return the ball around some of the images."""
+        scale = self.scale
+        if scale is not None and scale.shape == self.images.shape:
+            scale = scale[rows.to(scale.device)]
+        return make_ball(self.norm, self.images[rows], self.eps, self.box, scale)
+
+    def opening(self, rows: Tensor) -> Tensor:
+        """Return where some samples are looked at first: at the caller's start, or at the clean images."""
+        return self.images[rows] if self.start is None else self.ball(rows).project(self.start[rows])
+
+    def see(self, rows: Tensor, seen: Sequence[Point]) -> None:
+        """Take in what was seen of some samples: of the clean images and, if there is one, of the start."""
+        clean_NK = seen[0].scores_NK
+        if not hasattr(self, "margin_N"):
+            self._make_room(seen[0])
+        leave = self.goal.select(rows).settled(clean_NK).leave
+        self.goal.leave[rows] = leave
+        margin_N = seen[0].margin_N.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite one is less
+        if len(seen) > 1:
+            closer = seen[1].margin_N < margin_N
+            self.adversarial[rows[closer]] = self.opening(rows)[closer]
+            margin_N = margin_N.fmin(seen[1].margin_N)
+        self.margin_N[rows], self.clean_NK[rows] = margin_N, clean_NK
+        self.ranked_NK[rows] = mask_class(clean_NK, leave).argsort(dim=-1, descending=True, stable=True)
+        self.gaps_NK[rows] = gather(clean_NK, leave).unsqueeze(-1) - clean_NK
+        for aims_NK in self.aims.values():
+            aims_NK[rows] = F.one_hot(leave, clean_NK.shape[1]) * NEVER
+        self.fooled_in[rows[margin_N < 0]] = -1
 
     def steps_of(self, stage: Stage) -> int:
         return stage.steps or self.steps
 
-    @property
-    def robust(self) -> Tensor:
-        """Return the samples that no image has fooled so far, (N,) bool."""
-        return ~(self.margin_N < 0)
+    def rows(self, stage: Stage, among: Tensor | None = None) -> Tensor:
+        """Return the samples that a stage takes: of the robust ones (``among`` these), those of the smallest margin first.
 
-    def rows(self, stage: Stage) -> Tensor:
-        """Return the samples that a stage takes: of the robust ones, those of the smallest margin first."""
-        robust = self.robust
+        An opening takes those of one batch after another, while what was seen of it is at hand.
+        """
         if stage.resume:
-            self.chosen = self.chosen[robust[self.chosen]]
-        else:
-            chosen = torch.nonzero(robust).squeeze(-1)
-            chosen = chosen[self.margin_N[chosen].argsort(stable=True)]
-            self.chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
-        return self.chosen
+            self.chosen = self.chosen[self._robust(self.chosen)]
+            return self.chosen
+        among = torch.arange(len(self.images), device=self.images.device) if among is None else among
+        chosen = among[self._robust(among)]
+        chosen = chosen[self.margin_N[chosen].argsort(stable=True)]
+        chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
+        self.chosen = torch.cat([self.chosen.to(chosen), chosen]) if stage.opening else chosen
+        return chosen
 
-    def begin(self, stage: Stage, rows: Tensor) -> Start:
-        """Return where the stage's descent of some samples begins, and what it is after."""
-        ball = make_ball(self.norm, self.images[rows], self.eps, self.box)
+    def _robust(self, rows: Tensor) -> Tensor:
+        """Return which of the samples no image has fooled so far, bool."""
+        return ~(self.margin_N[rows] < 0)
+
+    def begin(self, stage: Stage, rows: Tensor, seen: Point | None = None) -> Start:
+        """Return where the stage's descent of some samples begins, what was ``seen`` there, and what it is after."""
+        ball = self.ball(rows)
         keys = [self.keys[row] for row in rows.tolist()]
         if stage.resume:
+            assert self.ended is not None
             x = self.ended[rows]
-        elif stage.opening:
-            x = (self.images if self.start is None else self.start)[rows]
-        elif self.start is not None and stage.restart == 0:
-            x = ball.project(self.start[rows])
+        elif stage.opening or (self.start is not None and stage.restart == 0):
+            x = self.opening(rows)
         else:
             x = ball.start(start_noise(keys, self.images[rows], seed=self.seed, restart=stage.restart, norm=self.norm))
-        goal = self._aimed(stage, rows, self.goal.select(rows), keys)
-        return Start(x, ball, goal, self.gaps_NK[rows], self.seen_at_start.at(rows) if stage.opening else None)
+        return Start(x, ball, self._aimed(stage, rows, self.goal.select(rows), keys), self.gaps_NK[rows], seen)
 
     def _aimed(self, stage: Stage, rows: Tensor, goal: Goal, keys: list[bytes]) -> Goal:
         if stage.direction is not None:
@@ -156,7 +194,9 @@ class Progress:
 
     def book(self, index: int, rows: Tensor, found: Descent) -> None:
         """Take in what the descent of the stage ``index`` found."""
-        self.gaps_NK[rows], self.ended[rows] = found.gaps_NK, found.last_x
+        self.gaps_NK[rows] = found.gaps_NK
+        if self.ended is not None:
+            self.ended[rows] = found.last_x
         better = found.best_margin_N < self.margin_N[rows]
         self.adversarial[rows[better]] = found.best_x[better]
         self.margin_N[rows[better]] = found.best_margin_N[better].to(self.margin_N.dtype)

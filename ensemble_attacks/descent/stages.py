@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +35,7 @@ class Stage:
         resume: whether to go on where the stage before ended, on the samples that it took and left robust.
         share: the share of the robust samples that the stage takes, those of the smallest margin; `FEWEST` at least.
         opening: whether the descent begins at the clean images, or at the caller's start, whose first look serves it, too;
-            only the first stage may be one.
+            only the first stage may be one, and it takes all that are robust.
     """
 
     objective: Objective
@@ -63,17 +62,20 @@ class Trace:
             start, was a success already, `NEVER` if it held out.
     """
 
-    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4), repr=False)
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
     fooled_in: list[Tensor] = field(default_factory=list, repr=False)
 
-    def begin(self, fooled_in: Tensor, seen: Sequence[Point]) -> None:
-        """Book the looks before the first stage: at the clean images and, if there is one, at a start."""
+    def begin(self, fooled_in: Tensor) -> None:
+        """Book a call of an attack, which goes on to fill ``fooled_in`` (N,)."""
         self.fooled_in.append(fooled_in)
+
+    def look(self, fooled: int, seen: Sequence[Point]) -> None:
+        """Book the looks at some samples before their first stage: at the clean images and, if there is one, at a start."""
         forwards = sum(point.forwards for point in seen)
-        self.add(-1, 0, int((fooled_in < 0).sum()), forwards, seen[-1].backwards, seen[-1].loss_N.sum())
+        self.add(-1, 0, fooled, forwards, seen[-1].backwards, seen[-1].loss_N.sum())
 
     def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
-        sums = self._sums[stage, step]
+        sums = self._sums.setdefault((stage, step), [0.0] * 4)
         for column, value in enumerate((fooled, forwards, backwards, loss)):
             sums[column] += float(value)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import craft
+from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.judge import judge, or_clean
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import as_module, ask
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.norms import UNIT
 from ensemble_attacks.validation import check_count, check_images, check_positive
@@ -77,6 +77,7 @@ def binarization(
     >>> binarization(lambda net: PGD(net, eps=0.1), net, torch.rand(4, 1, 8, 8), eps=0.1).score
     1.0
     """
+    model = as_module(model)
     check_images(x, "x")
     check_positive("eps", eps)
     check_count("the number of images", len(x))
@@ -89,7 +90,7 @@ def binarization(
             if not binary.fit(image, eps, generator):
                 continue
             y = torch.zeros(1, dtype=torch.long, device=x.device)
-            images = craft(attack(binary.model), image, y, seed=seed, batch_size=1)
+            images = craft(attack(binary.model), image, y, seed=seed, batch_size=1, eps=eps)
             found.append(bool(judge(binary.model, image, y, or_clean(image, images, eps=eps), eps=eps).fooled))
             by_chance.append(bool((binary.predict(_boundary(image, eps, RANDOM, generator)) == 1).any()))
     return Binarization(torch.tensor(found), torch.tensor(by_chance), len(x) - len(found))

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks.diagnostics.advice import attacks_for
 from ensemble_attacks.diagnostics.examination import FEWEST_DIAGNOSED, Examination
-from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis
+from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
-from ensemble_attacks.models.ask import as_module, ask, check_dtype
+from ensemble_attacks.models.ask import as_module, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
 from ensemble_attacks.validation import (
     check_count,
     check_images,
-    check_label_range,
     check_labels,
     check_positive,
 )
@@ -67,10 +65,11 @@ def diagnose(
     with guarded(model, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
         check_dtype(model, x, "x")
-        with torch.no_grad():
-            check_label_range(y, ask(model, x).shape[1], "y")
+        classes_of(model, x, y)
         examined = Examination(model, x, y, eps, seed, attack)
-        checks = [*of_structure(examined, was_training), *of_gradients(examined)]
-        checks += [*of_attacks(examined), *of_one_attack(examined)]
+        checks = [*attempted("structure", of_structure(examined, was_training))]
+        checks += attempted("gradients", of_gradients(examined))
+        checks += attempted("attacks", of_attacks(examined))
+        checks += attempted("attack", of_one_attack(examined))
     attacks = attacks_for(examined.structure, [check for check in checks if check.verdict == FLAG])
     return Diagnosis(examined.structure, checks, attacks, examined.passes())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ensemble_attacks.errors import out_of_memory, reason
 from ensemble_attacks.models.structure import Structure
 
 OK, FLAG, NOTE = "ok", "flag", "note"
@@ -59,6 +61,16 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """Return the diagnosis as a dictionary, for JSON."""
         return asdict(self)
+
+
+def attempted(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """Yield checks; where one raises, yield in its place, and that of those behind it, a flag that says why."""
+    try:
+        yield from checks
+    except Exception as error:  # whatever the model raises on images that a check makes
+        if out_of_memory(error):
+            raise
+        yield Check(name, FLAG, 0.0, None, f"it cannot be looked into: {reason(error)}")
 
 
 def flag_if(found: bool, name: str, meaning: str, next_: str = "", source: str = "") -> Check:

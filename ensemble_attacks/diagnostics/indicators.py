@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import craft
+from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.judge import judge, or_clean, outside
 from ensemble_attacks.models.ask import as_module, ask, ask_members
 from ensemble_attacks.models.guard import guarded
@@ -137,7 +137,7 @@ def indicators(
     check_positive("eps", eps)
     check_positive("radius", radius)
     check_count("the number of images", len(x))
-    target = model if target is None else target
+    target = model if target is None else as_module(target)
     device = next(model.parameters(), x).device
     with guarded(model, target, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
@@ -163,7 +163,7 @@ def _of_sample(
         recorder = _Recorder(model, x, y, size)
         images = x
         if differentiable:
-            images = or_clean(x, craft(attack(recorder, size), x, y, seed=seed, batch_size=1), eps=size)
+            images = or_clean(x, craft(attack(recorder, size), x, y, seed=seed, batch_size=1, eps=size), eps=size)
         fooled = [bool(judge(net, x, y, images, eps=size).fooled) for net in (model, target)]
         return fooled[0], fooled[1], recorder.losses
 

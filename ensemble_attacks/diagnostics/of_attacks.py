@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ensemble_attacks.diagnostics.binarization import binarization
 from ensemble_attacks.diagnostics.examination import ALONE, STEPS, UNBOUNDED, Examination, share
-from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, measure, measured
+from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, attempted, measure, measured
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
+from ensemble_attacks.errors import out_of_memory
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import straight_through
 from ensemble_attacks.models.surrogates import Surrogate
@@ -41,19 +42,24 @@ def of_attacks(examined: Examination) -> Iterator[Check]:
         yield measure("scale", white - other, max(0.15, 3 / n), said, next_, "[CH20] DLR")
     yield Check("clean", NOTE, clean, None, "accuracy on the clean images")
     yield Check("white_box", NOTE, longer, None, f"robust accuracy under {2 * STEPS} steps of PGD on the model itself")
-    yield from _transfer(examined, min(white, longer), max(0.1, 3 / n))
-
-
-def _transfer(examined: Examination, white: float, slack: float) -> Iterator[Check]:
+    limits = min(white, longer), max(0.1, 3 / n)
     if examined.structure.members:
-        robust = examined.accuracy(examined.pgd(Surrogate(examined.model, "mean"), STEPS, examined.eps))
-        said = "attacking the mean of the members' logits fools so much more than attacking the model"
-        yield measure("transfer_gap", white - robust, slack, said, "crossmax-transfer", "arXiv:2411.14834")
+        yield from attempted("transfer_gap", _past_aggregation(examined, *limits))
     if examined.structure.frontend:
-        with straight_through(examined.model, "frontend"):
-            images = examined.pgd(examined.model, STEPS, examined.eps)
-        said = "attacking past the front end fools so much more than attacking through it"
-        yield measure("frontend_gap", white - examined.accuracy(images), slack, said, "bpda", "arXiv:2402.17018")
+        yield from attempted("frontend_gap", _past_frontend(examined, *limits))
+
+
+def _past_aggregation(examined: Examination, white: float, slack: float) -> Iterator[Check]:
+    robust = examined.accuracy(examined.pgd(Surrogate(examined.model, "mean"), STEPS, examined.eps))
+    said = "attacking the mean of the members' logits fools so much more than attacking the model"
+    yield measure("transfer_gap", white - robust, slack, said, "crossmax-transfer", "arXiv:2411.14834")
+
+
+def _past_frontend(examined: Examination, white: float, slack: float) -> Iterator[Check]:
+    with straight_through(examined.model, "frontend"):
+        images = examined.pgd(examined.model, STEPS, examined.eps)
+    said = "attacking past the front end fools so much more than attacking through it"
+    yield measure("frontend_gap", white - examined.accuracy(images), slack, said, "bpda", "arXiv:2402.17018")
 
 
 def of_one_attack(examined: Examination) -> Iterator[Check]:
@@ -72,6 +78,8 @@ def of_one_attack(examined: Examination) -> Iterator[Check]:
     try:
         found = indicators(examined.attack, examined.model, x, y, eps=examined.eps, seed=examined.seed, radius=radius)
     except Exception as error:  # of somebody else's attack
+        if out_of_memory(error):
+            raise
         yield Check("attack", FLAG, 0.0, None, f"the attack ends with {type(error).__name__}: {error}", next_)
         return
     said = f"median relative change of the margin within {radius / 2:.3f}: the loss is noise"
@@ -95,6 +103,8 @@ def _binarization(examined: Examination, x: Tensor, next_: str) -> Check:
             lambda net: examined.attack(net, examined.eps), examined.original, x, eps=examined.eps, seed=examined.seed
         )
     except Exception as error:  # of a model without read-outs, or of an attack that wants more than two classes
+        if out_of_memory(error):
+            raise
         return Check("binarization", NOTE, 0.0, None, f"no binarization test: {error}", "", "[Z22]")
     if len(tasks.found) < 4:
         said = f"no binarization test: {tasks.skipped} of {len(x)} images make no binary task"

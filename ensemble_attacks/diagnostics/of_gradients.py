@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.diagnostics.examination import Examination, cosine, lengths, share
-from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, measure
+from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, attempted, measure
 from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.parts import premise
 from ensemble_attacks.norms import UNIT
@@ -33,18 +33,22 @@ def of_gradients(examined: Examination) -> Iterator[Check]:
     said = "of so many images the gradient of the cross-entropy vanishes while that of the margin does not"
     gone = 0.0 if saturated is None else share((lengths(saturated) < 1e-12) & (lengths(gradient) > 0))
     yield measure("saturation", gone, 0.5, said, "mora" if examined.structure.members else "apgd-t", "[CH20] DLR")
-    yield from _roughness(examined, gradient)
+    yield from attempted("shattered", _roughness(examined, gradient))
     if examined.structure.members:
-        yield from _of_members(examined)
+        yield from attempted("members_agree", _of_members(examined))
     if examined.structure.random:
         again = examined.gradient(examined.model, examined.x)
         if again is not None:
             said = "mean cosine between the gradients of two draws"
             yield Check("draws_agree", NOTE, cosine(gradient, again).mean().item(), None, said, "eot-apgd", "[A18] EOT")
     if examined.structure.frontend:
-        figures: Any = premise(examined.original, "frontend", examined.x, examined.y)
-        said = "mean cosine between the gradients with the front end and past it"
-        yield Check("frontend_agrees", NOTE, figures["gradient_cosine"], None, said, "bpda", "arXiv:2402.17018")
+        yield from attempted("frontend_agrees", _of_frontend(examined))
+
+
+def _of_frontend(examined: Examination) -> Iterator[Check]:
+    figures: Any = premise(examined.original, "frontend", examined.x, examined.y)
+    said = "mean cosine between the gradients with the front end and past it"
+    yield Check("frontend_agrees", NOTE, figures["gradient_cosine"], None, said, "bpda", "arXiv:2402.17018")
 
 
 def _roughness(examined: Examination, gradient: Tensor) -> Iterator[Check]:

@@ -9,8 +9,8 @@ import torch
 from ensemble_attacks.diagnostics.examination import ALONE, Examination
 from ensemble_attacks.diagnostics.findings import NOTE, Check, flag_if
 from ensemble_attacks.errors import AggregateMismatchError
+from ensemble_attacks.models.adopted import check_protocol
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.ensembles import check_protocol
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.scores import are_probabilities, differ
 

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import Asked, ask, ask_members
 from ensemble_attacks.scores import decided
 
 BATCH = 250
@@ -32,7 +32,7 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
     x, y = x[right], y[right]
     rows = []
     for member in members:
-        attack = torchattacks.PGD(member, eps=eps, alpha=eps / 4, steps=steps)
+        attack = torchattacks.PGD(Asked(member), eps=eps, alpha=eps / 4, steps=steps)
         parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
         crafted = torch.cat([attack(*part) for part in parts]) if len(x) else x
         rows.append(torch.stack([_fooled(other, crafted, y).double().mean() for other in members]))

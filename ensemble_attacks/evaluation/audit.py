@@ -11,16 +11,18 @@ from torch import Tensor
 
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.evaluation.chains import Context, judged_in_place, verdict_tensors
-from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger, Result
+from ensemble_attacks.evaluation.ledger import MANIFEST, SUMMARY, Ledger, Result
 from ensemble_attacks.evaluation.manifest import warn_of_code
+from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.recraft import recraft_units
+from ensemble_attacks.evaluation.selection import choice_of
 from ensemble_attacks.evaluation.summary import Standing, summary_bytes, summary_of, verdict_of
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chain_of, count_chains
 from ensemble_attacks.files import read_whole
 from ensemble_attacks.schema import parse
 
 NOT_VERIFIABLE = (
-    "passes, seconds, traces, and what was put back into the ball: only who ran the attacks knows",
+    "passes, seconds, traces, what was put back into the ball, and which parts of a suite failed: only who ran them knows",
     "the robust counts after the parts of a suite, beyond that they fall, and end no lower than what the judge finds",
     "that the images are those that the attacks of these names make, and no weaker ones: --recraft N crafts N units anew",
 )
@@ -35,26 +37,32 @@ def verify(
     *,
     data_dir: str | None = None,
     model_dir: str | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
     recraft: int = 0,
     seed: int = 0,
 ) -> list[Finding]:
     """Compute anew, from the images, the model and the data alone, all that a run says that follows from them.
 
+    Model and data may lie elsewhere by now; the ledger knows afterwards where.
+
     Args:
         ledger: the run; nothing in its folder is written.
         device: where the model is asked.
-        data_dir, model_dir: where data and model lie by now; ``None``: where they lay.
+        data_dir, model_dir: where data and models lie by now; ``None``: where they lay.
+        model, dataset: names that the run's model and data have by now; ``None``: theirs.
         recraft: the number of units, drawn by ``seed``, whose images are crafted anew and compared bit for bit.
 
     Returns:
-        For each unit, and for ``summary.json``, ``unit`` (its name), ``n``, ``robust`` (now), ``differ``, the number of
-        values that are not those stored, and ``what``, a line for each kind of them. ``differ`` is ``None`` for what is
-        missing or damaged.
+        For each unit, for the choice of images in ``manifest.json``, and for ``summary.json``, ``unit`` (its name), ``n``,
+        ``robust`` (now), ``differ``, the number of values that are not those stored, and ``what``, a line for each kind of
+        them. ``differ`` is ``None`` for what is missing or damaged.
 
     Raises:
-        LedgerError: Where weights or images are not those that the run began with.
+        LedgerError: Where a model's source, its weights or the images are not those that the run began with.
     """
     warn_of_code(ledger)
+    ledger.manifest = placed_anew(ledger.manifest, model, dataset)
     ledger.manifest["places"] |= {k: v for k, v in (("data_dir", data_dir), ("model_dir", model_dir)) if v is not None}
     findings: list[Finding] = []
     sound: dict[str, Result] = {}
@@ -71,7 +79,7 @@ def verify(
                 standing = standing.after(result.tensors["rows"], verdict_of(result))
             elif unit.cell.cascade:
                 complete = False  # what follows depends on it
-    findings.append(_examined_summary(ledger, sound))
+    findings += [_examined_choice(ledger), _examined_summary(ledger, sound)]
     return findings + recraft_units(ledger, sound, device, recraft, seed)
 
 
@@ -91,6 +99,10 @@ def _examined(ledger: Ledger, unit: Unit, context: Context, standing: Standing) 
     except ValueError as error:
         return _lacking(unit, f"damaged: {error}"), None
     rows, images = stored.tensors["rows"], stored.tensors["x_adv"]
+    if images.shape[1:] != context.x.shape[1:]:
+        return _lacking(
+            unit, f"its images are {tuple(images.shape[1:])}, those of the data {tuple(context.x.shape[1:])}"
+        ), None
     due = standing.left if unit.before else torch.arange(len(context.x))
     what: dict[str, int] = {}
     if not torch.equal(rows, due):
@@ -133,8 +145,11 @@ def _numbers(unit: Unit, stored: Result, context: Context) -> dict[str, int]:
         wrong[f"outside is {info['outside']}, but only {unmoved} images are the clean ones"] = 1
     if info.get("disagreement", 0) > int(stored.tensors["robust"].sum()):
         wrong["disagreement is more than there are robust images"] = 1
+    failed = info.get("failed", {})
+    if failed.keys() & info["stages"].keys():
+        wrong["parts that failed and are there"] = len(failed.keys() & info["stages"].keys())
     idle = unit.attack == CLEAN or not len(rows)
-    if idle and any(info[key] for key in ("forwards", "backwards", "stages", "trace", "outside")):
+    if idle and (failed or any(info[key] for key in ("forwards", "backwards", "stages", "trace", "outside"))):
         wrong["passes of a unit that attacks nothing"] = 1
     if unit.attack == CLEAN and unmoved < len(rows):
         wrong["x_adv of the clean images"] = len(rows) - unmoved
@@ -152,6 +167,18 @@ def _stages(stages: dict[str, Tensor], fooled: Tensor) -> dict[str, int]:
             wrong[f"stage {part}"] = missing + risen
         before = flags.bool()
     return wrong
+
+
+def _examined_choice(ledger: Ledger) -> Finding:
+    """Return what is found of the images that a run says to have taken, of how many."""
+    finding: Finding = {"unit": f"{MANIFEST}, the choice of images", "n": 0, "robust": 0}
+    stored = {key: ledger.manifest[key] for key in ("rows", "images")}
+    try:
+        anew = dict(zip(stored, choice_of(ledger.manifest), strict=True))
+    except ValueError as error:
+        return finding | {"differ": 1, "what": [f"it cannot be made anew: {error}"]}
+    lines = list(differences(stored, anew))
+    return finding | {"differ": len(lines), "what": lines[:MOST_LINES]}
 
 
 def _examined_summary(ledger: Ledger, sound: dict[str, Result]) -> Finding:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.data import load_dataset
+from ensemble_attacks.data import numbers_of, open_dataset
 from ensemble_attacks.evaluation.chains import Context, run_unit
 from ensemble_attacks.evaluation.external import worst_images
 from ensemble_attacks.evaluation.ledger import Result
+from ensemble_attacks.evaluation.manifest import data_digest
+from ensemble_attacks.evaluation.origins import check_fit, check_origin, images_of
 from ensemble_attacks.evaluation.recraft import unequal
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
 from ensemble_attacks.evaluation.units import chain_of, count_chains
+from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement, judge
 
 NOT_VERIFIABLE = (
@@ -35,6 +38,7 @@ class Claim:
     norm: str
     eps: float
     draws: int
+    transform: str
 
 
 def examine_bundle(
@@ -45,11 +49,14 @@ def examine_bundle(
     Args:
         images, about: as `external.read_bundle` returns them.
         claim: what they are judged by.
-        manifest: of the run that the bundle was exported from (`external.run_of`), if it says.
+        manifest: of the run that the bundle was exported from (`external.run_of`), if it says, placed where model and data
+            lie by now.
         model: the model of the claim.
         data_dir: where the data lie.
     """
-    x, y = load_dataset(claim.dataset, data_dir=data_dir, n=len(images))
+    opened = open_dataset(claim.dataset, data_dir=data_dir, transform=claim.transform)
+    x, y = opened.take(numbers_of(opened, range(len(opened)), len(images)))
+    check_fit(claim.model, model, x, y, claim.dataset, opened.classes)
     given: dict[str, Any] = {"eps": claim.eps, "norm": claim.norm, "draws": claim.draws}
     sweep = manifest["sweep"] if manifest else {"shard_size": len(images), "batch_size": 250}
     given["batch_size"] = sweep["batch_size"]
@@ -68,7 +75,7 @@ def examine_bundle(
         if about["unreliable"] != unreliable:
             lines.append(f"unreliable = {about['unreliable']}, by its own autoattack_acc it is {unreliable}")
     if manifest is not None:
-        lines += _of_another_run(manifest, claim, len(images))
+        lines += _of_another_run(manifest, claim, model, len(images))
     return verdict, lines
 
 
@@ -87,30 +94,37 @@ def _judged_by_ranges(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, siz
     return Judgement(*(torch.cat([getattr(verdict, name) for verdict in verdicts], -1) for name in names))
 
 
-def _of_another_run(manifest: dict[str, Any], claim: Claim, n: int) -> list[str]:
-    """Return what the run, of which the bundle says it is, has otherwise than what it is judged by."""
-    sweep = manifest["sweep"]
-    given: dict[str, Any] = {"models": [claim.model], "votes": [claim.vote], "dataset": claim.dataset, "norm": claim.norm}
-    given |= {"eps": [claim.eps], "draws": claim.draws, "n": n}
-    return [f"run.json: {key} = {sweep[key]!r}, not {value!r}" for key, value in given.items() if sweep[key] != value]
+def _of_another_run(manifest: dict[str, Any], claim: Claim, model: nn.Module, n: int) -> list[str]:
+    """Return what the run, of which the bundle says it is, has otherwise than what it is judged by.
+
+    Model and data may be called otherwise by now: it is their content that counts.
+    """
+    sweep, (name, *others) = manifest["sweep"], manifest["sweep"]["models"]
+    given: dict[str, Any] = {"votes": [claim.vote], "norm": claim.norm, "eps": [claim.eps], "draws": claim.draws, "n": n}
+    given |= {"transform": claim.transform}
+    lines = [f"run.json: {key} = {sweep[key]!r}, not {value!r}" for key, value in given.items() if sweep[key] != value]
+    if others or manifest["rows"] is not None:
+        lines.append("run.json: it is of several models, or of a choice of images: a bundle is of one, and of the first")
+    check_origin(manifest, name, model, same_code=False)
+    if digest(*model.state_dict().values()) != manifest["weights"][name]:
+        lines.append(f"run.json: the weights of {name} are not those of {claim.model}")
+    if not lines and data_digest(images_of(manifest), n) != manifest["data"]:
+        lines.append(f"run.json: the images of {sweep['dataset']} are not those of {claim.dataset}")
+    return lines
 
 
-def recraft_bundle(
-    manifest: dict[str, Any], images: Tensor, device: str, count: int, seed: int, places: dict[str, Any]
-) -> list[dict[str, Any]]:
+def recraft_bundle(manifest: dict[str, Any], images: Tensor, device: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Return, for ranges drawn by ``seed``, what differs when all attacks of the run are run on them anew.
 
     Args:
-        manifest: of the run.
+        manifest: of the run, placed where model and data lie by now.
         images: the bundle's.
         device: where the model is asked.
         count: the number of units, at least; the units of a range are crafted together.
-        places: where model and data lie.
 
     Raises:
         LedgerError: Where weights or images are not those of the run.
     """
-    manifest = manifest | {"places": places}
     chains, attacks = count_chains(manifest), len(manifest["sweep"]["attacks"])
     drawn = sorted(random.Random(seed).sample(range(chains), min(-(-count // attacks), chains)))
     findings = []

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.identity import code_version, made_of
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger
-from ensemble_attacks.evaluation.manifest import code_version, data_digest, logger, made_of
+from ensemble_attacks.evaluation.manifest import data_digest, logger
+from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
 from ensemble_attacks.evaluation.runner import Attacked, attack, halving, judged
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
@@ -75,23 +77,27 @@ class Context:
         cell, places = unit.cell, manifest["places"]
         if same_code and cell.code != code_version():
             raise LedgerError(f"the run began with code {cell.code}, this is {code_version()}: install that, or begin anew")
+        images = images_of(manifest)
+        if data_digest(images, cell.n) != cell.data:
+            where = images["name"] if images["name"] != cell.dataset else places["data_dir"]
+            raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
+        start, stop = unit.range
+        self.x, self.y = load_dataset(**images, first=start, n=stop - start)
+        self.settings, self.device = cell.settings, device
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
             self.model = like.model
         else:
-            self.model = providers.load_model(cell.model, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+            place = placed(manifest, cell.model)
+            self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+            check_origin(manifest, cell.model, self.model, same_code=same_code)
             if digest(*self.model.state_dict().values()) != cell.weights:
                 raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
             self._check_made(cell, same_code)
-        if data_digest(cell.dataset, places["data_dir"], cell.n) != cell.data:
-            raise LedgerError(f"{cell.dataset} in {places['data_dir']} is not what the run began with: restore it")
-        start, stop = unit.range
-        self.x, self.y = load_dataset(cell.dataset, data_dir=places["data_dir"], first=start, n=stop - start)
-        self.settings, self.device = cell.settings, device
 
     def _check_made(self, cell: Cell, same_code: bool) -> None:
-        if not cell.made or (found := made_of(self.model)) == cell.made:
+        if (found := made_of(self.model, self.x[:2].to(self.device))) == cell.made:
             return
         told = f"the options or the code of {cell.model} are not those that the run began with ({cell.made}, now {found})"
         if same_code:
@@ -132,6 +138,7 @@ def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str
         "seconds": done.seconds,
         "outside": done.outside,
         "disagreement": done.disagreement,
+        "failed": done.failed,
         "batch_size": done.batch_size,
         "finished": time.time(),
         "torch": torch.__version__,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.leases import sealed
 from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
 from ensemble_attacks.evaluation.summary import run_digest, summary_of
@@ -27,6 +26,7 @@ from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
 
 IMAGES, ABOUT, TEXT, RUN = "adversarial_images.pt", "model_info.json", "evaluation.md", "run.json"
+NOWHERE: dict[str, Any] = {"model_dir": None, "data_dir": "data", "paths": {}}  # the places of a run, for others
 SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"
 
 
@@ -48,12 +48,14 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     """
     ledger = Ledger(run)
     summary, images, accuracy = _finished(ledger)
-    whole = DATASETS[summary["dataset"]].test_images
+    whole = ledger.manifest["images"]
     if summary["n"] != whole and not partial:
         raise ValueError(
             f"{run} attacked {summary['n']} images, RobustBench asks for all {whole} of {summary['dataset']}: evaluate "
             "without --n, or export what there is with --partial"
         )
+    if ledger.manifest.get("rows") is not None:
+        raise ValueError(f"{run} is of a choice of images (--first, --sample, --only-correct), a bundle of the first ones")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
     out.mkdir(parents=True)
@@ -101,7 +103,7 @@ def _said(ledger: Ledger, summary: dict[str, Any], accuracy: float) -> dict[str,
     return {
         ABOUT: json.dumps(_model_info(summary, accuracy), indent=2).encode() + b"\n",
         TEXT: _text(summary, accuracy, run_digest(ledger)).encode(),
-        RUN: sealed(ledger.manifest | {"places": {"model_dir": None, "data_dir": "data"}}),
+        RUN: sealed(ledger.manifest | {"places": NOWHERE | {"given": ledger.manifest["places"]["given"]}}),
     }
 
 
@@ -150,7 +152,7 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     """Return the fields of RobustBench's ``model_info`` that an external evaluation changes, and those that identify it."""
     alone = not summary["cascade"] or next(iter(summary["attacks"])) == "autoattack"
     suite = summary["attacks"].get("autoattack") if alone else None
-    autoattack = None if suite is None else 100 * suite["accuracy"]
+    autoattack = None if suite is None or suite.get("failed") else 100 * suite["accuracy"]
     return {
         "name": summary["model"],
         "vote": summary.get("vote"),
@@ -206,8 +208,5 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
             raise ValueError(f"{about} is no description of a bundle: {error}") from None
     if images.dim() != 4 or not len(images) or len(images) > MOST_IMAGES:
         raise ValueError(f"{file} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
-    known = DATASETS.get(said.get("dataset", ""))
-    if known and tuple(images.shape[1:]) != tuple(known.shape):
-        raise ValueError(f"{file} has images {tuple(images.shape[1:])}, those of {said['dataset']} are {tuple(known.shape)}")
     check_images(images, str(file), slack=1e-6)
     return images, said

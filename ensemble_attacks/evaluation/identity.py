@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from functools import cache
 from hashlib import sha256
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 
 from ensemble_attacks.attacks.registry import GROUP as ATTACKS
 from ensemble_attacks.files import digest
+from ensemble_attacks.hosts.identity import described
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.providers import GROUP as MODELS
+from ensemble_attacks.sources import anywhere
 from ensemble_attacks.version import __version__
 
 STANDS_ON = (  # the packages whose version may change a result
@@ -29,9 +34,6 @@ STANDS_ON = (  # the packages whose version may change a result
     "numpy",
     "scikit-learn",
 )
-
-
-NO_OPTIONS = ("training", "vote")  # the judge decides the one, and a cell names the other
 
 
 @cache
@@ -73,39 +75,63 @@ def _add_sources(state: Any, path: Path) -> None:
         state.update(file.relative_to(path.parent).as_posix().encode() + file.read_bytes())
 
 
-def made_of(model: nn.Module) -> str:
+def made_of(model: nn.Module, x: Tensor) -> str:
     """Return a hash of what a model is made of beside its weights: modules, their options, and the code of their classes.
 
-    The options are the plain values among a module's attributes, but for the vote, which a cell names; the code is the file
-    of its class, where that is no part of torch or of this package, whose version says it.
+    The options are the attributes of modules (`described`), but for a named vote, which a cell names, and for those that
+    change while the model is asked, as counts of passes do. The code of torch's and this package's classes is their version;
+    that of a user's own, which may lie anywhere, the source of the class; of others, the file.
+
+    Args:
+        model: the model; it is left as it was.
+        x: images (N, C, H, W) like those that it takes, whose values do not matter.
     """
     state = sha256()
+    shades = torch.linspace(0, 1, 2 * x[0].numel()).view(2, *x.shape[1:]).to(x)
+    with guarded(model), torch.no_grad():
+        ask(model, shades)  # what it notes once is noted
+        before = _options(model)
+        ask(model, shades.square())
+        after = _options(model)
     for name, module in model.named_modules():
-        kind = type(module)
-        state.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())
-        values = {key: _plain(value) for key, value in vars(module).items() if not key.startswith("_")}
-        options = {key: value for key, value in values.items() if value is not None and key not in NO_OPTIONS}
-        state.update(repr(sorted(options.items())).encode())
+        options = sorted((key, value) for key, value in after[name].items() if before[name].get(key) == value)
+        state.update(f"{name} {_kind_said(type(module))} {options}".encode())
         state.update(digest(*(buffer for _, buffer in module.named_buffers(recurse=False))).encode())
-        state.update(_code_of(kind.__module__))
     return state.hexdigest()[:32]
 
 
-def _plain(value: Any) -> str | None:
-    """Return a plain value, or a container of some, as text; ``None`` for anything else, which may print an address."""
-    if isinstance(value, (bool, int, float, complex, str, torch.dtype)):
-        return repr(value)
-    if isinstance(value, (tuple, list)) and all(_plain(one) is not None for one in value):
-        return repr([_plain(one) for one in value])
-    if isinstance(value, dict) and all(_plain(one) is not None for pair in value.items() for one in pair):
-        return repr(sorted((_plain(key), _plain(one)) for key, one in value.items()))
-    return digest(value) if isinstance(value, Tensor) else None
+def _options(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return the attributes that decide what the modules of a model compute, by module and name, as text."""
+    return {
+        name: {key: anywhere(repr(described(value))) for key, value in vars(module).items() if _is_option(key, value)}
+        for name, module in model.named_modules()
+    }
+
+
+def _is_option(key: str, value: Any) -> bool:
+    named = key == "vote" and (value is None or isinstance(value, str))
+    return not (key.startswith("_") or key == "training" or named or isinstance(value, (nn.Module, torch.Generator)))
+
+
+def _kind_said(kind: type) -> str:
+    """Return a class's name and the hash of its code."""
+    top, file = kind.__module__.partition(".")[0], getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if top in ("torch", "ensemble_attacks", "defenses"):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return f"{kind.__module__}.{kind.__qualname__} {_digest_of(Path(file))}"
+    return f"{kind.__qualname__} {source_of(kind)}"
+
+
+def source_of(kind: type) -> str:
+    """Return the sha256 of the source of a class, wherever it lies; empty where it is typed in, or compiled."""
+    try:
+        return sha256(inspect.getsource(kind).encode()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 @cache
-def _code_of(module: str) -> bytes:
-    """Return the source of a module that is of neither torch nor this package; empty where there is none."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if module.partition(".")[0] in ("torch", "ensemble_attacks", "defenses") or file is None or not Path(file).is_file():
-        return b""
-    return sha256(Path(file).read_bytes()).digest()
+def _digest_of(file: Path) -> str:
+    """Return the sha256 of a file; empty where there is none."""
+    return sha256(file.read_bytes()).hexdigest() if file.is_file() else ""

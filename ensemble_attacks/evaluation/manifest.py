@@ -4,96 +4,67 @@ from __future__ import annotations
 
 import json
 import logging
-import tomllib
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import lru_cache
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ensemble_attacks.data import load_dataset
-from ensemble_attacks.errors import unknown_name
+from torch import nn
+
+from ensemble_attacks.data import OFFERED, Opened, load_dataset, open_dataset, state_of
 from ensemble_attacks.evaluation.identity import code_version, made_of, versions
 from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.origins import check_fit, images_of, origin_of, paths_in
 from ensemble_attacks.evaluation.runner import check_arguments
-from ensemble_attacks.evaluation.settings import Settings, Shared
+from ensemble_attacks.evaluation.selection import PIECE, chosen, rows_said
+from ensemble_attacks.evaluation.settings import DEFAULT_VOTES, Settings, Shared, Sweep
 from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
 from ensemble_attacks.models import providers
-from ensemble_attacks.models.votes import check_vote
-from ensemble_attacks.schema import MOST_IMAGES, StoredManifest, check
+from ensemble_attacks.models.ask import device_of
+from ensemble_attacks.models.votes import OWN, check_vote
+from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, StoredManifest, check
 from ensemble_attacks.validation import check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
-PIECE = 500  # images that are read at once
-DEFAULT_VOTES = ("softmax",)
 
 
-@dataclass(frozen=True)
-class Sweep(Shared):
-    """A record of what to evaluate: every model with every vote, eps and seed.
+@dataclass(frozen=True, eq=False)
+class Subjects:
+    """A record of what a sweep is of: the models by name, the dataset's name, its images, and the numbers of those taken."""
 
-    Attributes:
-        models, votes, attacks: names.
-        eps: the radii, in pixel units of [0, 1].
-        dataset: the name of the dataset.
-        seeds: the seeds.
-        n: the number of test images, in file order; ``None``: all.
-        shard_size: the number of images of every task.
-        cascade: whether an image that an attack has fooled is not attacked by the next.
-        others: the attributes of `ensemble_attacks.evaluation.settings.Shared`.
+    models: dict[str, nn.Module]
+    dataset: str
+    opened: Opened
+    numbers: Sequence[int]
+
+
+def subjects_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download: bool = False) -> Subjects:
+    """Load what a sweep names, and choose its images.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: Where something is not there, or does not fit.
     """
-
-    models: tuple[str, ...]
-    eps: tuple[float, ...]
-    attacks: tuple[str, ...]
-    votes: tuple[str, ...] = DEFAULT_VOTES
-    dataset: str = "digits"
-    seeds: tuple[int, ...] = (0,)
-    n: int | None = None
-    shard_size: int = 250
-    cascade: bool = False
-
-    @classmethod
-    def read(cls, path: Path) -> Sweep:
-        """Read a sweep from a TOML file with these names as keys; a list may be a single value.
-
-        Raises:
-            FileNotFoundError: Where there is no such file.
-            ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
-                type.
-        """
-        try:
-            given = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
-        return cls.of(given, str(path))
-
-    @classmethod
-    def of(cls, given: dict[str, Any], where: str) -> Sweep:
-        """Return the sweep of names and values, checked as in `read`; ``where`` is what errors call their source."""
-        known = {field.name: field for field in fields(cls)}
-        for key in given:
-            if key not in known:
-                raise unknown_name(f"key in {where}", key, known)
-        needed = {"models", "eps", "attacks", *(key for key in given if str(known[key].type).startswith("tuple"))}
-        if missing := [key for key in known if key in needed and given.get(key) in (None, [], (), "")]:
-            raise ValueError(f"{where} does not say its {missing[0]}")
-        values = {}
-        for key, value in given.items():
-            kind = str(known[key].type)
-            if kind.startswith("tuple"):
-                value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            wanted: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,)}
-            inner = next(name for name in wanted if name in kind)
-            for one in value if isinstance(value, tuple) else (value,):
-                fits = isinstance(one, wanted[inner]) and (inner == "bool" or not isinstance(one, bool))
-                if not fits and not (one is None and "None" in kind):
-                    raise ValueError(f"{where}: {key} holds {one!r}, which is no {inner}")
-            if isinstance(value, tuple) and len(set(value)) < len(value):
-                raise ValueError(f"{where}: {key} holds {next(v for v in value if value.count(v) > 1)!r} twice")
-            values[key] = value
-        return cls(**values)
+    for eps in sweep.eps:
+        check_positive("eps", eps)
+    for seed in sweep.seeds:
+        check_seed(seed)
+    for vote in sweep.votes:
+        if vote != OWN:
+            check_vote(vote)
+    dataset = dataset_of(sweep, model_dir)
+    opened = open_dataset(dataset, data_dir=data_dir, download=download, transform=sweep.transform)
+    two = max(1, min(2, len(opened) - sweep.first))
+    few = load_dataset(dataset, data_dir=data_dir, transform=sweep.transform, first=sweep.first, n=two)[0]
+    models = {name: providers.load_model(name, model_dir, dataset, vote=sweep.votes[0]) for name in sweep.models}
+    for name, model in models.items():
+        if sweep.votes not in (DEFAULT_VOTES, (OWN,)) and getattr(model, "vote", None) != sweep.votes[0]:
+            raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
+        check_fit(name, model, few, opened.labels, dataset, opened.classes)
+    return Subjects(models, dataset, opened, chosen(sweep, opened, list(models.values())))
 
 
 def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download: bool = False) -> dict[str, Any]:
@@ -105,47 +76,82 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         ValueError, TypeError, FileNotFoundError: Where something cannot be run.
     """
     check_count("shard_size", sweep.shard_size, at_most=MOST_IMAGES)
-    n = len(load_dataset(sweep.dataset, data_dir=data_dir, n=sweep.n, download=download)[1])
-    x, y = load_dataset(sweep.dataset, data_dir=data_dir, n=min(n, PIECE))
-    weights, made = {}, {}
-    for eps in sweep.eps:
-        check_positive("eps", eps)
-    for seed in sweep.seeds:
-        check_seed(seed)
-    for vote in sweep.votes:
-        check_vote(vote)
-    for name in sweep.models:
-        model = providers.load_model(name, model_dir, sweep.dataset, vote=sweep.votes[0])
-        if sweep.votes != DEFAULT_VOTES and getattr(model, "vote", None) != sweep.votes[0]:
-            raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
-        shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
-        made[name] = made_of(model)
-        check_arguments(model, x, y, sweep.attacks, Settings(sweep.eps[0], sweep.seeds[0], **shared))
-        weights[name] = digest(*model.state_dict().values())
-    manifest = {
-        "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n)},
-        "weights": weights,
-        "made": made,
-        "data": data_digest(sweep.dataset, data_dir, n),
+    subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
+    models, dataset, numbers = subjects.models, subjects.dataset, subjects.numbers
+    votes, n = sweep.votes, len(numbers)
+    if votes == DEFAULT_VOTES and len(models) == 1 and sweep.models[0] not in providers.list_models():
+        votes = (vote_said(models[sweep.models[0]]),)
+    manifest: dict[str, Any] = {
+        "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n), "dataset": dataset, "votes": votes},
+        "rows": rows_said(numbers),
+        "images": len(subjects.opened),
         "versions": versions(),
         "code": code_version(),
         "places": {
             "model_dir": None if model_dir is None else str(Path(model_dir).resolve()),
             "data_dir": str(Path(data_dir).resolve()),
+            "paths": paths_in(sweep.models, dataset),
+            "given": sorted({*providers.OFFERED, *OFFERED} & {*sweep.models, dataset}),
         },
     }
-    try:
-        check(json.loads(json.dumps(manifest)), StoredManifest)  # what is written must be what is read
-    except ValueError as error:
-        raise ValueError(f"this cannot be run: {error}") from None
+    images = images_of(manifest)
+    x, y = load_dataset(**images, n=min(n, PIECE))
+    for model in models.values():
+        shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
+        for eps, seed in product(sweep.eps, sweep.seeds):
+            check_arguments(model, x, y, sweep.attacks, Settings(eps, seed, **shared))
+    manifest |= {
+        "weights": {name: digest(*model.state_dict().values()) for name, model in models.items()},
+        "made": {name: made_of(model, x[:2].to(device_of(model, x.device))) for name, model in models.items()},
+        "origins": {name: origin for name, model in models.items() if (origin := origin_of(name, model))},
+        "data": data_digest(images, n),
+    }
+    _check_readable(manifest)
     return manifest
 
 
-@cache
-def data_digest(dataset: str, data_dir: str, n: int) -> str:
-    """Return the hash of the first ``n`` images and their labels, read piece by piece."""
+def _check_readable(manifest: dict[str, Any]) -> None:
+    """Raise a `ValueError` where a manifest, once it is written, could not be read."""
+    data = json.dumps(manifest)
+    try:
+        check(json.loads(data), StoredManifest)
+        if 2 * len(data) > MOST_JSON:  # as it is written, each number has a line of its own
+            raise ValueError(f"its manifest takes {len(data):,} bytes: take fewer images")
+    except ValueError as error:
+        raise ValueError(f"this cannot be run: {error}") from None
+
+
+def dataset_of(sweep: Sweep, model_dir: str | None) -> str:
+    """Return the dataset of a sweep: the one named, or the one that the names of its models imply.
+
+    Raises:
+        ValueError: Where none is named, and the models imply none, or several.
+    """
+    if sweep.dataset is not None:
+        return sweep.dataset
+    implied = {name: providers.implied_dataset(name, model_dir) for name in sweep.models}
+    found = set(implied.values())
+    if len(found) == 1 and (dataset := found.pop()) is not None:
+        return dataset
+    told = ", ".join(f"{name}: {dataset or 'none'}" for name, dataset in implied.items())
+    raise ValueError(f"the models' names imply no one dataset ({told}): name it, as --data cifar10 or --data images.npz")
+
+
+def vote_said(model: nn.Module) -> str:
+    """Return what a model that nobody gave a vote says of its own."""
+    vote = getattr(model, "vote", None)
+    return vote if isinstance(vote, str) else OWN
+
+
+def data_digest(images: dict[str, Any], n: int) -> str:
+    """Return the hash of a run's first ``n`` images (`images_of`) and their labels, read piece by piece."""
+    return _data_digest(canonical(images), n, state_of(images["name"]))
+
+
+@lru_cache(maxsize=8)
+def _data_digest(images: bytes, n: int, state: Hashable) -> str:
     parts = [(first, min(PIECE, n - first)) for first in range(0, n, PIECE)]
-    hashes = [digest(*load_dataset(dataset, data_dir=data_dir, first=first, n=count)) for first, count in parts]
+    hashes = [digest(*load_dataset(**json.loads(images), first=first, n=count)) for first, count in parts]
     return sha256("".join(hashes).encode()).hexdigest()
 
 

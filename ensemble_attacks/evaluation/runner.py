@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import find_attack
-from ensemble_attacks.errors import is_out_of_memory
-from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, crafting
-from ensemble_attacks.evaluation.summary import TOLD, Standing, row_of, worst_case
+from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
+from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
 from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
-from ensemble_attacks.models.ask import ask, check_dtype
-from ensemble_attacks.models.ensembles import check_protocol
+from ensemble_attacks.models.adopted import check_protocol
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
+from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.validation import (
@@ -31,6 +32,7 @@ from ensemble_attacks.validation import (
     check_labels,
     check_norm,
     check_positive,
+    check_radius,
     check_seed,
 )
 
@@ -51,6 +53,7 @@ class Attacked:
         batch_size: the batch size with which it fitted into memory.
         outside: the number of images that left the ball, and count as the clean ones.
         disagreement: the number of images that the attack saw fooled, and the judge finds robust.
+        failed: by part of a suite that could not be run, why.
     """
 
     images: Tensor
@@ -63,11 +66,7 @@ class Attacked:
     batch_size: int
     outside: int = 0
     disagreement: int = 0
-
-    @property
-    def told(self) -> dict[str, int]:
-        """Return the counts that a reader has to know, where there are any (`summary.TOLD`)."""
-        return {kind: count for kind in TOLD if (count := getattr(self, kind))}
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
@@ -76,6 +75,8 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     check_labels(y, x, "y")
     check_positive("eps", settings.eps)
     check_norm(settings.norm)
+    if len(x):
+        check_radius(settings.eps, settings.norm, x[0])
     check_count("batch_size", settings.batch_size)
     check_seed(settings.seed)
     check_count("draws", settings.draws)
@@ -86,7 +87,10 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        check_label_range(y, ask(model, few).shape[1], "y")
+        classes = classes_of(model, few)
+        check_label_range(y, classes, "y")
+        for name in attacks:
+            check_fit(name, classes, settings.norm, x.shape[1:])
         if any(find_attack(name).needs_members for name in attacks):
             check_protocol(model, x[:8].to(few.device))
     if (settings.draws == 1 or settings.eot_iter is None) and structure_of(model, few, settings.seed).random:
@@ -124,7 +128,7 @@ def halving(settings: Settings, name: str, work: Callable[[Settings], Done]) -> 
         try:
             return work(settings)
         except (MemoryError, RuntimeError) as error:
-            if settings.batch_size == 1 or not is_out_of_memory(error):
+            if settings.batch_size == 1 or not out_of_memory(error):
                 raise
         settings = replace(settings, batch_size=settings.batch_size // 2)  # once the error, and what it holds, is gone
         logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
@@ -152,10 +156,11 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
             *(name, disagreement),
         )
     passes = counted.forwards, counted.backwards
-    told = settings.batch_size, crafted.outside, disagreement
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *passes, seconds, *told)
+    cost = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, failed=crafted.failed)
 
 
+@differentiable()
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -179,12 +184,14 @@ def evaluate(
         keep: called with each attack's name and all that it left.
 
     Returns:
-        The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample.
+        The summary: ``clean``, ``attacks`` by name, and ``worst_case`` over all attacks per sample; where an attack raised,
+        also ``failed``: why, by name. What the others found is kept.
 
     Raises:
         ValueError, TypeError: Where arguments are unusable; nothing has been run.
-        OutOfBallError: Where an attack returned an image outside the ball.
+        OutOfBallError, AttackFailedError: Where no attack was run to its end, and returned images in the ball.
     """
+    model, x, y = as_module(model), ordinary(x), ordinary(y)
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
     clean = halving(settings, CLEAN, lambda smaller: judged(model, x, y, x, smaller))
@@ -193,15 +200,25 @@ def evaluate(
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
     standing = Standing.of(len(x)).after(everyone, clean)
+    errors: dict[str, Exception] = {}
     for name in attacks:
-        attacked = attack(model, twin, x, y, name, settings)
+        try:
+            attacked = attack(model, twin, x, y, name, settings)
+        except Exception as error:  # whatever an attack raises: it costs that attack
+            errors[name] = error
+            logger.warning("%s is left out: %s", name, reason(error))
+            continue
         standing = standing.after(everyone, attacked.judgement)
-        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, attacked.told)
+        told = told_of([vars(attacked)])
+        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, told)
         report(name, rows[name] | {"seconds": attacked.seconds})
         keep(name, attacked)
+    if errors and not rows:
+        raise none_completed(errors)
     worst = worst_case(standing)
     report("worst case", worst)
-    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst}
+    failed = {"failed": {name: reason(error) for name, error in errors.items()}} if errors else {}
+    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst, **failed}
 
 
 def _recraft(

@@ -12,14 +12,20 @@ from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.units import Unit
 from ensemble_attacks.files import FLOATING
 
-UNKNOWN_IMAGE = 3 * 512 * 512  # the most values of an image of a dataset that is not registered
+UNKNOWN_IMAGE = 3 * 4096 * 4096  # the most values of an image whose shape no record says
 FLAGS = ("robust", "invalid")
+
+
+def shape_of(unit: Unit) -> tuple[int, ...] | None:
+    """Return the shape (C, H, W) of a unit's images, where a record says it."""
+    known = DATASETS.get(unit.cell.dataset)
+    return None if known is None or unit.cell.transform else known.shape
 
 
 def largest(unit: Unit, stages: int) -> int:
     """Return the most bytes that the tensors of a unit can take: double precision, on all of its images."""
-    known = DATASETS.get(unit.cell.dataset)
-    values = prod(known.shape) if known else UNKNOWN_IMAGE
+    shape = shape_of(unit)
+    values = UNKNOWN_IMAGE if shape is None else prod(shape)
     start, stop = unit.range
     return (1 << 20) + (stop - start) * (8 * values + unit.cell.draws + 32 + len(FLAGS) + stages)
 
@@ -45,8 +51,8 @@ def check_tensors(tensors: dict[str, Tensor], unit: Unit, info: dict[str, Any]) 
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {kinds[0]} {shape}")
         if tensor.dtype == torch.uint8 and tensor.numel() and tensor.max() > 1:
             raise ValueError(f"{name} holds {int(tensor.max())}: expected flags, 0 or 1")
-    known = DATASETS.get(unit.cell.dataset)
-    if tensors["x_adv"].dim() != 4 or (known and rows and tuple(tensors["x_adv"].shape[1:]) != tuple(known.shape)):
+    known = shape_of(unit)
+    if tensors["x_adv"].dim() != 4 or (known and rows and tuple(tensors["x_adv"].shape[1:]) != tuple(known)):
         raise ValueError(f"x_adv is {tuple(tensors['x_adv'].shape)}: expected images")
     low, high = (int(tensors["rows"].min()), int(tensors["rows"].max())) if rows else (0, 0)
     if low < 0 or high >= images:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks.attacks.base import CarefulAttack, DescentAttack, craft
+from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.attacks.bpda import BPDAIdentity
+from ensemble_attacks.attacks.careful import CarefulAttack
+from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
 from ensemble_attacks.descent.stages import NEVER, Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
+from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.judge import or_clean, outside
 from ensemble_attacks.models.passes import CountingModel
@@ -36,6 +39,7 @@ class Crafted:
         stages: after each part of a suite, its own robust flags (N,), and the forward and backward passes so far.
         trace: the convergence of an attack of this package (`Trace.rows`).
         outside: the number of images that left the ball, and were replaced by the clean ones.
+        failed: by part of a suite that could not be run, why.
         fooled: the samples (N,) that the attack itself saw fooled; ``None`` where it does not say.
     """
 
@@ -43,6 +47,7 @@ class Crafted:
     stages: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
     trace: list[dict[str, float]] = field(default_factory=list)
     outside: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
     fooled: Tensor | None = None
 
 
@@ -52,6 +57,7 @@ Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
 def _original(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         passes: dict[str, tuple[int, int]] = {}
+        failed: dict[str, str] = {}
         images, flags = run_autoattack(
             Expected(model, settings.eot_iter or EOT_ITER) if expectation else model,
             x,
@@ -63,9 +69,10 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
             version=version,
             attacks=attacks,
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
+            on_failure=failed.__setitem__,
         )
         stages = {name: (flags[name], *passes[name]) for name in flags} if len(attacks) > 1 else {}
-        return Crafted(images, stages, fooled=~list(flags.values())[-1] if flags else None)
+        return Crafted(images, stages, failed=failed, fooled=~list(flags.values())[-1] if flags else None)
 
     return run
 
@@ -80,8 +87,10 @@ def _ours(version: str) -> Craft:
         adversary.on_attack = lambda name: passes.setdefault(name, (model.forwards, model.backwards))
         images = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
         assert isinstance(images, Tensor)
+        left = {flag.message.split(" is left out")[0]: flag.message for flag in adversary.flags if flag.name in INCOMPLETE}
         stages = {name: (adversary.stages[name], *passes[name]) for name in passes}
-        return Crafted(images, stages, fooled=~list(stages.values())[-1][0].bool() if stages else None)
+        fooled = ~list(stages.values())[-1][0].bool() if stages else None
+        return Crafted(images, stages, failed=left | adversary.failed, fooled=fooled)
 
     return run
 
@@ -95,7 +104,8 @@ def _named(make: Callable[..., Attack]) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = _make(make, model, settings)
         if not isinstance(made, CarefulAttack):
-            images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
+            given = {key: getattr(settings, key) for key in ("seed", "batch_size", "eps", "norm")}
+            images = craft(made, x, y, **given)
             left = int(outside(x, images.to(x), eps=settings.eps, norm=settings.norm).sum())
             if left:
                 logger.warning(
@@ -156,3 +166,9 @@ def check_attack(name: str, model: nn.Module, settings: Settings) -> None:
     record.check(model, name)
     if record.make is not None:
         _make(record.make, model, settings)
+
+
+def check_fit(name: str, classes: int, norm: str, shape: Sequence[int]) -> None:
+    """Raise a `ValueError` where the attack of a name cannot attack inputs of a shape, without the batch, in a norm."""
+    if why := find_attack(name).misfit(classes, norm, shape):
+        raise ValueError(f"attack {name!r} cannot attack this model: {why}; leave it out")

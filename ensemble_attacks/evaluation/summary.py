@@ -24,9 +24,9 @@ def row_of(
     stages: dict[str, tuple[Tensor, int, int]],
     forwards: int,
     backwards: int,
-    told: dict[str, int],
+    told: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return an attack's row of a summary; ``told`` are counts, by kinds in `TOLD`, of what a reader has to know."""
+    """Return an attack's row of a summary; ``told`` is what a reader has to know beside (`told_of`)."""
     n = len(judgement.robust)
     row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n} | told
     parts = {
@@ -34,6 +34,16 @@ def row_of(
         for name, (robust, ahead, back) in stages.items()
     }
     return row | ({"stages": parts} if parts else {})
+
+
+def told_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a reader has to know beside an attack's verdicts, where there is any, from the numbers of its ranges.
+
+    It has the counts of `TOLD`, and ``failed``: by part of a suite that could not be run, why.
+    """
+    counts = {kind: sum(part.get(kind, 0) for part in parts) for kind in TOLD}
+    failed = {name: why for part in parts for name, why in part.get("failed", {}).items()}
+    return {kind: count for kind, count in counts.items() if count} | ({"failed": failed} if failed else {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +97,7 @@ def share_row(right: Tensor) -> dict[str, Any]:
 
 
 LIGHT = ("rows", "robust", "invalid", "correct", "right", "margin")  # tensors that a summary needs, not the images
+NOT_SHOWN = ("code", "made", "origin", "batch_size")  # of a cell, in a summary
 VOLATILE = ("seconds", "finished")  # numbers of a unit that the same run again would change
 Read = Callable[[Unit], Result | None]
 
@@ -109,7 +120,7 @@ def summary_of(manifest: dict[str, Any], read: Read) -> dict[str, Any]:
     """Return the summary of a run whose units are ``read`` one by one; nothing is written."""
     cells = []
     for cell, chains in by_cell(manifest):
-        shown = {key: value for key, value in asdict(cell).items() if key not in ("code", "made", "batch_size")}
+        shown = {key: value for key, value in asdict(cell).items() if key not in NOT_SHOWN}
         cells.append({**shown, **_summary_of(read, chains)})
     return {"version": manifest["code"].partition("+")[0], "cells": cells}
 
@@ -163,8 +174,7 @@ def _light(result: Result | None) -> Result | None:
 def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
     joined = {key: torch.cat([r.tensors[key] for r in results], -1) for key in LIGHT}
     forwards, backwards = (sum(result.info[kind] for result in results) for kind in ("forwards", "backwards"))
-    told = {kind: sum(result.info.get(kind, 0) for result in results) for kind in TOLD}
-    told = {kind: count for kind, count in told.items() if count}
+    told = told_of([result.info for result in results])
     judgement = verdict_of(Result(joined, {}))
     if cascade:  # robust under this attack and all before it
         right = joined["right"]

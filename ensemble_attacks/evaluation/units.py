@@ -35,6 +35,8 @@ class Cell(Settings):
         cascade: whether an image that an attack has fooled is not attacked by the next.
         weights, data, code: hashes of the model, the images and the package.
         made: a hash of what the model is made of beside its weights: its modules, their options and their code.
+        origin: a hash of the source that a user's own model comes from; empty where an installed package names it.
+        transform: what is done to every image.
     """
 
     model: str = field(kw_only=True)
@@ -46,6 +48,8 @@ class Cell(Settings):
     data: str = field(kw_only=True)
     code: str = field(kw_only=True)
     made: str = field(default="", kw_only=True)
+    origin: str = field(default="", kw_only=True)
+    transform: str = field(default="", kw_only=True)
 
     @property
     def settings(self) -> Settings:
@@ -111,9 +115,11 @@ def _dimensions(manifest: dict[str, Any]) -> list[list[Any]]:
 
 def _cell(manifest: dict[str, Any], model: str, vote: str, eps: float, seed: int) -> Cell:
     sweep = manifest["sweep"]
-    shared = {key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "amp", "cascade")}
+    shared = {key: sweep[key] for key in ("dataset", "transform", "norm", "n", "batch_size", "draws", "eot_iter", "amp")}
     hashes = {key: manifest[key] for key in ("data", "code")} | {key: manifest[key][model] for key in ("weights", "made")}
-    return Cell(eps, seed, model=model, vote=vote, **shared, **hashes)
+    origin = manifest["origins"].get(model)
+    hashes["origin"] = sha256(canonical(origin)).hexdigest() if origin else ""
+    return Cell(eps, seed, model=model, vote=vote, cascade=sweep["cascade"], **shared, **hashes)
 
 
 def cells_of(manifest: dict[str, Any]) -> list[Cell]:

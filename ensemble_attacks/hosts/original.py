@@ -18,8 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.attacks.foreign import rounded
+from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.models.ask import Asked, as_module, ask, classes_of, device_of
 from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.passes import uncounted
+from ensemble_attacks.models.preserve import ordinary, private_random_state
 from ensemble_attacks.validation import check_choice
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -77,8 +82,11 @@ def run_autoattack(
     version: str = "standard",
     attacks: Sequence[str] | None = None,
     on_attack: Callable[[str], object] = lambda name: None,
+    on_failure: Callable[[str, str], object] = lambda name, why: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the suite, or some of its attacks, in order; each on what its own flags say is left robust.
+
+    An attack that raises is left out, and so is one that cannot attack images of this shape.
 
     Args:
         model: images in [0, 1] -> scores (N, K).
@@ -89,42 +97,69 @@ def run_autoattack(
         version: ``"standard"`` or ``"rand"``.
         attacks: which of the version's attacks to run; ``None``: all.
         on_attack: called with each attack's name when it has finished.
+        on_failure: called with the name of each attack that is left out, and why.
 
     Returns:
         The images, and by attack name the suite's own robust flags (N,) after it; of ``"rand"`` after its last.
 
     Raises:
-        ValueError: Where the version or an attack is unknown, or the model has too few classes for ``apgd-t``.
+        ValueError: Where the version or an attack is unknown, or the model has too few classes for one of them; where none
+            of them can attack images of this shape.
+        AttackFailedError: Where none was run to its end.
     """
     check_choice("version of AutoAttack", version, tuple(SUITES))
     attacks = SUITES[version] if attacks is None else attacks
     for name in attacks:
         check_choice(f"attack of AutoAttack's version {version!r}", name, SUITES[version])
-    device = next((p.device for p in model.parameters()), x.device)
+    model = as_module(model)
+    device = device_of(model, x.device)
     tracer = sys.gettrace()
-    x_adv, flags = x.clone(), {}
+    flags: dict[str, Tensor] = {}
+    errors: dict[str, Exception] = {}
     try:
         with guarded(model, seed=seed):
+            x, y = ordinary(x), ordinary(y).long()
+            x_adv = x.clone()
+            with uncounted(model), private_random_state(seed, model):
+                classes = classes_of(model, x[:2].to(device))
+            attacks = _fitting(attacks, classes, norm, x, on_failure)
             with torch.no_grad():
                 scores_NK = torch.cat([ask(model, b.to(device)).to(x.device) for b in x.split(batch_size)])
-            if "apgd-t" in attacks and scores_NK.shape[1] < 4:
-                raise ValueError(
-                    f"AutoAttack's apgd-t needs at least 4 classes, the model has {scores_NK.shape[1]}: "
-                    "run its others by name (apgd-ce, fab-t, square)"
-                )
             robust = scores_NK.argmax(1) == y
-            classes = scores_NK.shape[1]
-            adversary = make_adversary(model, version, norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
+            arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
+            adversary = make_adversary(Asked(model), version, **arguments)
             if version == "rand":
                 robust = torch.ones_like(robust)  # it decides by draws of its own which clean images are right
             for names in [attacks] if version == "rand" else [[name] for name in attacks]:
                 rows = torch.nonzero(robust).squeeze(-1)
                 if len(rows):
-                    x_adv[rows], still = run_segment(adversary, names, x[rows], y[rows], batch_size)
+                    try:
+                        images, still = run_segment(adversary, names, x[rows].float(), y[rows], batch_size)
+                    except Exception as error:  # whatever an attack raises: it costs that attack
+                        if out_of_memory(error):
+                            raise
+                        errors[names[-1]] = error
+                        on_failure(names[-1], reason(error))
+                        continue
+                    x_adv[rows] = rounded(x[rows], images, eps=eps, norm=norm)
                     robust = robust.clone()
                     robust[rows] = still
                 flags[names[-1]] = robust
                 on_attack(names[-1])
     finally:
         sys.settrace(tracer)  # AutoAttack's check for dynamic defenses ends with settrace(None)
+    if errors and not flags:
+        raise none_completed(errors)
     return x_adv, flags
+
+
+def _fitting(
+    attacks: Sequence[str], classes: int, norm: str, x: Tensor, on_failure: Callable[[str, str], object]
+) -> list[str]:
+    """Return those of the suite's attacks that can attack images like ``x``, and tell of the others."""
+    left = {name: why for name in attacks if (why := find_attack(name).misfit(classes, norm, x.shape[1:]))}
+    for name, why in left.items():
+        if classes < find_attack(name).fewest_classes or len(left) == len(attacks):
+            raise ValueError(f"AutoAttack's {name}: {why}: run its others by name (apgd-ce, fab-t, square)")
+        on_failure(name, why)
+    return [name for name in attacks if name not in left]

@@ -7,21 +7,33 @@ Nothing here imports robustbench before a function is called, and nothing is pat
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ensemble_attacks.hosts.autoattack import AutoAttack, Name
+from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.files import write_whole
+from ensemble_attacks.hosts.autoattack import DRAWS, AutoAttack
+from ensemble_attacks.hosts.choice import Name
 from ensemble_attacks.hosts.doctor import BROKEN, examine
+from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.state import State
+from ensemble_attacks.judge import judge
+from ensemble_attacks.models.ask import as_module, device_of
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.validation import check_choice, check_count, check_device
 
+FEW = 8  # images that tell whether a model is random
 NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
 
 
@@ -75,6 +87,9 @@ def pipeline(
 ) -> Iterator[list[AutoAttack]]:
     """Make the unforked ``robustbench.benchmark()`` run this package's pipeline within the context.
 
+    What it returns, prints and stores is what the pipeline judged; it is stored as ``autoattack_acc`` only where it is that
+    of the whole standard AutoAttack on a model that is not random, else as ``external``.
+
     Args:
         version, seed, attacks_to_run: the arguments of `AutoAttack` of these names.
 
@@ -89,12 +104,53 @@ def pipeline(
         adversaries.append(AutoAttack(model, **settings))
         return adversaries[-1]
 
-    before = evaluation.AutoAttack, evaluation.EvaluationState
-    evaluation.AutoAttack, evaluation.EvaluationState = make, EvaluationState
+    class Stored(EvaluationState):
+        """A stored state whose mean of robust flags is the figure that was judged."""
+
+        @classmethod
+        def from_disk(cls, path: str | Path) -> EvaluationState:
+            state = EvaluationState.from_disk(path)
+            return cls(state.attacks_to_run, torch.tensor([adversaries[-1].robust_accuracy], dtype=torch.double))
+
+    def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 100, device: torch.device | None = None) -> float:
+        return adversaries[-1].robust_accuracy if adversaries else _clean_accuracy(model, x, y, batch_size, seed or 0)
+
+    def book(dataset: Any, threat_model: Any, model_name: str, *figures: Any) -> None:
+        whole = adversaries and adversaries[-1].version == "standard" and not adversaries[-1].random
+        incomplete = adversaries and any(flag.name in INCOMPLETE for flag in adversaries[-1].flags)
+        if not adversaries or (whole and not incomplete):
+            store(dataset, threat_model, model_name, *figures)
+        else:
+            _book_external(dataset, threat_model, model_name, *figures)
+
+    store = evaluation.update_json
+    ours = {"AutoAttack": make, "EvaluationState": Stored, "clean_accuracy": accuracy, "update_json": book}
+    before = {name: getattr(evaluation, name) for name in ours}
     try:
+        vars(evaluation).update(ours)
         yield adversaries
     finally:
-        evaluation.AutoAttack, evaluation.EvaluationState = before
+        vars(evaluation).update(before)
+
+
+def _clean_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int) -> float:
+    """Return the share of right predictions; of a random model, over draws."""
+    few = x[:FEW].to(device_of(model, x.device))
+    draws = DRAWS if structure_of(model, few, seed).random else 1
+    return judge(model, x, y, x, eps=1.0, draws=draws, batch_size=batch_size).accuracy
+
+
+def _book_external(
+    dataset: Any, threat_model: Any, name: str, clean: float, robust: float, eps: float, extra: object = None
+) -> None:
+    """Write a model's file of RobustBench's ``model_info``, as it does itself, with the figure as an external evaluation."""
+    utils: Any = importlib.import_module("robustbench.utils")
+    path = Path("model_info") / dataset.value / threat_model.value / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = json.loads(path.read_text()) if path.exists() else asdict(utils.ModelInfo())
+    about |= {"dataset": dataset.value, "eps": eps, "clean_acc": str(round(100 * clean, 2))}
+    about |= {"external": str(round(100 * robust, 2))}
+    write_whole(path, json.dumps(about, indent=2).encode())
 
 
 def benchmark(
@@ -117,36 +173,52 @@ def benchmark(
     seed: int | None = None,
     attacks_to_run: Sequence[Name] = (),
 ) -> tuple[float, float]:
-    """Run RobustBench's ``benchmark()`` with this package's pipeline.
+    """Run RobustBench's ``benchmark()`` with this package's pipeline, and leave the model and the process as they were.
 
     Args:
         model: images in [0, 1] -> scores (N, K).
+        device: where it runs; ``None``: the model's.
         aa_state_path: the file to which the run is saved, and from which it goes on.
         version: the version of `AutoAttack`; ``None``: ``"custom"`` with ``attacks_to_run``, else ``"ensemble"``.
         seed, attacks_to_run: the arguments of `AutoAttack` of these names.
         others: the arguments of ``robustbench.benchmark``. Corruptions are left to the original.
 
     Returns:
-        Clean and robust accuracy, in [0, 1]; of a random model, the robust accuracy is the mean over fresh draws.
+        Clean and robust accuracy, in [0, 1], as they are printed and stored; of a random model, the means over fresh draws.
 
     Raises:
         ImportError: As `ensure` raises it.
-        TypeError: Where there are several models or devices.
-        ValueError: Where there is no ``eps`` for an Lp threat model, or a version or attack is unknown; nothing has been
-            run.
+        TypeError: Where there are several models or devices, or an attack needs members that the model does not show.
+        ValueError: Where there is no ``eps`` for an Lp threat model, or an argument cannot be used; nothing has been run.
+        FileNotFoundError: Where the folder of ``aa_state_path`` or ``log_path`` does not exist.
     """
-    threat = str(getattr(threat_model, "value", threat_model))
-    if threat in ("Linf", "L2") and eps is None:
-        raise ValueError(f"eps is None: the threat model {threat} needs a radius, such as eps=8/255")
     if isinstance(model, Sequence) or isinstance(device, (list, tuple)):
         raise TypeError("model and device must be one model and one device: call benchmark() for each")
+    module = as_module(model)
+    dataset, threat_model = _known(dataset, threat_model)
+    lp = threat_model.value in ("Linf", "L2")
+    if lp and eps is None:
+        raise ValueError(f"eps is None: the threat model {threat_model.value} needs a radius, such as eps=8/255")
+    check_count("n_examples", n_examples)
+    check_count("batch_size", batch_size)
+    if to_disk and model_name is None:
+        raise ValueError("to_disk=True needs a model_name, under which the result is stored")
+    for kind, path in (("aa_state_path", aa_state_path), ("log_path", log_path)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{kind} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
+    if device is not None:
+        check_device(str(device))
+    home = device_of(module, torch.device("cpu"))
     version = version or ("custom" if attacks_to_run else "ensemble")
-    AutoAttack(
-        model, eps=eps or 1.0, version=version, attacks_to_run=attacks_to_run, verbose=False
-    )  # tells a bad argument now
+    norm = threat_model.value if lp else "Linf"
+    size = eps if lp and eps is not None else 1.0
+    asked = AutoAttack(module, norm, size, seed, False, attacks_to_run, version)  # tells a bad argument now
+    for name in asked.attacks_to_run if lp else ():
+        if isinstance(name, str):
+            find_attack(name).check(module, name)
     run = partial(
         ensure().benchmark,
-        model,
+        module,
         n_examples,
         dataset,
         threat_model,
@@ -154,14 +226,32 @@ def benchmark(
         model_name,
         data_dir,
         corruptions_data_dir,
-        None if device is None else torch.device(device),
+        home if device is None else torch.device(device),
         batch_size,
         eps,
         log_path,
         preprocessing,
         None if aa_state_path is None else Path(aa_state_path),
     )
-    with pipeline(version, seed=seed, attacks_to_run=attacks_to_run) as adversaries:
-        clean, robust = run()
-    random = adversaries and adversaries[-1].random
-    return clean, adversaries[-1].robust_accuracy if random else robust
+    with guarded(module, seed=seed or 0, evaluate=False), pipeline(version, seed=seed, attacks_to_run=attacks_to_run):
+        try:
+            clean, robust = run()
+        finally:
+            if device is not None and torch.device(device) != home:
+                module.to(home)
+    return clean, robust
+
+
+def _known(dataset: Any, threat_model: Any) -> tuple[Any, Any]:
+    """Return a dataset and a threat model as RobustBench's own, or raise a `ValueError` that names what there is."""
+    ensure()
+    enums: Any = importlib.import_module("robustbench.model_zoo.enums")
+    found = []
+    for kind, given, known in (
+        ("dataset", dataset, enums.BenchmarkDataset),
+        ("threat_model", threat_model, enums.ThreatModel),
+    ):
+        value = getattr(given, "value", given)
+        check_choice(kind, value, [one.value for one in known])
+        found.append(known(value))
+    return found[0], found[1]

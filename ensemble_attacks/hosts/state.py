@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ensemble_attacks.files import write_whole
+from ensemble_attacks.hosts.identity import difference
 
 SAVE_EVERY = 60.0  # seconds
 TENSORS = ("x_adv", "right", "predicted", "pending")
@@ -33,6 +34,7 @@ class State:
         identity: what a run must have in common with the stored one.
         path: the file in which it is stored; ``None``: it is not stored.
         flags: the flags of `AutoAttack` so far.
+        failed: by attack that raised, why; an attack that goes on from the state is tried again.
         saved: when it was last stored, in seconds of the monotonic clock.
     """
 
@@ -45,6 +47,7 @@ class State:
     identity: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     flags: list[Any] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     saved: float = -math.inf
 
     @property
@@ -60,7 +63,9 @@ class State:
         tensors = {
             name: (t.to(torch.uint8) if t.dtype == torch.bool else t).cpu().contiguous() for name, t in tensors.items()
         }
-        about = {key: getattr(self, key) for key in ("identity", "current", "flags")} | {"stages": list(self.stages)}
+        about = {key: getattr(self, key) for key in ("identity", "current", "flags", "failed")} | {
+            "stages": list(self.stages)
+        }
         write_whole(self.path, save(tensors, metadata={"state": json.dumps(about)}))
         self.saved = time.monotonic()
 
@@ -78,13 +83,13 @@ class State:
             x_adv, right, predicted, pending = (tensors[name] for name in TENSORS)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
-        for key, value in json.loads(json.dumps(identity)).items():
-            if about["identity"].get(key) != value:
-                raise ValueError(
-                    f"state_path {str(path)!r} is of a run with {key} = {about['identity'].get(key)!r}, not {value!r}: "
-                    "choose another, or delete it"
-                )
+        asked = json.loads(json.dumps(identity))
+        if found := difference({key: about["identity"].get(key) for key in asked}, asked):
+            key, value, wanted = found
+            raise ValueError(
+                f"state_path {str(path)!r} is of a run with {key} = {value!r}, not {wanted!r}: choose another, or delete it"
+            )
         stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
         state = cls(x_adv, right, predicted, pending.bool(), stages, about["current"], identity, path)
-        state.flags = about["flags"]
+        state.flags, state.failed = about["flags"], about.get("failed", {})
         return state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.validation import check_label_range, check_member_logits, check_scores
+from ensemble_attacks.validation import check_label_range, check_member_logits, check_same_classes, check_scores
 
 
 class Function(nn.Module):
@@ -33,8 +33,8 @@ def as_module(model: object) -> nn.Module:
     stands on: the one that it is bound to, those that it closes over, those that a ``functools.partial`` holds.
 
     Raises:
-        TypeError: Where it is neither a module nor a function, a frozen scripted module, which has no training mode, or a
-            wrapper whose forward is a collective operation of several processes.
+        TypeError: Where it is neither a module nor a function, a frozen scripted module, which has no training mode, a
+            wrapper whose forward is a collective operation of several processes, or made in inference mode.
     """
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(model, "__name__", "") in ("forward", "__call__", "_wrapped_call_impl"):
@@ -42,16 +42,27 @@ def as_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         if not callable(model) or isinstance(model, type):
             raise TypeError(f"model must be a torch.nn.Module or a function of images, got {model!r}"[:300])
-        return Function(model)
+        model = Function(model)
     if not hasattr(model, "training"):
         raise TypeError(f"model {type(model).__name__} is frozen, and has no training mode: pass it before torch.jit.freeze")
+    check_alone(model)
+    return model
+
+
+def check_alone(model: nn.Module) -> None:
+    """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation, or without
+    gradients, as it was made in inference mode."""
     for part in model.modules():
         if any(kind.__name__ in COLLECTIVE for kind in type(part).__mro__):
             raise TypeError(
                 f"model is, or holds, a {type(part).__name__}, whose forward waits for other processes, while each needs as "
                 "many passes as its own images do: pass its .module (of sharded parameters: gather them first)"
             )
-    return model
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise TypeError(
+            f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
+            "pass copy.deepcopy(model), called outside"
+        )
 
 
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
@@ -101,6 +112,9 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
 def ask_members(model: Any, x: Tensor) -> Tensor:
     """Return the logits of an ensemble's members, (M, N, K); otherwise as `ask`."""
     logits_MNK = plain(model.member_logits(x.clone()))
+    if isinstance(logits_MNK, (tuple, list)) and all(isinstance(one, Tensor) and one.dim() == 2 for one in logits_MNK):
+        check_same_classes(logits_MNK, "member_logits")
+        logits_MNK = torch.stack(list(logits_MNK))
     check_member_logits(logits_MNK, len(x), type(model).__name__)
     return logits_MNK
 
@@ -185,4 +199,11 @@ class Asked(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return ask(self.asked, x.to(precision(self.asked, x.dtype))).to(x.dtype)
+        scores_NK = ask(self.asked, x.to(precision(self.asked, x.dtype)))
+        return scores_NK.to(x.dtype, copy=True)  # hosts write into it
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # members and parts, for attacks that look inside
+            return getattr(super().__getattr__("asked"), name)

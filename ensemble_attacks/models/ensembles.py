@@ -9,19 +9,17 @@ Shape suffixes: M members, N samples, K classes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.errors import AggregateMismatchError, NotAnEnsembleError, unknown_name
-from ensemble_attacks.models.ask import as_module, ask, ask_members
-from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, check_vote, vote_of
-
-FEW = 8  # images on which an ensemble is compared with what it shows
+from ensemble_attacks.errors import NotAnEnsembleError
+from ensemble_attacks.models import pooled, routed  # noqa: F401 (they name further votes)
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.softening import scores_of
+from ensemble_attacks.models.votes import Vote, check_vote, vote_of, weighted
+from ensemble_attacks.validation import check_same_classes
 
 
 class Ensemble(nn.Module):
@@ -29,12 +27,15 @@ class Ensemble(nn.Module):
 
     Args:
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1].
-        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits), or a
-            `Vote` of your own.
+        vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits); also
+            ``"median"``, ``"max"``, ``"product"``, ``"borda"`` or ``"decided"`` (the member with the largest probability);
+            or a `Vote`, of your own or of `ensemble_attacks.votes`.
+        weights: a weight for each member in a named vote; ``None``: all the same.
 
     Raises:
-        TypeError: Where a member is not an ``nn.Module``.
-        ValueError: Where there are no members, or the vote is unknown.
+        TypeError: Where a member is not an ``nn.Module``, or weights are given for a vote without a name.
+        ValueError: Where there are no members, the vote is unknown, or there is not one weight for each member; on the first
+            images, where members have different numbers of classes.
 
     >>> ensemble = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], vote="softmax")
     >>> x = torch.rand(5, 4)
@@ -42,7 +43,9 @@ class Ensemble(nn.Module):
     (torch.Size([2, 5, 3]), torch.Size([5, 3]))
     """
 
-    def __init__(self, members: Sequence[nn.Module], vote: str | Vote = "softmax") -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], vote: str | Vote = "softmax", weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         members = list(members)
         if not members:
@@ -51,186 +54,31 @@ class Ensemble(nn.Module):
             if not isinstance(member, nn.Module):
                 raise TypeError(f"members[{index}] is a {type(member).__name__}: every member must be a torch.nn.Module")
         self.members = nn.ModuleList(members)
-        self.vote: str | Vote | None = vote
-        check_vote(vote)
+        self.vote: str | Vote | None = vote if weights is None else weighted(vote, weights)  # type: ignore[arg-type]
+        known = check_vote(self.vote)
+        if known.members not in (None, len(members)):
+            raise ValueError(f"the vote {known.name!r} is made for {known.members} members, there are {len(members)}")
+        if known.modules:
+            self.of_vote = nn.ModuleList(known.modules)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Return the logits of every member, (M, N, K)."""
-        return torch.stack([ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)])
+        answers = [ask(member, x, f"members[{index}]") for index, member in enumerate(self.members)]
+        check_same_classes(answers)
+        logits_MNK = torch.stack(answers)
+        joined = vote_of(self).joined
+        return logits_MNK if joined is None else joined(x, logits_MNK)
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         """Return the ensemble's scores, (N, K), from its members' logits, (M, N, K)."""
         assert self.vote is not None
-        return check_vote(self.vote).aggregate(logits_MNK)
+        return scores_of(check_vote(self.vote), logits_MNK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.aggregate(self.member_logits(x))
 
     def extra_repr(self) -> str:
         return f"vote={self.vote!r}"
-
-
-class AdoptedEnsemble(Ensemble):
-    """Somebody else's ensemble, which keeps its own forward pass and shows the members and vote that are claimed for it.
-
-    The first images that reach `member_logits` are also put through the model itself, as are mixtures of them, on which the
-    members agree less; where the claimed members and vote predict otherwise, `AggregateMismatchError` says how often.
-    """
-
-    def __init__(self, original: nn.Module, members: Sequence[nn.Module], vote: str | Vote | Aggregate) -> None:
-        claimed = as_vote(vote)
-        super().__init__(members, claimed)
-        self.original = original
-        self.vote = None if claimed.name == OWN else claimed.name if isinstance(vote, str) else claimed
-        self.claimed = claimed
-        self.verified = False
-        self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
-        self.training = self.members.training = original.training
-
-    @property
-    def vote_said(self) -> str:
-        """Return the name of the claimed vote, for messages."""
-        return "callable" if self.claimed.name == OWN else self.claimed.name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.original(x)
-
-    def member_logits(self, x: Tensor) -> Tensor:
-        if not self.verified:
-            self.verify(x)
-        return super().member_logits(x)
-
-    def aggregate(self, logits_MNK: Tensor) -> Tensor:
-        return self.claimed.aggregate(logits_MNK)
-
-    @torch.no_grad()
-    def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the claimed members and vote predict another class than the model itself; two tensors (N,) bool.
-
-        The first holds the samples whose votes do not tie, the second those whose votes do.
-        """
-        logits_MNK = super().member_logits(x)
-        differ = _predict_otherwise(ask(self.original, x), self.aggregate(logits_MNK))
-        tied = self.claimed.tied(logits_MNK)
-        return differ & ~tied, differ & tied
-
-    def verify(self, x: Tensor) -> None:
-        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
-
-        The model may break ties of hard votes as it likes: samples whose votes tie are not compared.
-        """
-        mixtures = [x] + [share * x + (1 - share) * x.roll(1, 0) for share in (0.3, 0.5, 0.7)]
-        differ, ties = (torch.cat(parts) for parts in zip(*map(self._compare, mixtures), strict=True))
-        if differ.any():
-            raise AggregateMismatchError(
-                f"the claimed members and vote={self.vote_said!r} predict another class than the model itself on "
-                f"{int(differ[: len(x)].sum())} of {len(x)} images and {int(differ[len(x) :].sum())} of "
-                f"{len(differ) - len(x)} mixtures of them: name the right vote ({', '.join(VOTES)}, or a callable "
-                "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
-                "random model differs from itself: freeze its draws"
-            )
-        self.verified, self.own_ties = True, bool(ties.any())
-
-    def warn_of_mismatch(self, x_adv: Tensor) -> None:
-        """Warn where the claim, true of the clean images, fails on adversarial ones."""
-        apart, ties = self._compare(x_adv)
-        differ = torch.nonzero(apart if self.own_ties else apart | ties).squeeze(-1).tolist()
-        if differ:
-            warnings.warn(
-                f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
-                f"vote={self.vote_said!r} predict another class than the model itself: the vote claimed for it is "
-                "not quite its own, and the attack was misled",
-                stacklevel=2,
-            )
-
-
-@torch.no_grad()
-def check_protocol(model: Any, x: Tensor) -> None:
-    """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself.
-
-    Samples whose votes tie do not count, and a random model, which differs from itself, is not checked. An adopted ensemble
-    is compared on all images, and only once; any other on the first few.
-    """
-    adopted = getattr(model, "counted", model)
-    if isinstance(adopted, AdoptedEnsemble) and not adopted.verified:
-        adopted.verify(x)
-    if isinstance(adopted, AdoptedEnsemble) or member_probabilities(model) is not None:
-        return
-    x = x[:FEW]
-    logits_MNK, own_NK = ask_members(model, x), ask(model, x)
-    differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
-    differ &= ~vote_of(model).tied(logits_MNK)
-    if differ.any() and torch.equal(ask(model, x), own_NK):
-        raise AggregateMismatchError(
-            f"aggregate(member_logits(x)) of {type(model).__name__} predicts another class than its forward on "
-            f"{int(differ.sum())} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
-            "or name members and vote: as_ensemble(model, members=[...], vote=...)"
-        )
-
-
-def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
-    """Return where a model's own scores and those claimed for it predict different classes, (N,) bool.
-
-    Raises:
-        AggregateMismatchError: Where the scores differ in shape.
-    """
-    if own_NK.shape != claimed_NK.shape:
-        raise AggregateMismatchError(
-            f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}"
-        )
-    return own_NK.argmax(1) != claimed_NK.argmax(1)
-
-
-def as_ensemble(
-    model: nn.Module,
-    members: Sequence[nn.Module | str] | None = None,
-    vote: str | Vote | Aggregate = "softmax",
-    *,
-    inputs: Tensor | None = None,
-) -> nn.Module:
-    """Adopt a third party's ensemble without rewriting it.
-
-    Args:
-        model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
-            itself, and is returned as it is.
-        members: its classifiers, as modules or as names of submodules (``"net.0"``).
-        vote: how it combines them: a name, a `Vote`, or a function (M, N, K) -> (N, K).
-        inputs: real images to check the claim on at once; otherwise it is checked on the first ones attacked.
-
-    Returns:
-        An ensemble whose forward pass is that of ``model``, or ``model`` itself.
-
-    Raises:
-        NotAnEnsembleError: Where no members are named, and the model shows none.
-        AggregateMismatchError: Where the claimed members and vote do not reproduce the model's own predictions.
-        ValueError: Where a name in ``members`` is no submodule, or the vote is unknown.
-
-    >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
-    >>> class Theirs(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.nets = nets
-    ...     def forward(self, x):
-    ...         return sum(net(x) for net in self.nets)
-    >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
-    'logits'
-    """
-    model = as_module(model)
-    if members is None:
-        check_members(model, "as_ensemble")
-        if inputs is not None:
-            with guarded(model):
-                check_protocol(model, inputs)
-        return model
-    known, members = dict(model.named_modules()), list(members)
-    for member in members:
-        if isinstance(member, str) and member not in known:
-            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
-    ensemble = AdoptedEnsemble(model, [known[m] if isinstance(m, str) else m for m in members], vote)
-    if inputs is not None:
-        with guarded(ensemble):
-            ensemble.verify(inputs)
-    return ensemble
 
 
 def check_members(model: nn.Module, who: str) -> None:

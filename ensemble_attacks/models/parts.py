@@ -75,9 +75,19 @@ def _hooked(
 ) -> Iterator[None]:
     """Call ``see`` with the name, input and output of each part within the context; what it returns replaces the output."""
 
+    came_in: list[Tensor] = []  # of the parts that are being called, the outermost first
+
+    def copied(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Any, Any]:
+        """Give a part a copy of what comes in, into which it may write."""
+        came_in.append([*inputs, *named.values()][0])
+        if inputs:
+            return (inputs[0].clone(), *inputs[1:]), named
+        first, *_ = named
+        return inputs, named | {first: named[first].clone()}
+
     def hook(name: str) -> Callable[..., Tensor | None]:
         def call(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
-            x = [*inputs, *named.values()][0]
+            x = came_in.pop()
             if output.shape != x.shape:
                 raise PartError(
                     f"parts: {name!r} turns {tuple(x.shape)} into {tuple(output.shape)}, so that the identity cannot stand "
@@ -89,6 +99,7 @@ def _hooked(
 
     with ExitStack() as stack:
         for name, module in find_parts(model, parts):
+            stack.callback(module.register_forward_pre_hook(copied, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
         yield
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 OWN = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # generators that a model may hold
@@ -49,6 +48,14 @@ def differentiable() -> Iterator[None]:
         yield
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """Return a tensor that gradients can be had through: itself, or a copy of one that was made in inference mode.
+
+    It is to be called outside that mode (`differentiable`).
+    """
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
 def in_training(model: nn.Module) -> bool:
     """Tell whether a model is being trained, as far as its parts' modes say so.
 
@@ -70,18 +77,14 @@ def evaluating(model: nn.Module) -> None:
     """Put a model into eval mode, and leave active what is meant to be.
 
     What is in training mode within a model in eval mode was put there on purpose (Monte Carlo dropout, stochastic depth,
-    noise of one's own), and stays, but for a part that holds one whose statistics would move. Of a model that nobody put
-    into eval mode, but all of whose parameters are, dropout stays.
+    noise of one's own), and stays, but for a part that holds one whose statistics would move. So does what holds no
+    parameters in a model that nobody put into eval mode, but all of whose parameters are.
     """
-    if not model.training:
-        for module in model.modules():
-            if module.training and any(part.training and _tracks(part) for part in module.modules()):
-                module.eval()
-        return
-    dropout = () if in_training(model) else [m for m in model.modules() if m.training and isinstance(m, _DropoutNd)]
-    model.eval()
-    for module in dropout:
-        module.training = True
+    if model.training and in_training(model):
+        model.eval()
+    for module in model.modules():
+        if module is not model and module.training and any(part.training and _tracks(part) for part in module.modules()):
+            module.eval()
 
 
 def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:

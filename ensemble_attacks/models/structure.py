@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.ask import ask, check_dtype
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
-from ensemble_attacks.models.votes import OWN, vote_of
+from ensemble_attacks.models.votes import VOTES, vote_of
 from ensemble_attacks.scores import differ
 
 REPEATS = 5  # forward passes of the same images
@@ -42,6 +42,7 @@ class Structure:
 
 def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
     """Return the `Structure` of a model, from its attributes and from its scores of some images (N, C, H, W)."""
+    model = as_module(model)
     members = hasattr(model, "member_logits") and hasattr(model, "aggregate")
     known_draws = member_probabilities(model) is not None
     try:
@@ -50,8 +51,9 @@ def structure_of(model: nn.Module, x: Tensor, seed: int = 0) -> Structure:
         frontend = False
     with guarded(model, seed=seed), torch.no_grad():
         check_dtype(model, x)
+        classes = classes_of(model, x)
         scores = [ask(model, x) for _ in range(REPEATS)]
         few = [ask(model, x[:FEW]) for _ in range(MORE)]
     random = any(differ(other, draws[0]) for draws in (scores, few) for other in draws[1:])
-    own = members and not known_draws and vote_of(model).name == OWN
-    return Structure(members, own, frontend, random, known_draws, scores[0].shape[1])
+    own = members and not known_draws and vote_of(model).name not in VOTES
+    return Structure(members, own, frontend, random, known_draws, classes)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax
+from ensemble_attacks.models.ask import ask, ask_members, check_alone
 from ensemble_attacks.models.ensembles import check_members, member_probabilities
-from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, log_expected_softmax, log_mean_softmax
+from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, vote_of
 from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
@@ -37,6 +38,7 @@ class Surrogate(nn.Module):
 
     Raises:
         NotAnEnsembleError: Where an aggregation is given, but ``target`` shows no members to aggregate.
+        TypeError: Where one cannot be asked by one process alone (`check_alone`).
         ValueError: Where ``surrogate`` is an unknown name.
     """
 
@@ -52,6 +54,7 @@ class Surrogate(nn.Module):
         self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
         self._aggregate: Aggregate = VOTES[str(self.vote)].aggregate if named else surrogate  # type: ignore[assignment]
         self.training = target.training
+        check_alone(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return ask(self.other, x) if self.other is not None else self.aggregate(self.member_logits(x))
@@ -67,7 +70,7 @@ class Surrogate(nn.Module):
         probabilities = member_probabilities(self.target)
         if probabilities is not None and self.vote == SOFTMAX.name:
             return log_expected_softmax(logits_MNK, probabilities)
-        return self._aggregate(logits_MNK)
+        return self._aggregate(logits_MNK if self.vote is None else vote_of(self.target).over_classes(logits_MNK))
 
 
 class _Estimated(torch.autograd.Function):

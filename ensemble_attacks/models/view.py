@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.models.aggregations import log_expected_softmax
 from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.surrogates import Surrogate
-from ensemble_attacks.models.votes import log_expected_softmax
 from ensemble_attacks.scores import differ
 
 
@@ -76,7 +76,13 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
     probabilities = member_probabilities(target)
     if probabilities is not None:
         return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
-    return Outputs(scores_NK, logits_MNK, target.aggregate(logits_MNK.detach()).unsqueeze(0))
+    verdict_NK = target.aggregate(logits_MNK.detach())
+    if scores_NK.shape != verdict_NK.shape:
+        raise ValueError(
+            f"the surrogate scores {scores_NK.shape[1]} classes, {type(target).__name__} {verdict_NK.shape[1]}: its members "
+            "answer about other classes; pass a function (M, N, K) -> (N, K) that maps them, or attack with MORA or apgd-ce"
+        )
+    return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
 
 
 @torch.no_grad()

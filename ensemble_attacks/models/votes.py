@@ -6,54 +6,26 @@ Shape suffixes: M members, N samples, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.models.aggregations import (
+    expected_logits,
+    log_expected_softmax,
+    log_mean_softmax,
+    log_votes,
+    mean_logits,
+    shares,
+)
 from ensemble_attacks.scores import at_least
 
-VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
 Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
-
-
-def log_mean_softmax(logits_MNK: Tensor) -> Tensor:
-    """Return ``log mean_m softmax(z^m)``, (N, K), by log-sum-exp, which is finite wherever the logits are."""
-    return logits_MNK.log_softmax(-1).logsumexp(0) - math.log(len(logits_MNK))
-
-
-def log_expected_softmax(logits_MNK: Tensor, probabilities_M: Tensor) -> Tensor:
-    """Return ``log sum_m p_m softmax(z^m)``, (N, K), the scores of a model that draws member m with probability p_m."""
-    log_p_M = probabilities_M.to(logits_MNK).log().view(-1, 1, 1)
-    return (logits_MNK.log_softmax(-1) + log_p_M).logsumexp(0)
-
-
-def mean_logits(logits_MNK: Tensor) -> Tensor:
-    """Return ``mean_m z^m``, (N, K)."""
-    return logits_MNK.mean(0)
-
-
-def log_votes(logits_MNK: Tensor) -> Tensor:
-    """Return the logarithm of the hard votes' shares, (N, K), with ties broken by the mean probability.
-
-    The value is ``log((votes + p / 2) / (M + 1/2))`` with ``p`` the mean probability: less than half a vote, so that it
-    decides between equal counts and nothing else. The gradient is that of ``log mean_m softmax(z^m / 0.1)``, passed straight
-    through.
-    """
-    members, _, classes = logits_MNK.shape
-    with torch.no_grad():
-        votes_NK = F.one_hot(logits_MNK.argmax(-1), classes).sum(0)
-        log_half_p_NK = log_mean_softmax(logits_MNK) + math.log(0.5)
-        hard_NK = torch.logaddexp(votes_NK.to(logits_MNK.dtype).log(), log_half_p_NK)
-        hard_NK -= math.log(members + 0.5)
-    if not (torch.is_grad_enabled() and logits_MNK.requires_grad):
-        return hard_NK
-    soft_NK = log_mean_softmax(logits_MNK / VOTING_TEMPERATURE)
-    return hard_NK + (soft_NK - soft_NK.detach())
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +42,15 @@ class Vote:
         masked: whether members that prefer another class already cannot change the vote (MORA, the indicator of eq. 11).
         linear: whether every member moves the scores alike, by 1 / M.
         counted: whether answers are counted, so that counts may tie.
+        hard: whether the scores have no gradient, and that of the soft form is passed straight through.
+        log_weights: the logarithm of the members' weights in the soft form, (M, N) or (M, 1), from their logits; ``None``:
+            all weigh the same.
+        seen: the members' logits as logits over the ensemble's classes (M, N, K), where they are over others; the soft form
+            is a function of these.
+        joined: what becomes of the members' logits where the vote also depends on the images (gates): a function of the
+            images (N, ...) and the logits.
+        modules: the networks that the vote itself holds.
+        members: how many members it is made for; ``None``: any number.
     """
 
     name: str
@@ -79,6 +60,17 @@ class Vote:
     masked: bool = True
     linear: bool = False
     counted: bool = False
+    hard: bool = False
+    log_weights: Aggregate | None = None
+    seen: Aggregate | None = None
+    joined: Callable[[Tensor, Tensor], Tensor] | None = None
+    modules: tuple[nn.Module, ...] = ()
+    members: int | None = None
+    known: dict[Any, Vote] = field(default_factory=dict, init=False, repr=False)  # its soft forms, by `softened`
+
+    def over_classes(self, logits_MNK: Tensor) -> Tensor:
+        """Return the members' logits over the ensemble's classes, (M, N, K)."""
+        return logits_MNK if self.seen is None else self.seen(logits_MNK)
 
     def temperature(self, logits_MNK: Tensor) -> float | Tensor:
         """Return the temperature of the members' softmax (MORA, eq. 10: tau): a number, or a tensor (M, N, 1)."""
@@ -91,14 +83,19 @@ class Vote:
         """Return the samples whose counts tie, (N,) bool."""
         if not self.counted:
             return torch.zeros(logits_MNK.shape[1], dtype=torch.bool, device=logits_MNK.device)
-        counts_NK = F.one_hot(logits_MNK.argmax(-1), logits_MNK.shape[-1]).sum(0)
-        return (counts_NK == counts_NK.amax(1, keepdim=True)).sum(1) > 1
+        weights_M = None if self.log_weights is None else self.log_weights(logits_MNK)[:, 0].exp()
+        share_NK = shares(self.over_classes(logits_MNK), weights_M)
+        return (share_NK >= share_NK.amax(1, keepdim=True) - EQUAL).sum(1) > 1
+
+
+EQUAL = 1e-6  # shares of votes that differ by no more are the same
 
 
 SOFTMAX = Vote("softmax", log_mean_softmax, soft=log_mean_softmax)
 VOTING = Vote("voting", log_votes, soft=log_mean_softmax, own_gaps=True, counted=True)
 LOGITS = Vote("logits", mean_logits, masked=False, linear=True)
 VOTES: dict[str, Vote] = {vote.name: vote for vote in (SOFTMAX, VOTING, LOGITS)}
+MORE: dict[str, Vote] = {}  # those of pooled.py and routed.py, which need no settings
 OWN = "own"  # the name of a vote that has none
 
 
@@ -110,9 +107,57 @@ def check_vote(vote: str | Vote) -> Vote:
     """
     if isinstance(vote, Vote):
         return vote
-    if vote not in VOTES:
-        raise unknown_name("vote", vote, VOTES)
-    return VOTES[vote]
+    known = VOTES | MORE
+    if vote not in known:
+        raise unknown_name("vote", vote, known)
+    return known[vote]
+
+
+def log_weights_of(weights_M: Tensor | None) -> Aggregate | None:
+    """Return what `Vote.log_weights` has to be for constant weights (M,)."""
+    return None if weights_M is None else partial(_log_weights, weights_M)
+
+
+def _log_weights(weights_M: Tensor, logits_MNK: Tensor) -> Tensor:
+    return weights_M.to(logits_MNK).log().unsqueeze(-1)
+
+
+def weighted(vote: str, weights: Sequence[float]) -> Vote:
+    """Return a named vote with a weight for each member; only their ratios matter.
+
+    ``"softmax"`` is ``log sum_m w_m softmax(z^m)``, ``"voting"`` counts each vote by its weight (`log_votes`), and
+    ``"logits"`` is ``sum_m w_m z^m``, all with weights that sum to 1.
+
+    Raises:
+        TypeError: Where the vote is no name.
+        ValueError: Where the name is unknown, a weight is negative or not finite, or all are 0.
+    """
+    if not isinstance(vote, str):
+        raise TypeError(f"weights go with a named vote ({', '.join(WEIGHTED)}), not with {vote!r}: put them into the vote")
+    if vote not in WEIGHTED:
+        raise unknown_name("vote with weights", vote, WEIGHTED)
+    values = [float(weight) for weight in weights]
+    if not values or not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values) > 0:
+        raise ValueError(f"weights {values} must be finite numbers of at least 0, one for each member, and not all 0")
+    weights_M = torch.tensor(values, dtype=torch.float64) / sum(values)
+    aggregate, soft = (None if function is None else partial(function, weights_M) for function in WEIGHTED[vote])
+    assert aggregate is not None
+    return replace(VOTES[vote], aggregate=aggregate, soft=soft, log_weights=log_weights_of(weights_M), members=len(values))
+
+
+def _softmax(weights_M: Tensor, logits_MNK: Tensor) -> Tensor:
+    return log_expected_softmax(logits_MNK, weights_M)
+
+
+def _voting(weights_M: Tensor, logits_MNK: Tensor) -> Tensor:
+    return log_votes(logits_MNK, weights_M)
+
+
+def _logits(weights_M: Tensor, logits_MNK: Tensor) -> Tensor:
+    return expected_logits(logits_MNK, weights_M)
+
+
+WEIGHTED = {"softmax": (_softmax, _softmax), "voting": (_voting, _softmax), "logits": (_logits, None)}
 
 
 def as_vote(vote: str | Vote | Aggregate) -> Vote:
@@ -122,7 +167,8 @@ def as_vote(vote: str | Vote | Aggregate) -> Vote:
 
 def vote_of(model: Any) -> Vote:
     """Return the vote of a model with ``aggregate``: the one that it names, or a `Vote` that holds its aggregation."""
-    vote = getattr(model, "vote", None)
+    model = getattr(model, "counted", model)
+    vote = getattr(model, "claimed", getattr(model, "vote", None))
     if isinstance(vote, Vote):
         return vote
-    return VOTES[vote] if isinstance(vote, str) and vote in VOTES else Vote(OWN, model.aggregate)
+    return check_vote(vote) if isinstance(vote, str) and vote in VOTES | MORE else Vote(OWN, model.aggregate)

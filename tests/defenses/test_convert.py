@@ -49,7 +49,7 @@ def test_dverges_layout(tmp_path: Path) -> None:
     loaded = load_model("dverge_resnet20_11", checkpoint=tmp_path / "epoch_200.pth", vote="voting")
     assert loaded.vote == "voting"
     torch.testing.assert_close(loaded.member_logits(X), expected(states, normalization=normalization))
-    gal = load_model("gal_resnet20_11", checkpoint=tmp_path / "epoch_200.pth")
+    gal = load_model("gal_resnet20_11", checkpoint=tmp_path / "epoch_200.pth", negative_slope=0.1)
     torch.testing.assert_close(gal.member_logits(X), expected(states, normalization=normalization, negative_slope=0.1))
 
     card = convert([tmp_path / "epoch_200.pth"], "theirs", model_dir=tmp_path / "models")
@@ -145,15 +145,36 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
         convert([tmp_path / "ten.pth"], "ten", model_dir=tmp_path / "models")
 
 
-def test_the_slope_goes_by_the_name(tmp_path: Path) -> None:
-    torch.save([member_state("resnet20")], tmp_path / "gal.pth")
-    convert(tmp_path / "gal.pth", "GAL_resnet20_1", model_dir=tmp_path)
-    sloping = expected([member_state("resnet20")], "resnet20", negative_slope=0.1)
+def test_the_slope_is_stated(tmp_path: Path) -> None:
+    """By an argument or the checkpoint: a name alone states no activation."""
+    state = member_state("resnet20")
+    torch.save([state], tmp_path / "gal.pth")
+    for load in (
+        lambda: convert(tmp_path / "gal.pth", "GAL_resnet20_1", model_dir=tmp_path),
+        lambda: load_model("gal_resnet20_1", checkpoint=tmp_path / "gal.pth"),
+    ):
+        with pytest.raises(WeightsError, match=r"stated by no argument and not by the checkpoint: pass 0.1"):
+            load()
+    convert(tmp_path / "gal.pth", "GAL_resnet20_1", model_dir=tmp_path, negative_slope=0.1)
+    sloping = expected([state], "resnet20", negative_slope=0.1)
+    straight = expected([state], "resnet20")
     torch.testing.assert_close(load_model("GAL_resnet20_1", tmp_path).member_logits(X), sloping)
-    torch.testing.assert_close(load_model("gal_resnet20_1", checkpoint=tmp_path / "gal.pth").member_logits(X), sloping)
+    loaded = load_model("gal_resnet20_1", checkpoint=tmp_path / "gal.pth", negative_slope=0.1)
+    torch.testing.assert_close(loaded.member_logits(X), sloping)
     convert(tmp_path / "gal.pth", "gal_relu", model_dir=tmp_path, negative_slope=0.0)
-    straight = expected([member_state("resnet20")], "resnet20")
     torch.testing.assert_close(load_model("gal_relu", tmp_path).member_logits(X), straight)
+    convert(tmp_path / "gal.pth", "galaxy", model_dir=tmp_path)
+    torch.testing.assert_close(load_model("galaxy", tmp_path).member_logits(X), straight)
+
+    for saying, found in (
+        ({"args": {"negative_slope": 0.1}}, sloping),
+        ({"config": {"activation": "ReLU"}}, straight),
+        ({"leaky_relu": False}, straight),
+    ):
+        torch.save({"nets": [state], **saying}, tmp_path / "said.pth")
+        torch.testing.assert_close(load_model("gal_resnet20_1", checkpoint=tmp_path / "said.pth").member_logits(X), found)
+    with pytest.raises(WeightsError, match=r"said to be 0.0 and 0.1"):
+        load_model("gal_resnet20_1", checkpoint=tmp_path / "said.pth", negative_slope=0.1)
 
 
 @pytest.mark.parametrize("prefix", ["members.{}.", "module.models.{}.", "model_{}.", "net{}.backbone."])

@@ -85,7 +85,7 @@ def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown vote"):
         load_model("adp_convnet_3", dataset="digits", vote="mean")
     with pytest.raises(ValueError, match="unknown dataset"):
-        list_models("mnist")
+        list_models("mnst")
 
 
 def test_corrupted_weights_are_refused(tmp_path: Path) -> None:

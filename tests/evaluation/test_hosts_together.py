@@ -113,7 +113,7 @@ def test_the_digest_is_the_same_again_and_holds_everything(finished: Path, tmp_p
 
 def test_a_models_options_do_not_mix(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card's option, or a plug-in's code, that changed between two ranges."""
-    monkeypatch.setattr(chains, "made_of", lambda model: "another")
+    monkeypatch.setattr(chains, "made_of", lambda *arguments: "another")
     for path in list(finished.glob("units/*"))[:1]:
         path.with_suffix(".json").rename(path.with_suffix(".away"))
     with pytest.raises(LedgerError, match="the options or the code of gal_convnet_3 are not those that the run began with"):

@@ -20,7 +20,7 @@ from ensemble_attacks import judge
 from ensemble_attacks.cli.group import main
 from ensemble_attacks.cli.options import radius, shown
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.errors import is_out_of_memory
+from ensemble_attacks.errors import out_of_memory
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.external import IMAGES, compare_bundle, export_robustbench
 from ensemble_attacks.evaluation.ledger import Ledger
@@ -264,5 +264,5 @@ def test_what_the_attack_and_not_the_judge_sees_is_told(caplog: pytest.LogCaptur
     ],
 )
 def test_memory_that_ran_out_is_known_by_any_words(error: BaseException) -> None:
-    assert is_out_of_memory(error)
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

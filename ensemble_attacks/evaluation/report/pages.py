@@ -15,6 +15,7 @@ from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
+from ensemble_attacks.evaluation.origins import images_of, placed_anew
 from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
 from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
 from ensemble_attacks.evaluation.summary import run_digest, seconds_of, summary_of
@@ -24,16 +25,25 @@ from ensemble_attacks.models.preserve import private_random_state
 STYLE = "tableau-colorblind10"
 
 
-def write_report(run: Path | Ledger, out: Path, *, device: str = "cpu") -> Path:
+def write_report(
+    run: Path | Ledger, out: Path, *, device: str = "cpu", model: str | None = None, dataset: str | None = None
+) -> Path:
     """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; return the page's path.
 
     Nothing is written into the run, unless ``out`` lies there.
+
+    Args:
+        run: the folder of a finished run, or its ledger.
+        out: a new folder.
+        device: where the model is asked.
+        model, dataset: names that the run's model and data have by now; ``None``: theirs.
 
     Raises:
         FileNotFoundError, LedgerError: Where there is no run, or one that has not finished.
         FileExistsError: Where ``out`` is there already.
     """
     ledger = run if isinstance(run, Ledger) else Ledger(run)
+    ledger.manifest = placed_anew(ledger.manifest, model, dataset)
     summary = summary_of(ledger.manifest, ledger.read)
     if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
         raise LedgerError(f"{ledger.folder} is not finished: {missing[0]} is missing, run it again")
@@ -74,7 +84,7 @@ def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
     n = min(manifest["sweep"]["n"], DIAGNOSED)
     if n < FEWEST_DIAGNOSED:
         return None
-    x, y = load_dataset(manifest["sweep"]["dataset"], data_dir=manifest["places"]["data_dir"], n=n)
+    x, y = load_dataset(**images_of(manifest), n=n)
     return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
 
 

@@ -27,7 +27,8 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
             spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
             figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
             cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
-            rows.append((*start, name, *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
+            called = f"{name} (without {', '.join(row['failed'])})" if row.get("failed") else name
+            rows.append((*start, called, *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
     return rows
 
 

@@ -1,0 +1,48 @@
+"""Ask the attacked model itself what an attack's images are worth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.scores import decided
+
+JUDGING_SEED = 2**31 - 2  # of the draws of a random model, none of which an attack saw
+
+
+class Verdict(NamedTuple):
+    """A record of what a model says of images.
+
+    Attributes:
+        right: the share of right draws, (N,), float64.
+        predicted: the last prediction, (N,).
+        finite: whether the scores decide (`decided`) in every draw, (N,) bool.
+    """
+
+    right: Tensor
+    predicted: Tensor
+    finite: Tensor
+
+
+@torch.no_grad()
+def verdict(model: nn.Module, images: Tensor, labels: Tensor, *, device: torch.device | str, draws: int | None) -> Verdict:
+    """Return what a model, asked on its device, says of images (N, ...); ``draws`` of a random one, else ``None``."""
+    if draws is None:
+        scores_NK = ask(model, images.to(device)).to(labels.device)
+        return Verdict((scores_NK.argmax(1) == labels).double(), scores_NK.argmax(1), decided(scores_NK))
+    with private_random_state(JUDGING_SEED, model):
+        scores_DNK = torch.stack([ask(model, images.to(device)).to(labels.device) for _ in range(draws)])
+    right_DN = scores_DNK.argmax(-1) == labels
+    finite = decided(scores_DNK.flatten(0, 1)).view_as(right_DN).all(0)
+    return Verdict(right_DN.double().mean(0), scores_DNK[-1].argmax(1), finite)
+
+
+@torch.no_grad()
+def scores(model: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
+    """Return the model's scores of some images (N, K), on the processor, by which models are told apart."""
+    with private_random_state(0, model):
+        return ask(model, x.to(device)).cpu()

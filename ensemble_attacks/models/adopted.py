@@ -1,0 +1,286 @@
+"""Adopt somebody else's ensemble: its own forward pass, and the members and vote that are claimed for it, which are checked.
+
+Shape suffixes: M members, N samples, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_attacks.errors import AggregateMismatchError, unknown_name
+from ensemble_attacks.models.aggregations import straight_through, wants_gradient
+from ensemble_attacks.models.ask import as_module, ask, ask_members, classes_of
+from ensemble_attacks.models.ensembles import Ensemble, check_members, member_probabilities
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.models.softening import scores_of
+from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, vote_of, weighted
+
+FEW = 8  # images that say whether a model's scores have a gradient
+CHECKED = 128  # images that are compared at once, where nothing else is said
+
+
+class AdoptedEnsemble(Ensemble):
+    """Somebody else's ensemble, which keeps its own forward pass and shows the members and vote that are claimed for it.
+
+    All images on which an attack looks at the members are also put through the model itself, as are mixtures of the first
+    ones, on which the members agree less; where the claimed members and vote predict otherwise, `AggregateMismatchError`
+    says how often. Where the model's own scores have no gradient, that of the claimed ones is passed straight through, so
+    that attacks that look at the scores alone can craft on it; the values are always the model's own.
+
+    Attributes:
+        refuted: on how many adversarial images the claim was false.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        members: Sequence[nn.Module],
+        vote: str | Vote | Aggregate,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        claimed = as_vote(vote) if weights is None else weighted(vote, weights)  # type: ignore[arg-type]
+        super().__init__(members, claimed)
+        self.original = original
+        self.vote = None if claimed.name == OWN else claimed.name if isinstance(vote, str) else claimed
+        self.claimed = claimed
+        self.verified = False
+        self.own_ties = False  # hard votes that tie have been seen to be broken otherwise: then the model itself decides
+        self.refuted = 0
+        self._gradient: bool | None = None  # whether the model's own scores have one; not known before it is asked for
+        self.training = self.members.training = original.training
+
+    @property
+    def vote_said(self) -> str:
+        """Return the name of the claimed vote, for messages."""
+        return "callable" if self.claimed.name == OWN else self.claimed.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if wants_gradient(x) and self._gradient is None:
+            self._gradient = has_gradient(self.original, x[:FEW])
+        if self._gradient or not wants_gradient(x):
+            return ask(self.original, x)
+        with torch.no_grad():
+            scores_NK = ask(self.original, x)
+        return straight_through(scores_NK, self.aggregate(super().member_logits(x)))
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        if not self.verified:
+            self.verify(x)
+        return super().member_logits(x)
+
+    def aggregate(self, logits_MNK: Tensor) -> Tensor:
+        return scores_of(self.claimed, logits_MNK)
+
+    @torch.no_grad()
+    def _compare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the claimed members and vote predict another class than the model itself; two tensors (N,) bool.
+
+        The first holds the samples whose votes do not tie, the second those whose votes do.
+        """
+        logits_MNK = super().member_logits(x)
+        differ = _predict_otherwise(ask(self.original, x), self.aggregate(logits_MNK))
+        tied = self.claimed.tied(logits_MNK)
+        return differ & ~tied, differ & tied
+
+    def verify(self, x: Tensor, batch_size: int | None = None) -> None:
+        """Raise `AggregateMismatchError` unless members and vote reproduce the model's own predictions on ``x`` (N, ...).
+
+        The first time, mixtures of the images are compared, too. The model may break ties of hard votes as it likes: samples
+        whose votes tie are not compared.
+        """
+        parts = x.split(batch_size or CHECKED)
+        shares = () if self.verified else (0.3, 0.5, 0.7)
+        mixtures = [share * part + (1 - share) * part.roll(1, 0) for share in shares for part in parts]
+        differ, ties = (torch.cat(found) for found in zip(*map(self._compare, (*parts, *mixtures)), strict=True))
+        if differ.any():
+            raise AggregateMismatchError(
+                f"the claimed members and vote={self.vote_said!r} predict another class than the model itself on "
+                f"{int(differ[: len(x)].sum())} of {len(x)} images and {int(differ[len(x) :].sum())} of "
+                f"{len(differ) - len(x)} mixtures of them: name the right vote ({', '.join(VOTES)}, or a callable "
+                "(M, N, K) -> (N, K)), and members that take the same input as the model (any preprocessing included). A "
+                "random model differs from itself: freeze its draws"
+            )
+        self.verified, self.own_ties = True, self.own_ties or bool(ties.any())
+
+    def mismatches(self, x: Tensor, batch_size: int | None = None) -> list[int]:
+        """Return the images (N, ...) on which the claim is false, by their indices."""
+        apart, ties = (torch.cat(found) for found in zip(*map(self._compare, x.split(batch_size or CHECKED)), strict=True))
+        if not self.verified:
+            self.own_ties = self.own_ties or bool(ties.any())
+        return torch.nonzero(apart if self.own_ties else apart | ties).squeeze(-1).tolist()
+
+    def warn_of_mismatch(self, x_adv: Tensor, batch_size: int | None = None) -> None:
+        """Warn where the claim, true of the clean images, fails on adversarial ones, and count these (``refuted``)."""
+        differ = self.mismatches(x_adv, batch_size)
+        self.refuted += len(differ)
+        if differ:
+            warnings.warn(
+                f"on {len(differ)} of {len(x_adv)} adversarial images (the first: {differ[:5]}) the claimed members and "
+                f"vote={self.vote_said!r} predict another class than the model itself: the vote claimed for it is "
+                "not quite its own, and the attack was misled",
+                stacklevel=2,
+            )
+
+
+def has_gradient(model: nn.Module, x: Tensor) -> bool:
+    """Tell whether the model's scores of some images (N, ...) change with these, as far as autograd knows."""
+    x = x.detach().clone().requires_grad_()
+    with private_random_state(0, model), torch.enable_grad():
+        try:
+            scores_NK = ask(model, x)
+        except RuntimeError:  # of an operation that has no gradient, such as numpy's
+            return False
+        if not scores_NK.requires_grad:
+            return False
+        top_N2 = scores_NK.topk(2, -1).values
+        (gradient,) = torch.autograd.grad((top_N2[:, 0] - top_N2[:, 1]).sum(), x, allow_unused=True)
+    return gradient is not None and bool((gradient != 0).any())
+
+
+@torch.no_grad()
+def check_protocol(model: Any, x: Tensor, batch_size: int | None = None) -> None:
+    """Raise `AggregateMismatchError` where ``aggregate(member_logits(x))`` predicts otherwise than the model itself.
+
+    All images (N, ...) are compared, in batches. Samples whose votes tie do not count; a random model, which differs from
+    itself, is not checked, nor is one whose forward pass is `Ensemble`'s, with nothing hooked to it.
+    """
+    inner = getattr(model, "counted", model)
+    if isinstance(inner, AdoptedEnsemble):
+        inner.verify(x, batch_size)
+    if isinstance(inner, AdoptedEnsemble) or member_probabilities(model) is not None or _is_plain(inner):
+        return
+    differing = 0
+    for part in x.split(batch_size or CHECKED):
+        logits_MNK, own_NK = ask_members(model, part), ask(model, part)
+        differ = _predict_otherwise(own_NK, model.aggregate(logits_MNK))
+        differ &= ~vote_of(model).tied(logits_MNK)
+        if differ.any() and not torch.equal(ask(model, part), own_NK):
+            return
+        differing += int(differ.sum())
+    if differing:
+        raise AggregateMismatchError(
+            f"aggregate(member_logits(x)) of {type(inner).__name__} predicts another class than its forward on "
+            f"{differing} of {len(x)} images: mend it (its members see no hook or preprocessing of the forward), "
+            "or name members and vote: as_ensemble(model, members=[...], vote=...)"
+        )
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Tell whether the forward pass is the aggregate of the members' logits by definition."""
+    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
+    kind: Any = type(model)
+    return kind.forward is Ensemble.forward and kind.member_logits is Ensemble.member_logits and not hooked
+
+
+@torch.no_grad()
+def false_claims(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str) -> int:
+    """Return on how many images (N, ...) the claim for an adopted ensemble is false; 0 of any other, or a random, model."""
+    if not isinstance(model := getattr(model, "counted", model), AdoptedEnsemble):
+        return 0
+    found = 0
+    for part in x.split(batch_size):
+        images = part.to(device)
+        wrong = model.mismatches(images)
+        if wrong and not torch.equal(ask(model.original, images), ask(model.original, images)):
+            return 0
+        found += len(wrong)
+    return found
+
+
+def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:
+    """Return where a model's own scores and those claimed for it predict different classes, (N,) bool.
+
+    Raises:
+        AggregateMismatchError: Where the scores differ in shape.
+    """
+    if own_NK.shape != claimed_NK.shape:
+        raise AggregateMismatchError(
+            f"the model's scores have shape {tuple(own_NK.shape)}, those of the claimed members {tuple(claimed_NK.shape)}: "
+            "claim a vote that gives the model's classes, a function (M, N, K) -> (N, K)"
+        )
+    return own_NK.argmax(1) != claimed_NK.argmax(1)
+
+
+def as_ensemble(
+    model: nn.Module,
+    members: str | nn.Module | Sequence[nn.Module | str] | None = None,
+    vote: str | Vote | Aggregate = "softmax",
+    *,
+    weights: Sequence[float] | None = None,
+    inputs: Tensor | None = None,
+) -> nn.Module:
+    """Adopt a third party's ensemble without rewriting it.
+
+    Args:
+        model: anything (N, C, H, W) -> (N, K). Without ``members`` it has to show ``member_logits`` and ``aggregate``
+            itself, and is returned as it is.
+        members: its classifiers, as modules or as names of submodules (``["net.0", "net.1"]``), or the list that holds them
+            (``"net"``): of a ModuleList, a ModuleDict, or by itself a Sequential, the children are meant, in order.
+        vote: how it combines them: a name, a `Vote`, or a function (M, N, K) -> (N, K).
+        weights: a weight for each member in a named vote; ``None``: all the same.
+        inputs: real images to check the claim on at once; otherwise it is checked on those attacked.
+
+    Returns:
+        An ensemble whose forward pass is that of ``model``, or ``model`` itself.
+
+    Raises:
+        NotAnEnsembleError: Where no members are named, and the model shows none.
+        AggregateMismatchError: Where the claimed members and vote do not reproduce the model's own predictions.
+        TypeError: Where weights are given for a vote without a name.
+        ValueError: Where a name in ``members`` is no submodule, the vote is unknown, or there is not one weight for each
+            member.
+
+    >>> nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    >>> class Theirs(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.nets = nets
+    ...     def forward(self, x):
+    ...         return sum(net(x) for net in self.nets)
+    >>> as_ensemble(Theirs(), members=["nets.0", "nets.1"], vote="logits", inputs=torch.rand(8, 4)).vote
+    'logits'
+    """
+    model = as_module(model)
+    if members is None:
+        check_members(model, "as_ensemble")
+        if inputs is not None:
+            with guarded(model):
+                classes_of(model, inputs)
+                check_protocol(model, inputs)
+        return model
+    ensemble = AdoptedEnsemble(model, _found(model, members), vote, weights)
+    if inputs is not None:
+        with guarded(ensemble):
+            classes_of(model, inputs)
+            ensemble.verify(inputs)
+    return ensemble
+
+
+def _found(model: nn.Module, members: str | nn.Module | Sequence[nn.Module | str]) -> list[nn.Module]:
+    """Return the members that are named, or meant by the list that holds them."""
+    known = dict(model.named_modules())
+
+    def one(member: nn.Module | str) -> nn.Module:
+        if isinstance(member, str) and member not in known:
+            raise unknown_name(f"submodule of {type(model).__name__}", member, [name for name in known if name])
+        return known[member] if isinstance(member, str) else member
+
+    if isinstance(members, (str, nn.Module)):
+        alone = one(members)
+        return _spread(list(alone) if isinstance(alone, nn.Sequential) else [alone])
+    return _spread([one(member) for member in members])
+
+
+def _spread(members: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the members, with the children of lists of networks in their place."""
+    spread: list[nn.Module] = []
+    for member in members:
+        held = isinstance(member, (nn.ModuleList, nn.ModuleDict))
+        spread += _spread(list(member.children())) if held else [member]
+    return spread
