@@ -166,10 +166,11 @@ def of_manifest(folder: Path) -> Iterator[tuple[str, Forge]]:
             if other != value or type(other) is not type(value):
                 content = manifest | {"sweep": manifest["sweep"] | {key: other}}
                 yield f"sweep.{key} = {other!r}", partial(put_manifest, content)
-    for key in ("weights", "data", "code", "schema", "made", "places"):
+    for key in ("weights", "data", "code", "schema", "made", "places", "origins", "rows", "images"):
         changed = dict.fromkeys(manifest[key], "0" * 64) if key in ("weights", "made") else "0"
-        for other in (changed, None, [], {}):
-            yield f"{key} = {other!r}", partial(put_manifest, manifest | {key: other})
+        for other in (changed, None, [], {}, *([manifest[key] + 1] if key == "images" else [])):
+            if other != manifest[key]:
+                yield f"{key} = {other!r}", partial(put_manifest, manifest | {key: other})
         yield f"{key} missing", partial(put_manifest, {name: value for name, value in manifest.items() if name != key})
 
 

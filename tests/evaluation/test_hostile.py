@@ -69,8 +69,8 @@ WORK: dict[str, Callable[[Wrapped, Tensor, Tensor], object]] = {
 REFUSED: dict[str, tuple[Callable[[Wrapped, Tensor, Tensor], object], type[Exception], str]] = {
     "a tuple": (lambda model, x, scores: (scores, x), TypeError, "returns a tuple: wrap it"),
     "a dictionary": (lambda model, x, scores: {"boxes": scores, "scores": scores}, TypeError, "returns a dict: wrap it"),
-    "one score": (lambda model, x, scores: scores[:, :1], ValueError, r"shape \(2, 1\) for 2 images"),
-    "a map of scores": (lambda model, x, scores: scores[..., None], ValueError, r"shape \(2, 4, 1\) for 2 images"),
+    "one score": (lambda model, x, scores: scores[:, :1], ValueError, r"shape \(1, 1\) for 1 images"),
+    "a map of scores": (lambda model, x, scores: scores[..., None], ValueError, r"shape \(1, 4, 1\) for 1 images"),
     "integers": (lambda model, x, scores: scores.argsort(1), TypeError, "expected floating-point scores"),
 }
 
