@@ -20,7 +20,7 @@ import torch
 from benchmarks.options import named
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.evaluation.manifest import code_version
+from ensemble_attacks.evaluation.identity import code_version
 from ensemble_attacks.evaluation.runner import Attacked, evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.files import write_whole

@@ -19,7 +19,8 @@ import click
 
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger
-from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
+from ensemble_attacks.evaluation.manifest import manifest_of
+from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.units import chains_of
 
 SWEEP = Sweep(

@@ -42,6 +42,7 @@ RECIPES: dict[str, Recipe] = {
         with_adversarial_training(dverge.RECIPE, each_member=True),
     )
 }
+MOST_MEMBERS = 1000
 SEEDS = 2**40  # below which every epoch has seeds of its own that PyTorch takes
 BACKBONES = 3  # members of the ensemble that the backbones behind front ends are taken from
 DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
@@ -104,8 +105,8 @@ def train_model(
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
     chosen = RECIPES[recipe]
-    check_count("members", members, at_least=chosen.fewest_members)
-    check_count("epochs", epochs)
+    check_count("members", members, at_least=chosen.fewest_members, at_most=MOST_MEMBERS)
+    check_count("epochs", epochs, at_most=10**6)
     check_count("batch_size", batch_size, at_least=2)  # batch norm needs two
     check_seed(seed)
     if seed >= SEEDS:
@@ -117,7 +118,7 @@ def train_model(
         check_positive("minutes", minutes)
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
-    network = architecture or DEFAULT_ARCHITECTURE[dataset]
+    network = DEFAULT_ARCHITECTURE[dataset] if architecture is None else architecture
     built = {**FRONT_ENDED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
     fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)] + list(MIXED)
     check_choice(f"architecture for the recipe {recipe!r}", network, fitting)

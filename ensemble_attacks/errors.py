@@ -34,15 +34,24 @@ class AttackFailedError(RuntimeError):
     """An error that is raised where no attack of a pipeline could be run to its end; the message says why, of each."""
 
 
+OUT_OF_MEMORY = (  # as allocators and libraries of kernels say it
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN
+    "alloc_failed",  # cuBLAS, cuDNN
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, which is no fault of an attack's: a smaller batch may do."""
+    """Tell whether an error says, in any words, that memory ran out, no fault of an attack's: a smaller batch may do."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    said = str(error).lower()
-    return (
-        bool(kinds & {"MemoryError", "OutOfMemoryError"})
-        or "can't allocate memory" in said
-        or (isinstance(error, RuntimeError) and "out of memory" in said)
-    )
+    if kinds & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def reason(error: BaseException) -> str:

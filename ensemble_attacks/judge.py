@@ -94,6 +94,18 @@ def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> t
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def as_stored(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor as a plain one: a subclass may measure or compare otherwise than torch does.
+
+    Raises:
+        TypeError: Where it has no values of its own, but computes them.
+    """
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"images and labels must be plain tensors, got a {type(tensor).__name__}, which computes its values")
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
 Radius = float | Tensor
 
 
@@ -108,10 +120,15 @@ def rounding(images: Tensor) -> float:
     return min(torch.finfo(images.dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def allowed(x_adv: Tensor, norm: str, box: Box = UNIT) -> float:
-    """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`."""
+def allowed(x_adv: Tensor, norm: str, eps: Radius, box: Box = UNIT) -> float:
+    """Return by how much rounding may have carried images out of the ball, had each pixel moved by `rounding`.
+
+    It is never more than eps, of several the largest: a step that rounding makes of one within the ball is at most twice as
+    long.
+    """
     pixels = x_adv[0].numel()
-    return rounding(x_adv) * box.magnitude * pixels ** (1 / NORMS[norm].order)
+    most = eps.max().item() if isinstance(eps, Tensor) else eps
+    return min(rounding(x_adv) * box.magnitude * pixels ** (1 / NORMS[norm].order), most)
 
 
 def beyond(x: Tensor, x_adv: Tensor, eps: Radius, norm: str, mask: Tensor | None) -> Tensor:
@@ -168,7 +185,7 @@ def outside(
         return torch.zeros(0, dtype=torch.bool)
     found = measured(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
     out_of_box = found.beyond_box > rounding(x_adv) * box.magnitude
-    return out_of_box | ~found.finite | ~(found.beyond_ball <= allowed(x_adv, norm, box))
+    return out_of_box | ~found.finite | ~(found.beyond_ball <= allowed(x_adv, norm, eps, box))
 
 
 def or_clean(
@@ -198,7 +215,7 @@ def check_adversarial(
     if len(bad):
         raise OutOfBallError(f"x_adv[{bad[0]}] leaves {box} by {excess[bad[0]]:.3g} ({len(bad)} of {len(x_adv)} images do)")
     excess = found.beyond_ball
-    bad = torch.nonzero(excess > allowed(x_adv, norm, box)).squeeze(-1)
+    bad = torch.nonzero(excess > allowed(x_adv, norm, eps, box)).squeeze(-1)
     if len(bad):
         raise OutOfBallError(
             f"x_adv[{bad[0]}] leaves the {norm} ball of eps = {_said(eps)} by {excess[bad[0]]:.3g} "
@@ -263,7 +280,9 @@ def judge(
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv has dtype {x_adv.dtype}: expected floating point in {box}")
-    x_adv, y = x_adv.detach(), y.long()
+    x, x_adv, y = as_stored(x), as_stored(x_adv), as_stored(y).long()
+    eps = as_stored(eps) if isinstance(eps, Tensor) else eps
+    mask = as_stored(mask) if isinstance(mask, Tensor) else mask
     check_radius(eps, norm, x[0], box)
     check_mask(mask, x)
     check_adversarial(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import random
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def _imported(where: str) -> ModuleType:
         path = Path(where).resolve()
         if not path.is_file():
             raise FileNotFoundError(_no_file(where))
-        called = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"  # for inspect, pickle, and errors
+        called = f"{path.stem}_file_{sha256(str(path).encode()).hexdigest()[:8]}"  # for inspect, pickle, and errors
         spec = importlib.util.spec_from_file_location(called, path)
         assert spec is not None
         assert spec.loader is not None
@@ -152,6 +153,11 @@ def _imported(where: str) -> ModuleType:
         raise ValueError(f"{where} cannot be imported: {_one_line(error)}") from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{where} cannot be imported: {_one_line(error)}") from error
+
+
+def anywhere(text: str) -> str:
+    """Return a text that names modules of files so that it does not depend on where these lie."""
+    return re.sub(r"_file_[0-9a-f]{8}\b", "", text)
 
 
 def _no_file(where: str) -> str:

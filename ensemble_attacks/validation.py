@@ -176,12 +176,14 @@ def check_radius(eps: float | Tensor, norm: str, image: Tensor, box: Box = UNIT)
         )
 
 
-def check_count(name: str, value: int, at_least: int = 1) -> None:
-    """Raise a `TypeError` or `ValueError` unless a value is a whole number not below ``at_least``."""
+def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = None) -> None:
+    """Raise a `TypeError` or `ValueError` unless a value is a whole number from ``at_least`` to ``at_most``, if any."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most:,}, got {value if value < 10**20 else 'far more'}")
 
 
 def check_seed(seed: int) -> None:
@@ -208,6 +210,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 def check_device(device: str) -> None:
     """Raise a `ValueError` unless torch knows the device and this machine has it."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try cpu or cuda") from None

@@ -10,7 +10,7 @@ import pdoc
 import pytest
 
 import ensemble_attacks
-from ensemble_attacks.evaluation.manifest import Sweep
+from ensemble_attacks.evaluation.settings import Sweep
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 

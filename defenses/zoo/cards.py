@@ -23,12 +23,14 @@ from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.errors import WeightsError, said, unknown_name
-from ensemble_attacks.files import whole_file
+from ensemble_attacks.files import FLOATING, read_whole, whole_file
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, Vote
+from ensemble_attacks.schema import Card, check, parse
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
-NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type
+NEEDED = {"architecture": str, "members": int, "sha256": str}  # of a card, by type (`schema.Card` has the rest)
+MOST_CARD, MOST_WEIGHTS = 1 << 20, 2 << 30  # bytes that are read
 OPTIONS = ("num_classes", "negative_slope", "normalization", "in_channels", "probabilities")  # where a card has them
 
 
@@ -63,13 +65,15 @@ def read_card(stem: Path) -> dict[str, Any]:
     """Return the card ``<stem>.json``; raise a `WeightsError` if it does not say what it takes to build the model."""
     path = stem.with_suffix(".json")
     try:
-        card = json.loads(path.read_text())
+        content = parse(read_whole(path, MOST_CARD))
+        card = content if isinstance(content, dict) else {}
+        lacking = [key for key, kind in NEEDED.items() if not isinstance(card.get(key), kind)]
+        if not lacking:
+            check(card, Card)
+            return card
     except ValueError as error:
-        raise WeightsError(f"the card {path} is no JSON ({error}): restore it, or train the model again") from None
-    lacking = [key for key, kind in NEEDED.items() if not isinstance(card, dict) or not isinstance(card.get(key), kind)]
-    if lacking:
-        raise WeightsError(f"the card {path} does not say its {', '.join(lacking)}: restore it, or train the model again")
-    return card
+        raise WeightsError(f"the card {path} is no card ({error}): restore it, or train the model again") from None
+    raise WeightsError(f"the card {path} does not say its {', '.join(lacking)}: restore it, or train the model again")
 
 
 def read_model(stem: Path, vote: str = "softmax") -> Any:
@@ -79,15 +83,21 @@ def read_model(stem: Path, vote: str = "softmax") -> Any:
         WeightsError: Where the card says too little, or the weights are not those that it describes.
     """
     card = read_card(stem)
-    options = {key: card[key] for key in OPTIONS if key in card}
+    weights = read_weights(stem.with_suffix(".safetensors"), card["sha256"])
+    if card["members"] > len(weights):
+        raise WeightsError(f"{stem}.safetensors holds {len(weights)} tensors, too few for {card['members']} members")
+    options = {key: card[key] for key in OPTIONS if card.get(key) is not None}
     try:
         ensemble = make_ensemble(card["architecture"], card["members"], vote, **options)
     except (TypeError, ValueError) as error:
         raise WeightsError(
             f"the card {stem}.json describes no model ({said(error)}): restore it, or train it again"
         ) from None
+    for key, value in ensemble.state_dict().items():
+        if key in weights and value.is_floating_point() != (weights[key].dtype in FLOATING):
+            raise WeightsError(f"{stem}.safetensors holds {key} as {weights[key].dtype}: expected {value.dtype}")
     try:
-        ensemble.load_state_dict(read_weights(stem.with_suffix(".safetensors"), card["sha256"]))
+        ensemble.load_state_dict(weights)
     except RuntimeError as error:
         raise WeightsError(f"{stem}.safetensors does not fit {card['architecture']} x {card['members']}: {error}") from None
     return ensemble.eval()
@@ -117,19 +127,22 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: Where the file is missing, or its digest is another.
     """
-    if not path.exists():
+    try:
+        content = read_whole(path, MOST_WEIGHTS)
+    except FileNotFoundError:
         raise WeightsError(
             f"the weights {path} are missing: install the package again, or train them (ensemble-attacks train)"
-        )
-    content = path.read_bytes()
+        ) from None
+    except ValueError as error:
+        raise WeightsError(f"{error}: fetch or train the weights again") from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise WeightsError(f"the weights {path} have sha256 {found}, the card says {sha256}: fetch or train them again")
     try:
         tensors = load_safetensors(content)
-    except Exception as error:  # safetensors' own kind
+    except Exception as error:  # safetensors' own kind, and torch's of types that it has not
         raise WeightsError(f"the weights {path} are no safetensors ({said(error)}): fetch or train them again") from None
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    return {key: value.float() if value.dtype in FLOATING else value for key, value in tensors.items()}
 
 
 @torch.no_grad()

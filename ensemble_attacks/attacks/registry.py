@@ -352,7 +352,17 @@ def _peer(name: str) -> NamedAttack:
     for key in options:
         if key not in takes:
             raise unknown_name(f"option of torchattacks' {kind}", key, takes)
+        _check_option(kind, key, options[key], inspect.signature(attack).parameters[key].default)
     return NamedAttack(f"torchattacks' {kind}", _adapted(kind, lambda: attack, **options))
+
+
+def _check_option(kind: str, key: str, value: Any, default: Any) -> None:
+    """Raise a `ValueError` where an option is of another kind than its default: a number, a truth value, a text."""
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
+    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected one like {default!r}")
+    if isinstance(value, (int, float)) and not abs(value) < 1e30:
+        raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected a finite number")
 
 
 def _literal(text: str) -> Any:

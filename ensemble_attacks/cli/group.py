@@ -20,7 +20,7 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
     "sweep": ("run", "Evaluate what a TOML file describes: models x votes x eps x seeds."),
     "status": ("run", "How far a run is, and what failed."),
     "resume": ("run", "Go on with a run; units that were given up are tried again."),
-    "verify": ("inspect", "Judge stored images anew, from them, the model and the data alone."),
+    "verify": ("verify", "Compute anew, from stored images, the model and the data alone, what a run or a bundle says."),
     "report": ("inspect", "Write a finished run as one HTML page, Markdown, CSV and figures."),
     "export": ("inspect", "Write a finished run in another project's format."),
     "demo": ("demo", "Handwritten digits: AutoAttack beside MORA, in about a minute."),
@@ -52,12 +52,18 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.UsageError(str(error), ctx=None) from error
+            raise click.UsageError(_one_line(error), ctx=None) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's message in one line, without what a terminal would obey, at a length that is read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)[:2000]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

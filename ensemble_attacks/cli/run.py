@@ -11,15 +11,28 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import RECORDS
-from ensemble_attacks.cli.options import NAMED, check_machine, console, elsewhere, images, key_value, machines, places
+from ensemble_attacks.cli.options import (
+    NAMED,
+    check_machine,
+    check_out,
+    console,
+    elsewhere,
+    images,
+    key_value,
+    machines,
+    places,
+    plain,
+    shown,
+)
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.manifest import Sweep, manifest_of, run_identity
+from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
 from ensemble_attacks.evaluation.origins import placed_anew
+from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import PIPELINES
-from ensemble_attacks.evaluation.summary import seconds_of
-from ensemble_attacks.evaluation.units import CLEAN, chains_of, seed_said
+from ensemble_attacks.evaluation.summary import run_digest, seconds_of
+from ensemble_attacks.evaluation.units import CLEAN, count_chains, seed_said
 
 ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
 
@@ -66,6 +79,7 @@ def evaluate(
     if not names:
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
     check_machine(engine, workers, device, options)
+    check_out(out)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
     manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
     _run(manifest, out, engine=engine, workers=workers, device=device, options=options)
@@ -86,6 +100,7 @@ def sweep(
 ) -> None:
     """Evaluate what a TOML file describes: models x votes x eps x seeds, as `evaluate` does one."""
     check_machine(**machine)
+    check_out(out)
     manifest = manifest_of(Sweep.read(config), model_dir=model_dir, data_dir=data_dir, download=download)
     _run(manifest, out, **machine)
 
@@ -97,7 +112,7 @@ def sweep(
 def resume(run: Path, model: str | None, dataset: str | None, **machine: Any) -> None:
     """Go on with a run; units that were given up are tried again."""
     check_machine(**machine)
-    ledger = Ledger(run)
+    ledger = Ledger(run).go_on()
     if model or dataset:
         ledger = Ledger(run, placed_anew(ledger.manifest, model, dataset))
     ledger.retry_failed()
@@ -113,17 +128,21 @@ def status(run: Path) -> None:
     console.print(f"{found['done']} of {found['all']} units done", highlight=False)
     if found["hours_left"]:
         console.print(f"{found['per_hour']:,.0f} an hour, {found['hours_left']:.1f} hours left", highlight=False)
+    if found["state"] in ("stopped", "killed"):
+        console.print(f"{found['state']}: resume with `ensemble-attacks resume {plain(run)}`", **WIDE)
     for name in found["running"]:
-        console.print(f"running: {name}", highlight=False, markup=False)
+        console.print(f"running: {plain(name)}", **WIDE)
     for name in found["killed"]:
-        console.print(
-            f"killed: {name}; `ensemble-attacks resume {run}` goes on", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"killed: {plain(name)}; `ensemble-attacks resume {plain(run)}` goes on", **WIDE)
     for failure in found["failed"]:
-        text = f"failed {failure['failures']} times: {failure['unit']}: {failure['error']}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed {failure['failures']} times: {plain(failure['unit'])}: {plain(failure['error'])}", **WIDE)
     for name in found["quarantined"]:
-        console.print(f"damaged, in quarantine: {name}", highlight=False, markup=False)
+        console.print(f"damaged, in quarantine: {plain(name)}", **WIDE)
+    if found["state"] == "finished":
+        console.print(f"digest {run_digest(ledger)}", highlight=False)
+
+
+WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
@@ -133,32 +152,38 @@ def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
 def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
     given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": device.split(",")}
     given |= {"workers": workers} if engine == "local" else {}
-    total = len(chains_of(ledger.manifest))
+    total = count_chains(ledger.manifest)
     with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
         try:
             summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
-        except KeyboardInterrupt:
-            console.print(f"\nStopped: the same command, or `ensemble-attacks resume {ledger.folder}`, goes on.")
-            sys.exit(130)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            again = f"ensemble-attacks resume {plain(ledger.folder)}"
+            console.print(f"\nStopped: the same command, or `{again}`, goes on.", **WIDE)
+            sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
     spent = seconds_of(ledger)
     for cell in summary["cells"]:
         console.print(_table(cell, spent))
-    console.print(f"Stored in {ledger.folder}", soft_wrap=True)
+    console.print(f"Stored in {plain(ledger.folder)}", **WIDE)
+    console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():
         console.print(
             f"{len(quarantined)} damaged files are in {ledger.folder}/quarantine; what they held was computed anew."
         )
     missing = [name for cell in summary["cells"] for name in cell.get("missing", [])]
     for name in missing:
-        console.print(f"Given up: {name} (ensemble-attacks status {ledger.folder})", markup=False, soft_wrap=True)
+        console.print(f"Given up: {plain(name)} (ensemble-attacks status {plain(ledger.folder)})", **WIDE)
     if missing:
         sys.exit(1)
 
 
+TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands beside a share
+
+
 def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
     title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
-    table = Table(title=title + seed_said(cell["seed"]))
-    for column in ("attack", "robust %", "95% interval", "forwards / image", "backwards / image", "seconds"):
+    table = Table(title=shown(title + seed_said(cell["seed"])))
+    columns = ("attack", "robust %", "95% interval", "invalid", "forwards / image", "backwards / image", "seconds")
+    for column in columns:
         table.add_column(column, justify="left" if column == "attack" else "right")
 
     def passes(row: dict[str, Any]) -> list[str]:
@@ -166,14 +191,16 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
 
     def add(name: str, row: dict[str, Any]) -> None:
         for stage, so_far in row.get("stages", {}).items():
-            table.add_row(f"  after {stage}", f"{100 * so_far['robust'] / row['n']:.1f}", "", *passes(so_far), style="dim")
+            share = f"{100 * so_far['robust'] / row['n']:.1f}"
+            table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
-        invalid = "".join(f" ({row[kind]} {kind})" for kind in ("invalid", "outside") if row.get(kind))
-        invalid += f" (without {', '.join(row['failed'])})" if row.get("failed") else ""
+        told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
+        told += f" (without {shown(', '.join(row['failed']))})" if row.get("failed") else ""
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(
-            name, f"{100 * row['accuracy']:.1f}{invalid}", f"{100 * low:.1f} - {100 * high:.1f}", *passes(row), seconds
+            *(shown(name), f"{100 * row['accuracy']:.1f}{told}", f"{100 * low:.1f} - {100 * high:.1f}"),
+            *(str(row["invalid"]), *passes(row), seconds),
         )
 
     if cell["clean"] is not None:

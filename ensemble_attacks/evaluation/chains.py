@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import LedgerError
-from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger, Result
-from ensemble_attacks.evaluation.manifest import code_version, data_digest, logger
+from ensemble_attacks.evaluation.identity import code_version, made_of
+from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger
+from ensemble_attacks.evaluation.manifest import data_digest, logger
 from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
-from ensemble_attacks.evaluation.runner import Attacked, attack, judged
-from ensemble_attacks.evaluation.summary import share_right
-from ensemble_attacks.evaluation.units import CLEAN, Unit, chains_of
+from ensemble_attacks.evaluation.runner import Attacked, attack, halving, judged
+from ensemble_attacks.evaluation.settings import Settings
+from ensemble_attacks.evaluation.summary import Standing, verdict_of
+from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
@@ -29,10 +32,10 @@ from ensemble_attacks.models.twins import prepare
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
     """Run what is not done of one chain; return the names of units that were given up."""
-    ledger = Ledger(Path(folder))
-    units = chains_of(ledger.manifest)[index]
+    ledger = Ledger(Path(folder)).go_on()
+    units = chain_of(ledger.manifest, index)
     context: Context | None = None
-    right: Tensor | None = None
+    standing = Standing.of(units[0].range[1] - units[0].range[0])
     given_up = []
     for unit in units:
         result = ledger.read(unit)
@@ -40,7 +43,7 @@ def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
             context = context or Context(ledger.manifest, unit, device)
             try:
                 with ledger.running(unit):
-                    result = _run_unit(ledger, unit, context, right)
+                    result = ledger.write(unit, *run_unit(unit, context, standing))
             except LedgerError:  # no failure of the unit's
                 raise
             except Exception as error:  # whatever a model or an attack raises: the others go on
@@ -51,44 +54,72 @@ def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
             if unit.cell.cascade:
                 break  # what follows depends on it
         else:
-            right = result.tensors["right"] if right is None else right.minimum(result.tensors["right"])
+            standing = standing.after(result.tensors["rows"], verdict_of(result))
     return given_up
 
 
 class Context:
     """A context that the units of a chain share: the model, its twin and the images of the range.
 
+    Args:
+        manifest, unit: the run, and a unit of the chain.
+        device: where the model is asked.
+        same_code: whether the code must be that which the run began with.
+        like: another context, whose model serves here, too, where it is the same.
+
     Raises:
-        LedgerError: Where code (unless another will do), weights or images are not those that the run began with.
+        LedgerError: Where code, weights or images are not those that the run began with.
     """
 
-    def __init__(self, manifest: dict[str, Any], unit: Unit, device: str, *, same_code: bool = True) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], unit: Unit, device: str, *, same_code: bool = True, like: Context | None = None
+    ) -> None:
         cell, places = unit.cell, manifest["places"]
         if same_code and cell.code != code_version():
             raise LedgerError(f"the run began with code {cell.code}, this is {code_version()}: install that, or begin anew")
-        place = placed(manifest, cell.model)
-        self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
-        check_origin(manifest, cell.model, self.model, same_code=same_code)
-        if digest(*self.model.state_dict().values()) != cell.weights:
-            raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
         images = images_of(manifest)
         if data_digest(images, cell.n) != cell.data:
             where = images["name"] if images["name"] != cell.dataset else places["data_dir"]
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings = cell.settings
-        self.twin: nn.Module = prepare(self.model, self.x[:8].to(device), amp=self.settings.amp)
+        self.settings, self.device = cell.settings, device
+        self.model_key = (cell.model, cell.vote)
+        self.model: nn.Module
+        if like is not None and like.model_key == self.model_key:
+            self.model = like.model
+        else:
+            place = placed(manifest, cell.model)
+            self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+            check_origin(manifest, cell.model, self.model, same_code=same_code)
+            if digest(*self.model.state_dict().values()) != cell.weights:
+                raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
+            self._check_made(cell, same_code)
+
+    def _check_made(self, cell: Cell, same_code: bool) -> None:
+        if (found := made_of(self.model, self.x[:2].to(self.device))) == cell.made:
+            return
+        told = f"the options or the code of {cell.model} are not those that the run began with ({cell.made}, now {found})"
+        if same_code:
+            raise LedgerError(f"{told}: restore them, or begin anew")
+        logger.warning("%s: what is computed now may differ", told)
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """Return the model that attacks craft on."""
+        return prepare(self.model, self.x[:8].to(self.device), amp=self.settings.amp)
 
 
-def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None) -> Result:
-    """Run one unit; ``right`` is every sample's share of right draws under the attacks before it."""
+def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Run one unit; ``standing`` is how the samples stand after those before it.
+
+    Returns:
+        The tensors and numbers that it leaves.
+    """
     x, y, settings, name = context.x, context.y, context.settings, unit.attack
-    rows = torch.arange(len(x))
-    if unit.cell.cascade and right is not None:
-        rows = torch.nonzero(right > 0.5).squeeze(-1)
+    rows = standing.left if unit.before else torch.arange(len(x))
     if name == CLEAN:
-        done = Attacked(x, judged(context.model, x, y, x, settings), {}, [], 0, 0, 0.0, settings.batch_size)
+        done = halving(settings, unit.name, partial(_clean, context))
     elif len(rows):
         done = attack(context.model, context.twin, x[rows], y[rows], name, settings)
     else:
@@ -97,21 +128,8 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         done = Attacked(x[rows], judgement, {}, [], 0, 0, 0.0, settings.batch_size)
     judgement = done.judgement
     if 0 < len(rows) < len(x):
-        judgement = _judged_in_place(context, rows, done.images, done.batch_size)
-    before = torch.zeros(len(x), dtype=torch.float64) if right is None else right
-    shares, found = before.clone(), share_right(judgement, before[rows])
-    shares[rows] = found.minimum(before[rows]) if unit.before else found
-    tensors = {
-        "rows": rows,
-        "x_adv": done.images,
-        "labels": y[rows],
-        "robust": judgement.robust.to(torch.uint8),
-        "invalid": judgement.invalid.to(torch.uint8),
-        "correct": judgement.correct.to(torch.uint8),
-        "right": shares,
-        "margin": judgement.margin,
-        **{f"stage {part}": robust.to(torch.uint8) for part, (robust, _, _) in done.stages.items()},
-    }
+        judgement = judged_in_place(context, rows, done.images, done.batch_size)
+    stages = {part: robust for part, (robust, _, _) in done.stages.items()}
     info = {
         "forwards": done.forwards,
         "backwards": done.backwards,
@@ -119,15 +137,38 @@ def _run_unit(ledger: Ledger, unit: Unit, context: Context, right: Tensor | None
         "trace": done.trace,
         "seconds": done.seconds,
         "outside": done.outside,
+        "disagreement": done.disagreement,
         "failed": done.failed,
         "batch_size": done.batch_size,
         "finished": time.time(),
         "torch": torch.__version__,
     }
-    return ledger.write(unit, tensors, info)
+    return {"x_adv": done.images, **verdict_tensors(unit, rows, y[rows], judgement, stages, standing)}, info
 
 
-def _judged_in_place(context: Context, rows: Tensor, images: Tensor, batch_size: int) -> Judgement:
+def _clean(context: Context, settings: Settings) -> Attacked:
+    x, y = context.x, context.y
+    return Attacked(x, judged(context.model, x, y, x, settings), {}, [], 0, 0, 0.0, settings.batch_size)
+
+
+def verdict_tensors(
+    unit: Unit, rows: Tensor, labels: Tensor, judgement: Judgement, stages: dict[str, Tensor], standing: Standing
+) -> dict[str, Tensor]:
+    """Return what a unit stores beside its images: which samples they are of, and what the judge says of them."""
+    before = standing if unit.before else Standing.of(len(standing.right))
+    return {
+        "rows": rows,
+        "labels": labels,
+        "robust": judgement.robust.to(torch.uint8),
+        "invalid": judgement.invalid.to(torch.uint8),
+        "correct": judgement.correct.to(torch.uint8),
+        "right": before.after(rows, judgement).right,
+        "margin": judgement.margin,
+        **{f"stage {part}": robust.to(torch.uint8) for part, robust in stages.items()},
+    }
+
+
+def judged_in_place(context: Context, rows: Tensor, images: Tensor, batch_size: int) -> Judgement:
     """Return the verdict on the images of some ``rows``, judged among the whole range.
 
     The draws of a random model follow the place in the batch, and only where they are the same is the worst case over
@@ -135,6 +176,10 @@ def _judged_in_place(context: Context, rows: Tensor, images: Tensor, batch_size:
     """
     whole = context.x.clone().to(images)
     whole[rows] = images
-    verdict = judged(context.model, context.x, context.y, whole, replace(context.settings, batch_size=batch_size))
+
+    def work(settings: Settings) -> Judgement:
+        return judged(context.model, context.x, context.y, whole, settings)
+
+    verdict = halving(replace(context.settings, batch_size=batch_size), "the judge", work)
     parts = (verdict.robust, verdict.fooled, verdict.invalid, verdict.correct, verdict.margin)
     return Judgement(*(part[..., rows] for part in parts))

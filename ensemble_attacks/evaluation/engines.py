@@ -25,7 +25,8 @@ import torch
 from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
-from ensemble_attacks.evaluation.units import Unit, chains_of
+from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains
+from ensemble_attacks.files import machine
 from ensemble_attacks.validation import check_choice
 
 logger = logging.getLogger(__name__)
@@ -46,15 +47,15 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
         KeyboardInterrupt, SystemExit(143): Where it is stopped by SIGINT or SIGTERM; what was finished is kept.
     """
     check_choice("engine", engine, tuple(ENGINES))
-    chains = chains_of(ledger.manifest)
-    ledger.forget_running()
-    with _terminable():
+    chains = range(count_chains(ledger.manifest))
+    ledger.go_on().forget_dead()
+    with _terminable(), ledger.driving():
         while True:
-            left = [index for index, units in enumerate(chains) if unfinished(ledger, units)]
+            left = [index for index in chains if unfinished(ledger, chain_of(ledger.manifest, index))]
             if left:
                 ENGINES[engine](ledger, left, report, **options)
             summary = summarise(ledger)
-            if not any(unfinished(ledger, units) for units in chains):
+            if not any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in chains):
                 return summary
             # else what was found damaged when it was read is run again
 
@@ -115,7 +116,8 @@ def local(
                 suspects.discard(tasks[task])
                 report(tasks[task])
         except BrokenProcessPool as error:  # a worker was killed, by lack of memory or a crash of its own
-            running = [unit for entry in ledger.in_work() if not ledger.done(unit := Unit.of(entry["unit"]))]
+            own = [mark for mark in ledger.in_work() if (mark["machine"], mark["parent"]) == (machine(), os.getpid())]
+            running = [unit for mark in own if not ledger.done(unit := Unit.of(mark["unit"]))]
             if len(now) == 1:
                 for unit in running:
                     logger.warning("the process died while it ran %s", unit.name)
@@ -124,19 +126,19 @@ def local(
                     _lost(ledger, now[0], error)
             else:  # each by itself, to tell which it was
                 identities = {unit.identity for unit in running}
-                units = chains_of(ledger.manifest)
-                suspects = {index for index in left if identities & {unit.identity for unit in units[index]}} or set(left)
-            ledger.forget_running()
+                held = {index: {unit.identity for unit in chain_of(ledger.manifest, index)} for index in left}
+                suspects = {index for index in left if identities & held[index]} or set(left)
         finally:
             for child in multiprocessing.active_children():
                 if child not in others:
                     child.kill()
             pool.shutdown(wait=True, cancel_futures=True)
+            ledger.forget_dead()
 
 
 def _lost(ledger: Ledger, index: int, error: Exception) -> None:
     """Book a task that did not come back as a failure of the first open unit of its chain, at which it must have been."""
-    unit = next((unit for unit in chains_of(ledger.manifest)[index] if ledger.open(unit)), None)
+    unit = next((unit for unit in chain_of(ledger.manifest, index) if ledger.open(unit)), None)
     if unit is not None:
         logger.warning("%s: %s", unit.name, error)
         ledger.fail(unit, f"{type(error).__name__}: {str(error).splitlines()[0]}")

@@ -7,21 +7,26 @@ size of the test set, the robust accuracy, and how the images were made.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ensemble_attacks.data import DATASETS
-from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.summary import summarise
-from ensemble_attacks.evaluation.units import chains_of
-from ensemble_attacks.files import load_tensors
+from ensemble_attacks.evaluation.leases import sealed
+from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
+from ensemble_attacks.evaluation.summary import run_digest, summary_of
+from ensemble_attacks.evaluation.units import chain_of, count_chains
+from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
+from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
 from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
 
-IMAGES, ABOUT, TEXT = "adversarial_images.pt", "model_info.json", "evaluation.md"
+IMAGES, ABOUT, TEXT, RUN = "adversarial_images.pt", "model_info.json", "evaluation.md", "run.json"
+NOWHERE: dict[str, Any] = {"model_dir": None, "data_dir": "data", "paths": {}}  # the places of a run, for others
 SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"
 
 
@@ -42,13 +47,8 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
         ValueError: Where the run is not finished, of several cells, or not of the whole test set.
     """
     ledger = Ledger(run)
-    cells = summarise(ledger)["cells"]
-    if len(cells) > 1:
-        raise ValueError(f"{run} holds {len(cells)} cells, a bundle is of one: export a run of `evaluate`")
-    (summary,) = cells
-    if missing := summary.get("missing"):
-        raise ValueError(f"{run} is not finished: {missing[0]} is missing, run it again")
-    whole = ledger.manifest.get("images") or DATASETS[summary["dataset"]].test_images
+    summary, images, accuracy = _finished(ledger)
+    whole = ledger.manifest["images"]
     if summary["n"] != whole and not partial:
         raise ValueError(
             f"{run} attacked {summary['n']} images, RobustBench asks for all {whole} of {summary['dataset']}: evaluate "
@@ -58,28 +58,94 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
         raise ValueError(f"{run} is of a choice of images (--first, --sample, --only-correct), a bundle of the first ones")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
-    images, right = _worst_case(ledger)
-    accuracy = 100 * right.mean().item()
     out.mkdir(parents=True)
-    torch.save(images, out / IMAGES)
-    (out / ABOUT).write_text(json.dumps(_model_info(summary, accuracy), indent=2) + "\n")
-    (out / TEXT).write_text(_text(summary, accuracy))
+    with whole_file(out / IMAGES) as file:
+        torch.save(images, file)
+    for name, content in _said(ledger, summary, accuracy).items():
+        write_whole(out / name, content)
     return out
 
 
-def _worst_case(ledger: Ledger) -> tuple[Tensor, Tensor]:
-    """Return every sample's image that is least often right, by default the clean one, and its share of right draws."""
-    images, rights = [], []
-    for chain in chains_of(ledger.manifest):
-        results = [result for unit in chain if (result := ledger.read(unit))]
-        chosen, right = results[0].tensors["x_adv"].clone(), results[0].tensors["right"].clone()
-        for result in results[1:]:
-            rows, found = result.tensors["rows"], result.tensors["correct"].double().mean(0)
-            better = (found < right[rows]) & ~result.tensors["invalid"].bool()
-            chosen[rows[better]], right[rows[better]] = result.tensors["x_adv"][better], found[better]
-        images.append(chosen)
-        rights.append(right)
-    return torch.cat(images), torch.cat(rights)
+def _finished(ledger: Ledger) -> tuple[dict[str, Any], Tensor, float]:
+    """Return the summary of a finished run's only cell, the worst case's images, and its accuracy in percent.
+
+    Raises:
+        ValueError: Where the run is not finished, or of several cells.
+    """
+    cells = summary_of(ledger.manifest, ledger.read)["cells"]
+    if len(cells) > 1:
+        raise ValueError(f"{ledger.folder} holds {len(cells)} cells, a bundle is of one: export a run of `evaluate`")
+    (summary,) = cells
+    if missing := summary.get("missing"):
+        raise ValueError(f"{ledger.folder} is not finished: {missing[0]} is missing, run it again")
+    parts = []
+    for index in range(count_chains(ledger.manifest)):
+        results = [ledger.read(unit) for unit in chain_of(ledger.manifest, index)]
+        parts.append(worst_images([result for result in results if result is not None]))
+    return summary, torch.cat(parts), 100 * summary["worst_case"]["accuracy"]
+
+
+def worst_images(results: Sequence[Result]) -> Tensor:
+    """Return, of a chain's results, every sample's image that is least often right, by default the clean one.
+
+    An image whose scores decide nothing is right in no draw.
+    """
+    chosen, right = results[0].tensors["x_adv"].clone(), results[0].tensors["correct"].double().mean(0)
+    for result in results[1:]:
+        rows, found = result.tensors["rows"], result.tensors["correct"].double().mean(0)
+        better = found < right[rows]
+        chosen[rows[better]], right[rows[better]] = result.tensors["x_adv"][better].to(chosen), found[better]
+    return chosen
+
+
+def _said(ledger: Ledger, summary: dict[str, Any], accuracy: float) -> dict[str, bytes]:
+    """Return the files of a bundle beside its images, by name."""
+    return {
+        ABOUT: json.dumps(_model_info(summary, accuracy), indent=2).encode() + b"\n",
+        TEXT: _text(summary, accuracy, run_digest(ledger)).encode(),
+        RUN: sealed(ledger.manifest | {"places": NOWHERE | {"given": ledger.manifest["places"]["given"]}}),
+    }
+
+
+def compare_bundle(ledger: Ledger, bundle: Path) -> list[str]:
+    """Return a line for each thing in a bundle that is not what the run would be exported as.
+
+    Raises:
+        ValueError, FileNotFoundError: Where the run or the bundle cannot be read.
+    """
+    summary, images, accuracy = _finished(ledger)
+    lines = []
+    found, _ = read_bundle(bundle)
+    if found.shape != images.shape or found.dtype != images.dtype:
+        lines.append(f"{IMAGES}: {found.dtype} {tuple(found.shape)}, the run has {images.dtype} {tuple(images.shape)}")
+    elif differ := int((found != images).flatten(1).any(1).sum()):
+        lines.append(f"{IMAGES}: {differ} of {len(images)} images are not the run's")
+    for name, content in _said(ledger, summary, accuracy).items():
+        try:
+            stored = read_whole(bundle / name, MOST_JSON)
+        except (FileNotFoundError, ValueError) as error:
+            lines.append(f"{name}: {error}")
+            continue
+        if stored != content:
+            pairs = zip_longest(stored.decode(errors="replace").splitlines(), content.decode().splitlines(), fillvalue="")
+            said, due = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+            lines.append(f"{name}: {said.strip()[:100]!r}, the run says {due.strip()[:100]!r}")
+    return lines
+
+
+def run_of(bundle: Path) -> dict[str, Any] | None:
+    """Return the manifest of the run that a bundle was exported from; ``None`` where the bundle has none.
+
+    Raises:
+        ValueError: Where it is damaged.
+    """
+    path = bundle / RUN
+    if not bundle.is_dir() or not is_file(path):
+        return None
+    try:
+        return unsealed(read_whole(path, MOST_JSON), StoredManifest)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
@@ -102,7 +168,7 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     }
 
 
-def _text(summary: dict[str, Any], accuracy: float) -> str:
+def _text(summary: dict[str, Any], accuracy: float, digest: str) -> str:
     rows = "\n".join(f"- {name}: {100 * row['accuracy']:.2f}%" for name, row in summary["attacks"].items())
     return (
         f"# External evaluation of {summary['model']}\n\n"
@@ -111,6 +177,7 @@ def _text(summary: dict[str, Any], accuracy: float) -> str:
         f"Robust accuracy: {accuracy:.2f}% of {summary['n']} test images, clean: {100 * summary['clean']['accuracy']:.2f}%\n"
         f"Adversarial images: `{IMAGES}`, a float tensor of the first {summary['n']} test images, in their order\n\n"
         f"Method: ensemble-attacks {__version__}, seed {summary['seed']}; per sample, the worst case of\n{rows}\n"
+        f"Run: digest {digest}\n"
     )
 
 
@@ -125,15 +192,21 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
         ValueError: Where it holds no tensor of images in [0, 1], or too large a file.
     """
     file = path / IMAGES if path.is_dir() else path
-    if not file.exists():
+    if not os.path.lexists(file):
         raise FileNotFoundError(f"no bundle in {path}: give a folder that holds {IMAGES}, or a .pt file")
     try:
         images = load_tensors(file)
+        check_plain(images, "the tensor")
     except ValueError as error:
         raise ValueError(f"{file} cannot be read as one tensor: {error}") from None
-    check_images(images, str(file), slack=1e-6)
     about = file.with_name(ABOUT)
-    said = json.loads(about.read_text()) if path.is_dir() and about.exists() else {}
-    if not isinstance(said, dict):
-        raise ValueError(f"{about} holds a {type(said).__name__}: expected an object with eps, dataset and so on")
+    said: dict[str, Any] = {}
+    if path.is_dir() and os.path.lexists(about):
+        try:
+            said = read_json(about, About)
+        except ValueError as error:
+            raise ValueError(f"{about} is no description of a bundle: {error}") from None
+    if images.dim() != 4 or not len(images) or len(images) > MOST_IMAGES:
+        raise ValueError(f"{file} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
+    check_images(images, str(file), slack=1e-6)
     return images, said

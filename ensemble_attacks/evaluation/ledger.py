@@ -11,27 +11,30 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.leases import lease, lives, sealed
+from ensemble_attacks.evaluation.stored import check_tensors, largest
 from ensemble_attacks.evaluation.units import Unit, canonical
-from ensemble_attacks.files import write_whole
+from ensemble_attacks.files import abandoned, is_file, read_whole, write_whole
+from ensemble_attacks.schema import MOST_JSON, Failure, Mark, Record, StoredManifest, UnitInfo, check, parse
 
 logger = logging.getLogger(__name__)
-SCHEMA = 2
+SCHEMA = 3
 ATTEMPTS = 3  # after which a unit that fails is left alone
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
-FOLDERS = ("units", "failed", "running", "quarantine")
+FOLDERS = ("units", "failed", "running", "driving", "quarantine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +45,13 @@ class Result:
     info: dict[str, Any]
 
 
-def sealed(content: dict[str, Any]) -> bytes:
-    """Return content as JSON with its own checksum."""
-    return json.dumps(content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}, indent=1).encode() + b"\n"
-
-
-def unsealed(data: bytes) -> dict[str, Any]:
-    """Return the content of sealed JSON; raise a `ValueError` if anything has changed."""
-    content = json.loads(data)
+def unsealed(data: bytes, kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the content of sealed JSON; raise a `ValueError` if anything has changed, or it is no record of its kind."""
+    content = parse(data)
     if not isinstance(content, dict) or content.pop("sha256", None) != hashlib.sha256(canonical(content)).hexdigest():
         raise ValueError("checksum mismatch")
+    check(content, kind)
     return content
-
-
-def alive(pid: int) -> bool:
-    """Tell whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 class Ledger:
@@ -71,36 +59,33 @@ class Ledger:
 
     Args:
         folder: the folder, which is no symbolic link.
-        manifest: what the run is; ``None`` reads it. An existing run must be the same, but for ``places``.
+        manifest: what the run is. An existing run must be the same, but for ``places``. ``None`` reads the one that is
+            there; nothing in the folder is then written or moved, unless `go_on` is called.
 
     Raises:
         FileNotFoundError: Where there is nothing to read.
-        LedgerError: Where the folder cannot be used, a manifest that is to be read is damaged, or the run is another (the
-            message says what differs).
+        LedgerError: Where the folder cannot be used, a manifest that is to be read is damaged or asks for nothing, or the
+            run is another (the message says what differs).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
         self.folder = folder
+        self.writes = False
         for place in (folder, *(folder / name for name in FOLDERS)):
             if place.is_symlink():
                 raise LedgerError(f"{place} is a symbolic link: give the folder itself")
+            if place.exists() and not place.is_dir():
+                raise LedgerError(f"{place} is no folder, and cannot be written or read as one: choose another (--out)")
         path = folder / MANIFEST
         ours = (folder / "units").is_dir() or not folder.is_dir() or all(map(_unfinished, folder.iterdir()))
-        if not path.exists() and not ours:
+        if not os.path.lexists(path) and not ours:
             raise LedgerError(f"{folder} holds other things, and no run: choose another folder (--out)")
-        stored = None
-        if path.exists():
-            try:
-                stored = unsealed(path.read_bytes())
-            except ValueError as error:
-                if manifest is None:
-                    raise LedgerError(f"{path} is damaged: run the command that made it again, units are kept") from error
-                self._quarantine(path)
+        stored = self._stored(path, given=manifest is not None)
         if manifest is None and stored is None:
             raise FileNotFoundError(f"{folder} holds no run (no {MANIFEST}): give the folder of `evaluate --out`")
         if stored is not None and stored.get("schema") != SCHEMA:
             raise LedgerError(
-                f"{path} has schema {stored.get('schema')}, this version reads {SCHEMA}: choose another folder"
+                f"{path} has schema {str(stored.get('schema'))[:20]}, this version reads {SCHEMA}: choose another folder"
             )
         if stored is not None and manifest is not None:
             new = json.loads(json.dumps(manifest | {"schema": SCHEMA}))
@@ -109,49 +94,92 @@ class Ledger:
         self.manifest: dict[str, Any] = stored or json.loads(json.dumps((manifest or {}) | {"schema": SCHEMA}))
         if manifest is not None:
             self.manifest["places"] = manifest.get("places")
+            self.go_on()
+            if not is_file(path) or sealed(self.manifest) != read_whole(path):
+                write_whole(path, sealed(self.manifest))
+
+    def _stored(self, path: Path, *, given: bool) -> dict[str, Any] | None:
+        """Return the manifest that is there; ``None`` where there is none, or a damaged one that another stands in for."""
+        if not os.path.lexists(path):
+            return None
+        try:
+            return unsealed(read_whole(path, MOST_JSON), Record if given else StoredManifest)
+        except ValueError as error:
+            if not given:
+                remedy = "run the command that made it again, units are kept"
+                raise LedgerError(f"{path} is damaged: {remedy} ({error})") from error
+            self._quarantine(path)
+            return None
+
+    def go_on(self) -> Ledger:
+        """Let the folder be written from now on, and what is damaged be put into quarantine; return the ledger.
+
+        Raises:
+            LedgerError: Where the folder cannot be written.
+        """
         try:
             for name in FOLDERS:
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LedgerError(f"{folder} cannot be written ({error.strerror}): choose another folder (--out)") from error
-        if sealed(self.manifest) != (path.read_bytes() if path.exists() else b""):
-            write_whole(path, sealed(self.manifest))
+            raise LedgerError(
+                f"{self.folder} cannot be written ({error.strerror}): choose another folder (--out)"
+            ) from error
+        self.writes = True
+        return self
 
     # -- units
 
     def done(self, unit: Unit) -> bool:
-        return self._info(unit).exists()
+        return is_file(self._info(unit))
 
     def open(self, unit: Unit) -> bool:
         """Tell whether a unit is neither done nor given up."""
         return not self.done(unit) and self.failures(unit) < ATTEMPTS
 
+    def examine(self, unit: Unit) -> Result:
+        """Return the unit's result.
+
+        Raises:
+            FileNotFoundError: Where it is not there.
+            ValueError: Where it is damaged, or no result of this unit; says what is wrong.
+        """
+        info = unsealed(read_whole(self._info(unit), MOST_JSON), UnitInfo)
+        if differing := difference(info["unit"], json.loads(canonical(unit.content))):
+            raise ValueError(f"another unit's: {differing[:200]}")
+        data = read_whole(self._tensors(unit), largest(unit, len(info["stages"])))
+        if hashlib.sha256(data).hexdigest() != info["tensors"]:
+            raise ValueError("checksum mismatch of the tensors")
+        try:
+            tensors = load(data)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no safetensors ({error})") from None
+        check_tensors(tensors, unit, info)
+        return Result(tensors, info)
+
     def read(self, unit: Unit) -> Result | None:
         """Return the unit's result; ``None`` if it is not done.
 
-        A result that is damaged is put into quarantine, and its unit is then not done.
+        A result that is damaged counts as not done; a ledger that goes on puts it into quarantine.
         """
-        info_path, tensors_path = self._info(unit), self._tensors(unit)
-        if not info_path.exists():
-            return None
         try:
-            info = unsealed(info_path.read_bytes())
-            data = tensors_path.read_bytes()
-            if info["unit"] != json.loads(canonical(unit.content)):
-                raise ValueError("another unit's")
-            if hashlib.sha256(data).hexdigest() != info["tensors"]:
-                raise ValueError("checksum mismatch of the tensors")
-            return Result(load(data), info)
-        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s): put into quarantine, to be computed again", unit.name, error)
-            for path in (info_path, tensors_path):
+            return self.examine(unit)
+        except FileNotFoundError as error:
+            if not self.done(unit):
+                return None
+            reason: Exception = error
+        except ValueError as error:
+            reason = error
+        told = "put into quarantine, to be computed again" if self.writes else "`resume` computes it again"
+        logger.warning("%s is damaged (%s): %s", unit.name, reason, told)
+        if self.writes:
+            for path in (self._info(unit), self._tensors(unit)):
                 self._quarantine(path)
-            return None
+        return None
 
     def info(self, unit: Unit) -> dict[str, Any] | None:
         """Return the numbers of a unit that is done, without its tensors; ``None`` where they are missing or damaged."""
         try:
-            return unsealed(self._info(unit).read_bytes())
+            return unsealed(read_whole(self._info(unit), MOST_JSON), UnitInfo)
         except (OSError, ValueError):
             return None
 
@@ -164,33 +192,37 @@ class Ledger:
         (self.folder / "failed" / f"{unit.identity}.json").unlink(missing_ok=True)
         return Result(tensors, info)
 
-    @contextmanager
-    def running(self, unit: Unit) -> Iterator[None]:
+    # -- who is at work
+
+    def running(self, unit: Unit) -> AbstractContextManager[None]:
         """Mark the unit as in work, by this process, within the context."""
-        mark = self.folder / "running" / f"{unit.identity}.json"
-        here = {"host": platform.node(), "pid": os.getpid(), "since": time.time()}
-        write_whole(mark, sealed({"unit": unit.content, **here}))
-        try:
-            yield
-        finally:
-            mark.unlink(missing_ok=True)
+        return lease(self.folder / "running", unit.identity, {"unit": unit.content})
 
-    def in_work(self) -> list[dict[str, Any]]:
-        """Return what is marked as in work.
+    def driving(self) -> AbstractContextManager[None]:
+        """Mark the run as driven, by this process, within the context."""
+        return lease(self.folder / "driving", "run", {})
 
-        ``alive`` tells whether the process that does it still is, as far as this machine can tell.
+    def in_work(self, kind: str = "running") -> list[dict[str, Any]]:
+        """Return what is marked as in work, or (``driving``) who drives the run.
+
+        ``alive`` tells whether the process that does it still is: it has touched its mark not long ago and, on this machine,
+        is there.
         """
-        here = platform.node()
-        return [mark | {"alive": mark.get("host") != here or alive(mark["pid"])} for mark in self._all("running")]
+        return [mark | {"alive": lives(path, mark)} for path, mark in self._all(kind, Mark)]
 
-    def forget_running(self) -> None:
-        """Remove all marks of units in work, and the files that were being written by processes that are no more."""
-        for mark in (self.folder / "running").glob("*.json"):
-            mark.unlink(missing_ok=True)
-        for left in self.folder.glob("**/.*.tmp"):
-            pid = left.name.split(".")[-2]
-            if pid.isdigit() and not alive(int(pid)):
-                left.unlink(missing_ok=True)
+    def forget_dead(self) -> None:
+        """Remove the marks and temporary files of processes that are no more; those of other machines are left to them.
+
+        A mark of another machine is removed once its lease has run out, a temporary file after a day.
+        """
+        for kind in ("running", "driving"):
+            for path, mark in self._all(kind, Mark):
+                if not lives(path, mark):
+                    path.unlink(missing_ok=True)
+        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
+            for left in folder.glob(".*.tmp"):
+                if abandoned(left):
+                    left.unlink(missing_ok=True)
 
     # -- failures
 
@@ -202,29 +234,31 @@ class Ledger:
         return failures
 
     def failures(self, unit: Unit) -> int:
-        path = self.folder / "failed" / f"{unit.identity}.json"
         try:
-            return int(unsealed(path.read_bytes())["failures"])
-        except (OSError, ValueError, KeyError):
+            path = self.folder / "failed" / f"{unit.identity}.json"
+            return int(unsealed(read_whole(path, MOST_JSON), Failure)["failures"])
+        except (OSError, ValueError):
             return 0
 
     def failed(self) -> list[dict[str, Any]]:
         """Return what has failed and is not done: each unit's content, failures and last error."""
-        return list(self._all("failed"))
+        return [failure for _, failure in self._all("failed", Failure)]
 
     def quarantined(self) -> list[str]:
         """Return the names of the files that were damaged."""
-        return sorted(path.name for path in (self.folder / "quarantine").iterdir())
+        folder = self.folder / "quarantine"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def retry_failed(self) -> None:
         """Forget all failures, so that the units are tried again."""
         for path in (self.folder / "failed").glob("*.json"):
             path.unlink(missing_ok=True)
 
-    def _all(self, kind: str) -> Iterator[dict[str, Any]]:
+    def _all(self, kind: str, record: type[BaseModel]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield the files of a folder that are records of a kind, with their content."""
         for path in sorted((self.folder / kind).glob("*.json")):
             try:
-                yield unsealed(path.read_bytes())
+                yield path, unsealed(read_whole(path, MOST_JSON), record)
             except (OSError, ValueError):
                 continue
 
@@ -235,7 +269,7 @@ class Ledger:
         return self.folder / "units" / f"{unit.identity}.safetensors"
 
     def _quarantine(self, path: Path) -> None:
-        if path.exists():
+        if os.path.lexists(path):
             (self.folder / "quarantine").mkdir(exist_ok=True)
             path.replace(self.folder / "quarantine" / f"{path.name}.{time.time_ns()}")
 

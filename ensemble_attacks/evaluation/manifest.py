@@ -4,114 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-import tomllib
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchattacks
 from torch import nn
 
-from ensemble_attacks.data import OFFERED, Opened, load_dataset, numbers_of, open_dataset, state_of
-from ensemble_attacks.data.choice import stratified
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.data import OFFERED, Opened, load_dataset, open_dataset, state_of
+from ensemble_attacks.evaluation.identity import code_version, made_of, versions
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import check_fit, images_of, origin_of, paths_in
-from ensemble_attacks.evaluation.runner import check_arguments, judged
-from ensemble_attacks.evaluation.settings import Settings, Shared
+from ensemble_attacks.evaluation.runner import check_arguments
+from ensemble_attacks.evaluation.selection import PIECE, chosen, rows_said
+from ensemble_attacks.evaluation.settings import DEFAULT_VOTES, Settings, Shared, Sweep
 from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
-from ensemble_attacks.hosts.autoattack import Original
 from ensemble_attacks.models import providers
+from ensemble_attacks.models.ask import device_of
 from ensemble_attacks.models.votes import OWN, check_vote
-from ensemble_attacks.validation import check_count
-from ensemble_attacks.version import __version__
+from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, StoredManifest, check
+from ensemble_attacks.validation import check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
-PIECE = 500  # images that are read at once
-DEFAULT_VOTES = ("softmax",)
-
-
-@dataclass(frozen=True)
-class Sweep(Shared):
-    """A record of what to evaluate: every model with every vote, eps and seed.
-
-    Attributes:
-        models, votes, attacks: names.
-        eps: the radii, in pixel units of [0, 1].
-        dataset: the name of the dataset, or a file, folder or function, as `open_dataset` takes it; ``None``: what the names
-            of the models imply.
-        seeds: the seeds.
-        n: the number of test images, in file order; ``None``: all.
-        shard_size: the number of images of every task.
-        cascade: whether an image that an attack has fooled is not attacked by the next.
-        first: the number of the first image, counted from 0.
-        sample: the number of images that are drawn, of every class in its share, by the first of the seeds; ``None``: the
-            first ``n``.
-        only_correct: whether images that one of the models gets wrong are passed by.
-        transform: what is done to every image, such as ``"resize=256,crop=224"``.
-        others: the attributes of `ensemble_attacks.evaluation.settings.Shared`.
-    """
-
-    models: tuple[str, ...]
-    eps: tuple[float, ...]
-    attacks: tuple[str, ...]
-    votes: tuple[str, ...] = DEFAULT_VOTES
-    dataset: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    n: int | None = None
-    shard_size: int = 250
-    cascade: bool = False
-    first: int = 0
-    sample: int | None = None
-    only_correct: bool = False
-    transform: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> Sweep:
-        """Read a sweep from a TOML file with these names as keys; a list may be a single value.
-
-        Raises:
-            FileNotFoundError: Where there is no such file.
-            ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
-                type.
-        """
-        try:
-            given = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
-        return cls.of(given, str(path))
-
-    @classmethod
-    def of(cls, given: dict[str, Any], where: str) -> Sweep:
-        """Return the sweep of names and values, checked as in `read`; ``where`` is what errors call their source."""
-        known = {field.name: field for field in fields(cls)}
-        for key in given:
-            if key not in known:
-                raise unknown_name(f"key in {where}", key, known)
-        needed = {"models", "eps", "attacks", *(key for key in given if str(known[key].type).startswith("tuple"))}
-        if missing := [key for key in known if key in needed and given.get(key) in (None, [], (), "")]:
-            raise ValueError(f"{where} does not say its {missing[0]}")
-        values = {}
-        for key, value in given.items():
-            kind = str(known[key].type)
-            if kind.startswith("tuple"):
-                value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            wanted: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,)}
-            inner = next(name for name in wanted if name in kind)
-            for one in value if isinstance(value, tuple) else (value,):
-                fits = isinstance(one, wanted[inner]) and (inner == "bool" or not isinstance(one, bool))
-                if not fits and not (one is None and "None" in kind):
-                    raise ValueError(f"{where}: {key} holds {one!r}, which is no {inner}")
-            if isinstance(value, tuple) and len(set(value)) < len(value):
-                raise ValueError(f"{where}: {key} holds {next(v for v in value if value.count(v) > 1)!r} twice")
-            values[key] = value
-        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +48,10 @@ def subjects_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     Raises:
         ValueError, TypeError, FileNotFoundError: Where something is not there, or does not fit.
     """
+    for eps in sweep.eps:
+        check_positive("eps", eps)
+    for seed in sweep.seeds:
+        check_seed(seed)
     for vote in sweep.votes:
         if vote != OWN:
             check_vote(vote)
@@ -153,16 +75,17 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     Raises:
         ValueError, TypeError, FileNotFoundError: Where something cannot be run.
     """
-    check_count("shard_size", sweep.shard_size)
+    check_count("shard_size", sweep.shard_size, at_most=MOST_IMAGES)
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
     models, dataset, numbers = subjects.models, subjects.dataset, subjects.numbers
     votes, n = sweep.votes, len(numbers)
     if votes == DEFAULT_VOTES and len(models) == 1 and sweep.models[0] not in providers.list_models():
         votes = (vote_said(models[sweep.models[0]]),)
     manifest: dict[str, Any] = {
-        "sweep": asdict(sweep) | {"n": n, "dataset": dataset, "votes": votes},
-        "rows": None if isinstance(numbers, range) and numbers.start == 0 else list(numbers),
+        "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n), "dataset": dataset, "votes": votes},
+        "rows": rows_said(numbers),
         "images": len(subjects.opened),
+        "versions": versions(),
         "code": code_version(),
         "places": {
             "model_dir": None if model_dir is None else str(Path(model_dir).resolve()),
@@ -177,11 +100,25 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
         for eps, seed in product(sweep.eps, sweep.seeds):
             check_arguments(model, x, y, sweep.attacks, Settings(eps, seed, **shared))
-    return manifest | {
+    manifest |= {
         "weights": {name: digest(*model.state_dict().values()) for name, model in models.items()},
+        "made": {name: made_of(model, x[:2].to(device_of(model, x.device))) for name, model in models.items()},
         "origins": {name: origin for name, model in models.items() if (origin := origin_of(name, model))},
         "data": data_digest(images, n),
     }
+    _check_readable(manifest)
+    return manifest
+
+
+def _check_readable(manifest: dict[str, Any]) -> None:
+    """Raise a `ValueError` where a manifest, once it is written, could not be read."""
+    data = json.dumps(manifest)
+    try:
+        check(json.loads(data), StoredManifest)
+        if 2 * len(data) > MOST_JSON:  # as it is written, each number has a line of its own
+            raise ValueError(f"its manifest takes {len(data):,} bytes: take fewer images")
+    except ValueError as error:
+        raise ValueError(f"this cannot be run: {error}") from None
 
 
 def dataset_of(sweep: Sweep, model_dir: str | None) -> str:
@@ -206,37 +143,6 @@ def vote_said(model: nn.Module) -> str:
     return vote if isinstance(vote, str) else OWN
 
 
-def chosen(sweep: Sweep, opened: Opened, models: Sequence[nn.Module]) -> Sequence[int]:
-    """Return the numbers of the images that a sweep takes of a dataset.
-
-    Raises:
-        ValueError: Where there are fewer than it asks for.
-    """
-    if sweep.sample is not None and sweep.n is not None:
-        raise ValueError(f"n is {sweep.n} and sample {sweep.sample}: name one of them")
-    numbers = numbers_of(opened, range(len(opened)), None, sweep.first)
-    if sweep.only_correct:
-        numbers = _right(sweep, opened, models, numbers)
-    if sweep.sample is None:
-        return numbers_of(opened, numbers, sweep.n)
-    return [numbers[index] for index in stratified(opened.labels[list(numbers)], sweep.sample, sweep.seeds[0])]
-
-
-def _right(sweep: Sweep, opened: Opened, models: Sequence[nn.Module], numbers: Sequence[int]) -> list[int]:
-    """Return the numbers of images that all models get right, as the judge finds; no more than are needed."""
-    shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
-    settings = Settings(sweep.eps[0], sweep.seeds[0], **shared)
-    found: list[int] = []
-    for start in range(0, len(numbers), PIECE):
-        piece = numbers[start : start + PIECE]
-        x, y = opened.take(piece)
-        right = torch.stack([judged(model, x, y, x, settings).robust for model in models]).all(0)
-        found += [number for number, keep in zip(piece, right.tolist(), strict=True) if keep]
-        if sweep.sample is None and sweep.n is not None and len(found) >= sweep.n:
-            break
-    return found
-
-
 def data_digest(images: dict[str, Any], n: int) -> str:
     """Return the hash of a run's first ``n`` images (`images_of`) and their labels, read piece by piece."""
     return _data_digest(canonical(images), n, state_of(images["name"]))
@@ -247,18 +153,6 @@ def _data_digest(images: bytes, n: int, state: Hashable) -> str:
     parts = [(first, min(PIECE, n - first)) for first in range(0, n, PIECE)]
     hashes = [digest(*load_dataset(**json.loads(images), first=first, n=count)) for first, count in parts]
     return sha256("".join(hashes).encode()).hexdigest()
-
-
-@cache
-def code_version() -> str:
-    """Return this package's version, and a hash of its sources, the models' sources, and the versions they stand on."""
-    modules = [provider.__file__ for provider in providers.providers() if provider.__file__]
-    folders = [Path(__file__).parents[1], *(Path(file).parent for file in modules)]
-    state = sha256(f"{torch.__version__} {Original.__module__} {torchattacks.__version__}".encode())
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            state.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return f"{__version__}+{state.hexdigest()[:12]}"
 
 
 def warn_of_code(ledger: Ledger) -> None:

@@ -11,7 +11,6 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ensemble_attacks import data, sources
 from ensemble_attacks.data.records import known_datasets
 from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.identity import source_of
 from ensemble_attacks.evaluation.ledger import difference
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import ask, check_dtype, device_of
@@ -55,12 +55,9 @@ def _classes(model: nn.Module) -> dict[str, str]:
     for kind in {type(module) for module in model.modules()}:
         if kind.__module__.split(".")[0] in installed:
             continue
-        try:
-            path, source = Path(inspect.getfile(kind)).resolve(), inspect.getsource(kind)
-        except (OSError, TypeError):  # typed into an interpreter, or compiled
-            continue
-        if not {"site-packages", "dist-packages"} & set(path.parts):
-            found[kind.__qualname__] = sha256(source.encode()).hexdigest()
+        source = source_of(kind)  # empty where it is typed into an interpreter, or compiled
+        if source and not {"site-packages", "dist-packages"} & set(Path(inspect.getfile(kind)).resolve().parts):
+            found[kind.__qualname__] = source
     return dict(sorted(found.items()))
 
 

@@ -18,10 +18,11 @@ from ensemble_attacks.data.transforms import transform_of
 from ensemble_attacks.evaluation import audit
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.manifest import Sweep, manifest_of, run_identity
+from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
 from ensemble_attacks.evaluation.origins import given
 from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows
+from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import seconds_of
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.validation import check_count
@@ -82,7 +83,7 @@ class Evaluation:
             return write_report(self.folder, Path(out or self.folder / "report"), device=self._device)
 
     def verify(self) -> list[dict[str, Any]]:
-        """Judge every stored image anew; see `ensemble_attacks.evaluation.own.verify`."""
+        """Compute anew what the run says; see `ensemble_attacks.evaluation.own.verify`."""
         with given(self._model, self._images):
             return audit.verify(Ledger(self.folder), self._device)
 
@@ -164,7 +165,7 @@ def verify(
     model_dir: str | None = None,
     data_dir: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Judge every stored image of a run anew, from the images, the model and the data alone.
+    """Compute anew, from stored images, the model and the data alone, all that a run says that follows from them.
 
     Args:
         folder: the run's folder.
@@ -173,11 +174,11 @@ def verify(
         model_dir, data_dir: where named models and datasets lie by now; ``None``: where they lay.
 
     Returns:
-        For each unit its name, the number of its images, how many are ``robust`` now, and how many verdicts ``differ``.
+        For each unit, the choice of images, and the summary: ``unit``, its name, ``n``, the number of its images, how many
+        are ``robust`` now, how many values ``differ`` (``None`` where it is missing or damaged), and ``what`` they are.
 
     Raises:
         LedgerError: Where the model's source, its weights or the images are not those that the run began with.
-        OutOfBallError: Where a stored image is outside the ball.
     """
     ledger = Ledger(Path(folder))
     sweep = ledger.manifest["sweep"]
@@ -189,7 +190,9 @@ def verify(
     }
     where = str(device_of(own_model[1], Device(device))) if own_model else device
     with given(own_model, own_images):
-        return audit.verify(ledger, where, model_dir=model_dir, data_dir=data_dir, **names)
+        return audit.verify(
+            ledger, where, model_dir=model_dir, data_dir=data_dir, model=names["model"], dataset=names["dataset"]
+        )
 
 
 def _own_model(model: Any, name: str | None) -> Given:

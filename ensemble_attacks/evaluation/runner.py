@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
-from ensemble_attacks.evaluation.summary import row_of, share_right, worst_case
+from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
+from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.adopted import check_claim, check_protocol
 from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
@@ -51,6 +52,7 @@ class Attacked:
         seconds: the time that it took.
         batch_size: the batch size with which it fitted into memory.
         outside: the number of images that left the ball, and count as the clean ones.
+        disagreement: the number of images that the attack saw fooled, and the judge finds robust.
         failed: by part of a suite that could not be run, why.
     """
 
@@ -63,6 +65,7 @@ class Attacked:
     seconds: float
     batch_size: int
     outside: int = 0
+    disagreement: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -110,16 +113,28 @@ def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, s
     Raises:
         OutOfBallError: Where an attack returned an image outside the ball.
     """
+
+    def whole(smaller: Settings) -> Attacked:
+        return _attack(model, twin, x, y, name, smaller)
+
+    return halving(settings, name, whole)
+
+
+Done = TypeVar("Done")
+
+
+def halving(settings: Settings, name: str, work: Callable[[Settings], Done]) -> Done:
+    """Return what ``work`` does with these settings, or with half the batch size, as often as memory runs out."""
     while True:
         try:
-            return _attack(model, twin, x, y, name, settings)
+            return work(settings)
         except (MemoryError, RuntimeError) as error:
             if settings.batch_size == 1 or not out_of_memory(error):
                 raise
-            settings = replace(settings, batch_size=settings.batch_size // 2)
-            logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        settings = replace(settings, batch_size=settings.batch_size // 2)  # once the error, and what it holds, is gone
+        logger.warning("%s: out of memory, again with batches of %d", name, settings.batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
@@ -135,9 +150,15 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     judgement = judged(model, x, y, crafted.images, settings)
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
     stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
+    disagreement = 0 if crafted.fooled is None else int((crafted.fooled.cpu() & judgement.robust).sum())
+    if disagreement:
+        logger.warning(
+            "%s saw %d images fooled that the judge finds robust: the model answers the judge otherwise than the attack",
+            *(name, disagreement),
+        )
     passes = counted.forwards, counted.backwards
-    cost = (*passes, seconds, settings.batch_size)
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, crafted.outside, crafted.failed)
+    cost = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, failed=crafted.failed)
 
 
 @differentiable()
@@ -174,11 +195,12 @@ def evaluate(
     model, x, y = as_module(model), ordinary(x), ordinary(y)
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    clean = judged(model, x, y, x, settings)
+    clean = halving(settings, CLEAN, lambda smaller: judged(model, x, y, x, smaller))
     report("clean", clean.summary())
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
-    right = clean.correct.double().mean(0)  # of every sample, the share of right draws under the worst attack so far
+    everyone = torch.arange(len(x))
+    standing = Standing.of(len(x)).after(everyone, clean)
     errors: dict[str, Exception] = {}
     for name in attacks:
         try:
@@ -187,14 +209,14 @@ def evaluate(
             errors[name] = error
             logger.warning("%s is left out: %s", name, reason(error))
             continue
-        right = right.minimum(share_right(attacked.judgement, right))
-        cost = attacked.forwards, attacked.backwards
-        rows[name] = row_of(attacked.judgement, attacked.stages, *cost, attacked.outside, attacked.failed)
+        standing = standing.after(everyone, attacked.judgement)
+        told = told_of([vars(attacked)])
+        rows[name] = row_of(attacked.judgement, attacked.stages, attacked.forwards, attacked.backwards, told)
         report(name, rows[name] | {"seconds": attacked.seconds})
         keep(name, attacked)
     if errors and not rows:
         raise none_completed(errors)
-    worst = worst_case(right)
+    worst = worst_case(standing)
     report("worst case", worst)
     failed = {"failed": {name: reason(error) for name, error in errors.items()}} if errors else {}
     return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst, **failed}
@@ -216,5 +238,9 @@ def _recraft(
         return crafted
     counted.counted = model
     images = crafted.images.clone()
-    images[rows] = craft(counted, x[rows], y[rows], settings).images
-    return replace(crafted, images=images)
+    again = craft(counted, x[rows], y[rows], settings)
+    images[rows], fooled = again.images, crafted.fooled
+    if fooled is not None:
+        fooled = fooled.clone()
+        fooled[rows] = torch.zeros(len(rows), dtype=torch.bool) if again.fooled is None else again.fooled.to(fooled)
+    return replace(crafted, images=images, fooled=fooled)

@@ -1,8 +1,13 @@
-"""Define the settings of an evaluation."""
+"""Define the settings of an evaluation, and of a sweep of several."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ensemble_attacks.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,83 @@ class Settings(Shared):
 
     eps: float
     seed: int = 0
+
+
+DEFAULT_VOTES = ("softmax",)
+
+
+@dataclass(frozen=True)
+class Sweep(Shared):
+    """A record of what to evaluate: every model with every vote, eps and seed.
+
+    Attributes:
+        models, votes, attacks: names.
+        eps: the radii, in pixel units of [0, 1].
+        dataset: the name of the dataset, or a file, folder or function, as `open_dataset` takes it; ``None``: what the names
+            of the models imply.
+        seeds: the seeds.
+        n: the number of test images, in file order; ``None``: all.
+        shard_size: the number of images of every task.
+        cascade: whether an image that an attack has fooled is not attacked by the next.
+        first: the number of the first image, counted from 0.
+        sample: the number of images that are drawn, of every class in its share, by the first of the seeds; ``None``: the
+            first ``n``.
+        only_correct: whether images that one of the models gets wrong are passed by.
+        transform: what is done to every image, such as ``"resize=256,crop=224"``.
+        others: the attributes of `ensemble_attacks.evaluation.settings.Shared`.
+    """
+
+    models: tuple[str, ...]
+    eps: tuple[float, ...]
+    attacks: tuple[str, ...]
+    votes: tuple[str, ...] = DEFAULT_VOTES
+    dataset: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    n: int | None = None
+    shard_size: int = 250
+    cascade: bool = False
+    first: int = 0
+    sample: int | None = None
+    only_correct: bool = False
+    transform: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Sweep:
+        """Read a sweep from a TOML file with these names as keys; a list may be a single value.
+
+        Raises:
+            FileNotFoundError: Where there is no such file.
+            ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
+                type.
+        """
+        try:
+            given = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
+        return cls.of(given, str(path))
+
+    @classmethod
+    def of(cls, given: dict[str, Any], where: str) -> Sweep:
+        """Return the sweep of names and values, checked as in `read`; ``where`` is what errors call their source."""
+        known = {field.name: field for field in fields(cls)}
+        for key in given:
+            if key not in known:
+                raise unknown_name(f"key in {where}", key, known)
+        needed = {"models", "eps", "attacks", *(key for key in given if str(known[key].type).startswith("tuple"))}
+        if missing := [key for key in known if key in needed and given.get(key) in (None, [], (), "")]:
+            raise ValueError(f"{where} does not say its {missing[0]}")
+        values = {}
+        for key, value in given.items():
+            kind = str(known[key].type)
+            if kind.startswith("tuple"):
+                value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            wanted: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,)}
+            inner = next(name for name in wanted if name in kind)
+            for one in value if isinstance(value, tuple) else (value,):
+                fits = isinstance(one, wanted[inner]) and (inner == "bool" or not isinstance(one, bool))
+                if not fits and not (one is None and "None" in kind):
+                    raise ValueError(f"{where}: {key} holds {one!r}, which is no {inner}")
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise ValueError(f"{where}: {key} holds {next(v for v in value if value.count(v) > 1)!r} twice")
+            values[key] = value
+        return cls(**values)

@@ -17,7 +17,7 @@ from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
-from ensemble_attacks.descent.stages import Trace
+from ensemble_attacks.descent.stages import NEVER, Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
@@ -40,6 +40,7 @@ class Crafted:
         trace: the convergence of an attack of this package (`Trace.rows`).
         outside: the number of images that left the ball, and were replaced by the clean ones.
         failed: by part of a suite that could not be run, why.
+        fooled: the samples (N,) that the attack itself saw fooled; ``None`` where it does not say.
     """
 
     images: Tensor
@@ -47,6 +48,7 @@ class Crafted:
     trace: list[dict[str, float]] = field(default_factory=list)
     outside: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    fooled: Tensor | None = None
 
 
 Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
@@ -70,7 +72,7 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
             on_failure=failed.__setitem__,
         )
         stages = {name: (flags[name], *passes[name]) for name in flags} if len(attacks) > 1 else {}
-        return Crafted(images, stages, failed=failed)
+        return Crafted(images, stages, failed=failed, fooled=~list(flags.values())[-1] if flags else None)
 
     return run
 
@@ -87,7 +89,8 @@ def _ours(version: str) -> Craft:
         assert isinstance(images, Tensor)
         left = {flag.message.split(" is left out")[0]: flag.message for flag in adversary.flags if flag.name in INCOMPLETE}
         stages = {name: (adversary.stages[name], *passes[name]) for name in passes}
-        return Crafted(images, stages, failed=left | adversary.failed)
+        fooled = ~list(stages.values())[-1][0].bool() if stages else None
+        return Crafted(images, stages, failed=left | adversary.failed, fooled=fooled)
 
     return run
 
@@ -115,12 +118,13 @@ def _named(make: Callable[..., Attack]) -> Craft:
             made.trace = trace
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
+        fooled = torch.cat(trace.fooled_in).cpu() < NEVER if isinstance(made, DescentAttack) and trace.fooled_in else None
         if isinstance(made, MORA) and made.targets:
             descents = len(made.sweep())
             sweep = [row for row in rows if row["stage"] < descents]
             robust = torch.cat(trace.fooled_in).cpu() >= descents
             stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
-        return Crafted(images, stages, rows)
+        return Crafted(images, stages, rows, fooled=fooled if fooled is not None and len(fooled) == len(x) else None)
 
     return run
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger, Result
-from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, chains_of
-from ensemble_attacks.files import write_whole
+from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, canonical, chain_of, count_chains
+from ensemble_attacks.files import is_file, read_whole, write_whole
 from ensemble_attacks.judge import Judgement, wilson_interval
-from ensemble_attacks.version import __version__
+
+TOLD = ("outside", "disagreement")  # counts of images that left the ball; that the attack, and not the judge, saw fooled
 
 
 def row_of(
@@ -22,14 +24,11 @@ def row_of(
     stages: dict[str, tuple[Tensor, int, int]],
     forwards: int,
     backwards: int,
-    outside: int = 0,
-    failed: dict[str, str] | None = None,
+    told: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return an attack's row of a summary; ``failed`` tells of parts that could not be run."""
+    """Return an attack's row of a summary; ``told`` is what a reader has to know beside (`told_of`)."""
     n = len(judgement.robust)
-    row: dict[str, Any] = {**judgement.summary(), "forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
-    row |= {"outside": outside} if outside else {}
-    row |= {"failed": failed} if failed else {}
+    row = judgement.summary() | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n} | told
     parts = {
         name: {"robust": int(robust.sum()), "forwards_per_image": ahead / n, "backwards_per_image": back / n}
         for name, (robust, ahead, back) in stages.items()
@@ -37,51 +36,132 @@ def row_of(
     return row | ({"stages": parts} if parts else {})
 
 
-def share_right(judgement: Judgement, before: Tensor) -> Tensor:
-    """Return the share of right draws of every sample, (N,); as ``before`` where it is invalid, which is no success."""
-    return torch.where(judgement.invalid, before, judgement.correct.double().mean(0))
+def told_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a reader has to know beside an attack's verdicts, where there is any, from the numbers of its ranges.
+
+    It has the counts of `TOLD`, and ``failed``: by part of a suite that could not be run, why.
+    """
+    counts = {kind: sum(part.get(kind, 0) for part in parts) for kind in TOLD}
+    failed = {name: why for part in parts for name, why in part.get("failed", {}).items()}
+    return {kind: count for kind, count in counts.items() if count} | ({"failed": failed} if failed else {})
 
 
-def worst_case(right: Tensor) -> dict[str, Any]:
-    """Return the row of the worst case, from every sample's share of right draws (N,) under its worst attack."""
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """A record of how N samples stand after some attacks, the clean images being the first.
+
+    Attributes:
+        right: (N,), float64: the share of right draws under the worst of them; 0 where its scores decided nothing, so that
+            no worst case lies above a single attack.
+        fooled, invalid: (N,) bool: whether any of them fooled it; whether the scores of any version decided nothing.
+    """
+
+    right: Tensor
+    fooled: Tensor
+    invalid: Tensor
+
+    @classmethod
+    def of(cls, n: int) -> Standing:
+        """Return the standing of ``n`` samples before all."""
+        return cls(torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+
+    def after(self, rows: Tensor, judgement: Judgement) -> Standing:
+        """Return the standing after one more attack, which took the samples of ``rows``."""
+        right, fooled, invalid = self.right.clone(), self.fooled.clone(), self.invalid.clone()
+        right[rows] = right[rows].minimum(judgement.correct.double().mean(0))
+        fooled[rows] |= judgement.fooled
+        invalid[rows] |= judgement.invalid
+        return Standing(right, fooled, invalid)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Standing]) -> Standing:
+        """Return the standing of the samples of several ranges."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("right", "fooled", "invalid")))
+
+    @property
+    def left(self) -> Tensor:
+        """Return the samples that a cascade goes on with: none has fooled them; invalid is no success."""
+        return torch.nonzero(~self.fooled).squeeze(-1)
+
+
+def worst_case(standing: Standing) -> dict[str, Any]:
+    """Return the row of the worst case; ``invalid`` are the samples that nothing fooled, but whose scores are unsound."""
+    return share_row(standing.right) | {"invalid": int((standing.invalid & ~standing.fooled).sum())}
+
+
+def share_row(right: Tensor) -> dict[str, Any]:
+    """Return a row of every sample's share of right draws, (N,)."""
     interval = wilson_interval(right.sum().item(), len(right))
     robust = int((right > 0.5).sum())
     return {"n": len(right), "robust": robust, "accuracy": right.mean().item(), "interval": list(interval)}
 
 
-LIGHT = ("robust", "invalid", "correct", "right", "margin")  # tensors that a summary needs, not the images
+LIGHT = ("rows", "robust", "invalid", "correct", "right", "margin")  # tensors that a summary needs, not the images
+NOT_SHOWN = ("code", "made", "origin", "batch_size")  # of a cell, in a summary
+VOLATILE = ("seconds", "finished")  # numbers of a unit that the same run again would change
+Read = Callable[[Unit], Result | None]
 
 
 def summarise(ledger: Ledger) -> dict[str, Any]:
     """Read all units, write ``summary.json``, and return it: what was found, and nothing that another run would change."""
-    cells = []
-    for cell, chains in by_cell(ledger.manifest):
-        shown = {key: value for key, value in asdict(cell).items() if key not in ("code", "batch_size")}
-        cells.append({**shown, **_summary_of(ledger, chains)})
-    summary = {"version": __version__, "cells": cells}
-    data = json.dumps(summary, indent=2).encode() + b"\n"
+    summary = summary_of(ledger.manifest, ledger.read)
+    data = summary_bytes(summary)
     path = ledger.folder / SUMMARY
-    if not path.exists() or path.read_bytes() != data:
+    if not is_file(path) or path.stat().st_size != len(data) or read_whole(path) != data:
         write_whole(path, data)
     return summary
 
 
-def _summary_of(ledger: Ledger, chains: list[list[Unit]]) -> dict[str, Any]:
+def summary_bytes(summary: dict[str, Any]) -> bytes:
+    return json.dumps(summary, indent=2).encode() + b"\n"
+
+
+def summary_of(manifest: dict[str, Any], read: Read) -> dict[str, Any]:
+    """Return the summary of a run whose units are ``read`` one by one; nothing is written."""
+    cells = []
+    for cell, chains in by_cell(manifest):
+        shown = {key: value for key, value in asdict(cell).items() if key not in NOT_SHOWN}
+        cells.append({**shown, **_summary_of(read, chains)})
+    return {"version": manifest["code"].partition("+")[0], "cells": cells}
+
+
+def _summary_of(read: Read, chains: list[list[Unit]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     missing: list[str] = []
-    rights: list[Tensor] = []
+    standings = [Standing.of(units[0].range[1] - units[0].range[0]) for units in chains]
     for units in zip(*chains, strict=True):
-        results = [_light(ledger.read(unit)) for unit in units]
+        results = [_light(read(unit)) for unit in units]
         missing += [unit.name for unit, result in zip(units, results, strict=True) if result is None]
         there = [result for result in results if result is not None]
         if len(there) == len(results):
             rows[units[0].attack] = _row(there, units[0].cell.cascade)
-            rights.append(torch.cat([result.tensors["right"] for result in there]))
+            standings = [s.after(r.tensors["rows"], verdict_of(r)) for s, r in zip(standings, there, strict=True)]
     clean = rows.pop(CLEAN, None)
     summary: dict[str, Any] = {"clean": clean, "attacks": rows}
-    if rights:
-        summary["worst_case"] = worst_case(torch.stack(rights).amin(0))
+    if rows or clean:
+        summary["worst_case"] = worst_case(Standing.joined(standings))
     return summary | ({"missing": missing} if missing else {})
+
+
+def verdict_of(result: Result) -> Judgement:
+    """Return the judge's verdict that a unit holds."""
+    robust, invalid = (result.tensors[key].bool() for key in ("robust", "invalid"))
+    return Judgement(robust, ~robust & ~invalid, invalid, result.tensors["correct"].bool(), result.tensors["margin"])
+
+
+def run_digest(ledger: Ledger) -> str:
+    """Return a hash of all that a run stands on and found, which the same run again has, too, and a paper can quote.
+
+    It is over the manifest, apart from where things lie, and every unit's images, verdicts and numbers, apart from its
+    times; what is missing counts as missing.
+    """
+    state = sha256(canonical(ledger.manifest | {"places": None}))
+    for index in range(count_chains(ledger.manifest)):
+        for unit in chain_of(ledger.manifest, index):
+            info = ledger.info(unit)
+            lasting = info and {key: value for key, value in info.items() if key not in VOLATILE}
+            state.update(canonical([unit.identity, lasting]))
+    return state.hexdigest()[:32]
 
 
 def _light(result: Result | None) -> Result | None:
@@ -93,18 +173,14 @@ def _light(result: Result | None) -> Result | None:
 
 def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
     joined = {key: torch.cat([r.tensors[key] for r in results], -1) for key in LIGHT}
-    robust, invalid = joined["robust"].bool(), joined["invalid"].bool()
     forwards, backwards = (sum(result.info[kind] for result in results) for kind in ("forwards", "backwards"))
-    outside = sum(result.info.get("outside", 0) for result in results)
-    failed = {part: why for result in results for part, why in result.info.get("failed", {}).items()}
+    told = told_of([result.info for result in results])
+    judgement = verdict_of(Result(joined, {}))
     if cascade:  # robust under this attack and all before it
         right = joined["right"]
         n = len(right)
-        row = worst_case(right) | {"attacked": len(robust), "invalid": int(invalid.sum())}
-        row |= {"outside": outside} if outside else {}
-        row |= {"failed": failed} if failed else {}
+        row = share_row(right) | {"attacked": len(judgement.robust), "invalid": int(judgement.invalid.sum())} | told
         return row | {"forwards_per_image": forwards / n, "backwards_per_image": backwards / n}
-    judgement = Judgement(robust, ~robust & ~invalid, invalid, joined["correct"].bool(), joined["margin"])
     stages: dict[str, tuple[Tensor, int, int]] = {}
     order = merged(list(result.info["stages"]) for result in results)
     for index, part in enumerate(order):
@@ -112,7 +188,7 @@ def _row(results: list[Result], cascade: bool) -> dict[str, Any]:
         flags = torch.cat([result.tensors[f"stage {at}"] for result, at in zip(results, last, strict=True)])
         ahead, back = (sum(r.info["stages"][at][k] for r, at in zip(results, last, strict=True)) for k in (0, 1))
         stages[part] = (flags.bool(), ahead, back)
-    return row_of(judgement, stages, forwards, backwards, outside, failed)
+    return row_of(judgement, stages, forwards, backwards, told)
 
 
 def merged(lists: Iterable[list[str]]) -> list[str]:
@@ -135,8 +211,9 @@ def _until(stages: dict[str, Any], parts: list[str]) -> str:
 def seconds_of(ledger: Ledger) -> dict[str, float]:
     """Return the seconds that each attack took in each cell, over all ranges, by ``model vote eps seed attack``."""
     spent: dict[str, float] = {}
-    for unit in (unit for chain in chains_of(ledger.manifest) for unit in chain):
-        if (info := ledger.info(unit)) is not None:
-            key = f"{unit.cell.key} {unit.attack}"
-            spent[key] = spent.get(key, 0.0) + info["seconds"]
+    for index in range(count_chains(ledger.manifest)):
+        for unit in chain_of(ledger.manifest, index):
+            if (info := ledger.info(unit)) is not None:
+                key = f"{unit.cell.key} {unit.attack}"
+                spent[key] = spent.get(key, 0.0) + info["seconds"]
     return spent

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from itertools import product
+from math import prod
 from typing import Any
 
 from ensemble_attacks.evaluation.settings import Settings
@@ -33,6 +34,9 @@ class Cell(Settings):
         n: the number of images of the run.
         cascade: whether an image that an attack has fooled is not attacked by the next.
         weights, data, code: hashes of the model, the images and the package.
+        made: a hash of what the model is made of beside its weights: its modules, their options and their code.
+        origin: a hash of the source that a user's own model comes from; empty where an installed package names it.
+        transform: what is done to every image.
     """
 
     model: str = field(kw_only=True)
@@ -43,6 +47,9 @@ class Cell(Settings):
     weights: str = field(kw_only=True)
     data: str = field(kw_only=True)
     code: str = field(kw_only=True)
+    made: str = field(default="", kw_only=True)
+    origin: str = field(default="", kw_only=True)
+    transform: str = field(default="", kw_only=True)
 
     @property
     def settings(self) -> Settings:
@@ -101,35 +108,58 @@ class Unit:
         return f"{cell.model} {cell.vote} {cell.eps:g}{seed} {self.attack} {start}-{stop}"
 
 
+def _dimensions(manifest: dict[str, Any]) -> list[list[Any]]:
+    """Return the lists whose product the cells of a run are."""
+    return [manifest["sweep"][key] for key in ("models", "votes", "eps", "seeds")]
+
+
+def _cell(manifest: dict[str, Any], model: str, vote: str, eps: float, seed: int) -> Cell:
+    sweep = manifest["sweep"]
+    shared = {key: sweep[key] for key in ("dataset", "transform", "norm", "n", "batch_size", "draws", "eot_iter", "amp")}
+    hashes = {key: manifest[key] for key in ("data", "code")} | {key: manifest[key][model] for key in ("weights", "made")}
+    origin = manifest["origins"].get(model)
+    hashes["origin"] = sha256(canonical(origin)).hexdigest() if origin else ""
+    return Cell(eps, seed, model=model, vote=vote, cascade=sweep["cascade"], **shared, **hashes)
+
+
 def cells_of(manifest: dict[str, Any]) -> list[Cell]:
     """Return the cells of a run: what its units have in common."""
-    sweep = manifest["sweep"]
-    shared = {key: sweep[key] for key in ("dataset", "norm", "n", "batch_size", "draws", "eot_iter", "amp", "cascade")}
-    hashes = {key: manifest[key] for key in ("data", "code")}
-    return [
-        Cell(eps, seed, model=model, vote=vote, weights=manifest["weights"][model], **shared, **hashes)
-        for model, vote, eps, seed in product(sweep["models"], sweep["votes"], sweep["eps"], sweep["seeds"])
-    ]
+    return [_cell(manifest, *choice) for choice in product(*_dimensions(manifest))]
+
+
+def shards_of(manifest: dict[str, Any]) -> int:
+    """Return the number of chains of every cell."""
+    return -(-manifest["sweep"]["n"] // manifest["sweep"]["shard_size"])
+
+
+def count_chains(manifest: dict[str, Any]) -> int:
+    """Return the number of chains of a run."""
+    return prod(map(len, _dimensions(manifest))) * shards_of(manifest)
+
+
+def chain_of(manifest: dict[str, Any], index: int) -> list[Unit]:
+    """Return the units of one chain, without those of the others: the clean images first, then the attacks in order."""
+    if not 0 <= index < count_chains(manifest):
+        raise IndexError(f"chain {index} of {count_chains(manifest)}")
+    sweep, (number, shard) = manifest["sweep"], divmod(index, shards_of(manifest))
+    choice: list[Any] = []
+    for values in reversed(_dimensions(manifest)):
+        number, at = divmod(number, len(values))
+        choice.insert(0, values[at])
+    cell, start = _cell(manifest, *choice), shard * sweep["shard_size"]
+    images = (start, min(start + sweep["shard_size"], sweep["n"]))
+    names = [CLEAN, *sweep["attacks"]]
+    return [Unit(cell, name, tuple(names[:i]) if sweep["cascade"] else (), images) for i, name in enumerate(names)]
 
 
 def chains_of(manifest: dict[str, Any]) -> list[list[Unit]]:
-    """Return the units, by the task that runs them: the clean images first, then the attacks in order."""
-    sweep = manifest["sweep"]
-    names = [CLEAN, *sweep["attacks"]]
-    before = [tuple(names[:index]) if sweep["cascade"] else () for index in range(len(names))]
-    starts = range(0, sweep["n"], sweep["shard_size"])
-    return [
-        [
-            Unit(cell, name, b, (start, min(start + sweep["shard_size"], sweep["n"])))
-            for name, b in zip(names, before, strict=True)
-        ]
-        for cell, start in product(cells_of(manifest), starts)
-    ]
+    """Return the units, by the task that runs them, in the order of `chain_of`."""
+    return [chain_of(manifest, index) for index in range(count_chains(manifest))]
 
 
 def by_cell(manifest: dict[str, Any]) -> Iterator[tuple[Cell, list[list[Unit]]]]:
     """Yield every cell with its chains."""
-    chains, cells = chains_of(manifest), cells_of(manifest)
-    shards = len(chains) // len(cells)
-    for index, cell in enumerate(cells):
-        yield cell, chains[index * shards : (index + 1) * shards]
+    shards = shards_of(manifest)
+    for index in range(count_chains(manifest) // shards):
+        chains = [chain_of(manifest, index * shards + shard) for shard in range(shards)]
+        yield chains[0][0].cell, chains

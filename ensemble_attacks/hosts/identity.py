@@ -65,7 +65,8 @@ def described(thing: object, attacked: Sequence[nn.Module] = (), _around: tuple[
     if isinstance(thing, (set, frozenset)):
         return sorted(str(of(part)) for part in thing)
     if is_dataclass(thing) and not isinstance(thing, type):
-        return {"class": _name(type(thing)), **{field.name: of(getattr(thing, field.name)) for field in fields(thing)}}
+        given = {field.name: of(getattr(thing, field.name)) for field in fields(thing) if field.init}  # others are derived
+        return {"class": _name(type(thing)), **given}
     if isinstance(thing, functools.partial):
         return {"function": of(thing.func), "args": of(thing.args), "keywords": of(thing.keywords)}
     if isinstance(thing, types.MethodType):

@@ -26,7 +26,8 @@ from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger, difference
 from ensemble_attacks.evaluation.ledger import Result as Stored
-from ensemble_attacks.evaluation.manifest import Sweep, manifest_of
+from ensemble_attacks.evaluation.manifest import manifest_of
+from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import _until, merged
 from ensemble_attacks.evaluation.units import Unit, chains_of
 from ensemble_attacks.models import providers
@@ -221,9 +222,13 @@ def test_a_cascade_keeps_no_lucky_draws(tmp_path: Path) -> None:
     assert run(Ledger(tmp_path / "one by one", one_by_one))["cells"][0]["attacks"][HARMLESS[0]]["attacked"] < 6
 
 
-def test_a_cascade_ends_where_an_attack_is_given_up(tmp_path: Path) -> None:
+def test_a_cascade_ends_where_an_attack_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(runner, "_attack", failing)
     arguments = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "4", "--cascade", "--out", tmp_path / "run"]
-    result = invoke(*arguments, "--attacks", "torchattacks:PGD?steps=abc,torchattacks:FGSM")
+    result = invoke(*arguments, "--attacks", "torchattacks:PGD,torchattacks:FGSM")
     assert result.exit_code == 1
     assert "Given up: gal_convnet_3 softmax 0.12 torchattacks:FGSM 0-4" in result.output
 

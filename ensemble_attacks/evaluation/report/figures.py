@@ -18,7 +18,7 @@ from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_f
 from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.report.tables import write_csv
-from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of, seed_said
+from ensemble_attacks.evaluation.units import Unit, by_cell, cells_of, seed_said
 from ensemble_attacks.models.ask import ask, ask_members
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.norms import UNIT
@@ -49,7 +49,8 @@ class Picture:
 
     def save(self, folder: Path) -> None:
         for kind in ("pdf", "png"):
-            self.figure.savefig(folder / f"{self.name}.{kind}", bbox_inches="tight")
+            dated = {"CreationDate": None} if kind == "pdf" else None  # the same report has the same bytes
+            self.figure.savefig(folder / f"{self.name}.{kind}", bbox_inches="tight", metadata=dated)
         if self.rows:
             write_csv(folder / f"{self.name}.csv", self.columns, self.rows)
 
@@ -61,10 +62,7 @@ def _title(unit: Unit) -> str:
 def _curves(ledger: Ledger) -> list[Picture]:
     """Draw robust images against passes, all attacks of a cell on one axis (MORA, figure 4)."""
     pictures = []
-    chains, cells = chains_of(ledger.manifest), cells_of(ledger.manifest)
-    shards = len(chains) // len(cells)
-    for index in range(len(cells)):
-        own = chains[index * shards : (index + 1) * shards]
+    for index, (_, own) in enumerate(by_cell(ledger.manifest)):
         axes = (figure := Figure(figsize=(7, 4))).subplots()
         rows: list[tuple[Any, ...]] = []
         for units in list(zip(*own, strict=True))[1:]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from matplotlib import style
 from tabulate import tabulate
 
@@ -18,19 +17,23 @@ from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
 from ensemble_attacks.evaluation.origins import images_of, placed_anew
 from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
-from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows, write_csv
-from ensemble_attacks.evaluation.summary import seconds_of, summarise
-from ensemble_attacks.evaluation.units import Unit, cells_of, chains_of
+from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
+from ensemble_attacks.evaluation.summary import run_digest, seconds_of, summary_of
+from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains, shards_of
 from ensemble_attacks.models.preserve import private_random_state
 
 STYLE = "tableau-colorblind10"
 
 
-def write_report(run: Path, out: Path, *, device: str = "cpu", model: str | None = None, dataset: str | None = None) -> Path:
+def write_report(
+    run: Path | Ledger, out: Path, *, device: str = "cpu", model: str | None = None, dataset: str | None = None
+) -> Path:
     """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; return the page's path.
 
+    Nothing is written into the run, unless ``out`` lies there.
+
     Args:
-        run: the folder of a finished run.
+        run: the folder of a finished run, or its ledger.
         out: a new folder.
         device: where the model is asked.
         model, dataset: names that the run's model and data have by now; ``None``: theirs.
@@ -39,16 +42,16 @@ def write_report(run: Path, out: Path, *, device: str = "cpu", model: str | None
         FileNotFoundError, LedgerError: Where there is no run, or one that has not finished.
         FileExistsError: Where ``out`` is there already.
     """
-    ledger = Ledger(run)
+    ledger = run if isinstance(run, Ledger) else Ledger(run)
     ledger.manifest = placed_anew(ledger.manifest, model, dataset)
-    summary = summarise(ledger)
+    summary = summary_of(ledger.manifest, ledger.read)
     if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
-        raise LedgerError(f"{run} is not finished: {missing[0]} is missing, run it again")
+        raise LedgerError(f"{ledger.folder} is not finished: {missing[0]} is missing, run it again")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
     warn_of_code(ledger)
     rows = table_rows(summary, seconds_of(ledger))
-    with style.context(STYLE):
+    with style.context([STYLE, {"text.parse_math": False}]):  # a name with dollars in it is a name
         pictures = [*_curves(ledger), *_by_eps(summary)]
         diagnoses: dict[str, Diagnosis] = {}
         for chain in _first_chains(ledger):
@@ -71,8 +74,8 @@ def write_report(run: Path, out: Path, *, device: str = "cpu", model: str | None
 
 def _first_chains(ledger: Ledger) -> list[list[Unit]]:
     """Return the units of every cell on its first images."""
-    chains = chains_of(ledger.manifest)
-    return chains[:: len(chains) // len(cells_of(ledger.manifest))]
+    chains = range(0, count_chains(ledger.manifest), shards_of(ledger.manifest))
+    return [chain_of(ledger.manifest, index) for index in chains]
 
 
 def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
@@ -108,13 +111,18 @@ def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diag
 
 
 def _markdown(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Picture]) -> str:
-    parts = [f"# {_name(ledger)}", tabulate(rows, COLUMNS, tablefmt="github")]
+    text = [index for index, column in enumerate(COLUMNS) if column in ("model", "vote", "attack")]
+    shown = [[in_markdown(value) for value in row] for row in rows]
+    parts = [f"# {in_markdown(_name(ledger))}", tabulate(shown, COLUMNS, tablefmt="github", disable_numparse=text)]
     for name, diagnosis in diagnoses.items():
-        table = [(c.name, c.verdict, f"{c.figure:.2f}", " ".join(c.meaning.split()), c.source) for c in diagnosis.checks]
-        parts += [f"## Is the gradient masked? {name}", f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
+        table = [
+            (c.name, c.verdict, f"{c.figure:.2f}", in_markdown(c.meaning), in_markdown(c.source)) for c in diagnosis.checks
+        ]
+        parts += [f"## Is the gradient masked? {in_markdown(name)}", f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
         parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
-    parts += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in pictures]
-    return "\n\n".join([*parts, "## How to run it again", f"```\n{_manifest(ledger)}\n```"]) + "\n"
+    parts += [f"![{in_markdown(picture.caption)}](figures/{picture.name}.png)" for picture in pictures]
+    fenced = _manifest(ledger).replace("```", "~~~")
+    return "\n\n".join([*parts, "## How to run it again", f"```\n{fenced}\n```"]) + "\n"
 
 
 def _name(ledger: Ledger) -> str:
@@ -127,5 +135,6 @@ def _manifest(ledger: Ledger) -> str:
     manifest = ledger.manifest
     lines = [f"{key} = {value!r}" for key, value in manifest["sweep"].items() if value is not None]
     lines += [f"weights of {model}: {value}" for model, value in manifest["weights"].items()]
-    versions = f"code {manifest['code']}, torch {torch.__version__}"
-    return "\n".join([*lines, f"images: {manifest['data']}", versions])
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    lines += [f"images: {manifest['data']}", f"code {manifest['code']}, {versions}", f"digest {run_digest(ledger)}"]
+    return "\n".join(lines)

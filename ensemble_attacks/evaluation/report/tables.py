@@ -9,7 +9,11 @@ from typing import Any
 
 from ensemble_attacks.evaluation.units import CLEAN
 
-COLUMNS = ("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "passes / image", "seconds")
+COLUMNS = (
+    *("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "invalid", "outside", "disagreement"),
+    *("passes / image", "seconds"),
+)
+TOLD = ("invalid", "outside", "disagreement")
 
 
 def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple[Any, ...]]:
@@ -23,12 +27,27 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
             spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
             figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
             cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
-            rows.append((*start, name, *figures, *cost))
+            called = f"{name} (without {', '.join(row['failed'])})" if row.get("failed") else name
+            rows.append((*start, called, *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
     return rows
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
     """Write a table as CSV; text that a spreadsheet would take for a formula gets an apostrophe."""
-    safe = lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" and value else value  # noqa: E731
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *([safe(value) for value in row] for row in rows)])
+        csv.writer(file).writerows([columns, *([_no_formula(value) for value in row] for row in rows)])
+
+
+def _no_formula(value: Any) -> Any:
+    if isinstance(value, str) and (value.lstrip()[:1] in ("=", "+", "-", "@") or value[:1].isspace()):
+        return f"'{value}"
+    return value
+
+
+def in_markdown(value: Any) -> Any:
+    """Return a value so that its text stays text in a table of Markdown: no cell, link, tag or line begins in it."""
+    if not isinstance(value, str):
+        return value
+    for character in "\\`*[]<>|":
+        value = value.replace(character, f"\\{character}")
+    return " ".join(value.split())
