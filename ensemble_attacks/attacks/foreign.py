@@ -23,12 +23,21 @@ from ensemble_attacks.validation import check_images, check_labels
 
 
 def craft(
-    attack: Attack, x: Tensor, y: Tensor, *, seed: int, batch_size: int, eps: float | None = None, norm: str = "Linf"
+    attack: Attack,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    eps: float | None = None,
+    norm: str = "Linf",
+    checked: bool = False,
 ) -> Tensor:
     """Run anybody's attack, in batches, leaving all as it was, and return the images on the device of ``x``.
 
     The attacks of this package see to the batches and to leaving all as it was themselves. Others craft in float32; where
     ``eps`` is given, what rounding to the type of ``x`` carries out of the ball is put back (`rounded`).
+    A model whose answers the caller has ``checked`` is only asked by the attack itself.
 
     Raises:
         TypeError, ValueError: Where images, labels or model cannot be attacked; nothing has been run.
@@ -41,8 +50,9 @@ def craft(
     check_labels(y, x)
     with guarded(model, seed=seed, evaluate=False), _asking(attack):
         x, y = ordinary(x), ordinary(y).long()
-        with uncounted(model):
-            classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)), y)
+        if not checked:
+            with uncounted(model):
+                classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)), y)
         images = torch.empty_like(x, dtype=torch.float32)
         with default_dtype(torch.float32), _told(attack):
             for rows in torch.arange(len(x)).split(batch_size):  # it may write into what it gets

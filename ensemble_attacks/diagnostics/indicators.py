@@ -163,7 +163,8 @@ def _of_sample(
         recorder = _Recorder(model, x, y, size)
         images = x
         if differentiable:
-            images = or_clean(x, craft(attack(recorder, size), x, y, seed=seed, batch_size=1, eps=size), eps=size)
+            crafted = craft(attack(recorder, size), x, y, seed=seed, batch_size=1, eps=size, checked=True)
+            images = or_clean(x, crafted, eps=size)
         fooled = [bool(judge(net, x, y, images, eps=size).fooled) for net in (model, target)]
         return fooled[0], fooled[1], recorder.losses
 
