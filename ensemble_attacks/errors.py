@@ -56,6 +56,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says, for one line of a summary."""
+    if isinstance(error, AttackFailedError) and error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 

@@ -56,7 +56,10 @@ def craft(
         images = torch.empty_like(x, dtype=torch.float32)
         with default_dtype(torch.float32), _told(attack):
             for rows in torch.arange(len(x)).split(batch_size):  # it may write into what it gets
-                images[rows] = attack(x[rows].float().clone(), y[rows].clone()).detach().to(images)
+                crafted = attack(x[rows].float().clone(), y[rows].clone()).detach()
+                if crafted.shape != x[rows].shape:
+                    raise ValueError(f"it returned images of shape {tuple(crafted.shape)}, not {tuple(x[rows].shape)}")
+                images[rows] = crafted.to(images)
         return images.to(x.dtype) if eps is None else rounded(x, images, eps=eps, norm=norm)
 
 

@@ -87,7 +87,15 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
-        classes = classes_of(model, few)
+        try:
+            classes = classes_of(model, few)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise ValueError(
+                f"model {type(model).__name__} cannot be asked about one or two of these images, {tuple(few.shape[1:])} "
+                f"each: {reason(error)}"
+            ) from error
         check_label_range(y, classes, "y")
         for name in attacks:
             check_fit(name, classes, settings.norm, x.shape[1:])
