@@ -66,7 +66,7 @@ class Member(nn.Module):
 
 def draw_transfer(axes: Any, shares: Tensor) -> None:
     """Draw the matrix as a heat map on a figure's axes."""
-    drawn = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis")
+    drawn = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="viridis")
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
             axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share < 60 else "black")

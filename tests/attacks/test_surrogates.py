@@ -155,7 +155,7 @@ def test_arguments_are_checked_before_the_parts_are_looked_at(attack: type, batc
     made = attack(Guarded().eval(), eps=EPS)
     with pytest.raises(TypeError, match=r"images has dtype torch\.float32, the model torch\.float64"):
         made(batch[0].float(), batch[1])
-    with pytest.raises(ValueError, match="four dimensions"):
+    with pytest.raises(ValueError, match="one class index per image"):
         made(batch[0][0], batch[1])
 
 

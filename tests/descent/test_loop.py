@@ -106,7 +106,7 @@ def test_mora_opens_where_the_scores_have_been_seen(moved: float, batch: tuple[T
     attack.trace = Trace()
     attack(images, labels, start)
     begun = images if start is None else start
-    checks = [len(x) for x in model.asked].index(1) + 1  # that the model is the ensemble it shows, and how many classes
+    checks = [len(x) for x in model.asked].index(2) + 2  # that the model is the ensemble it shows, and how many classes
     asked = model.asked[checks:]
     assert torch.equal(asked[0], images)
     assert start is None or torch.equal(asked[1], start)

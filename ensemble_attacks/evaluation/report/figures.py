@@ -234,7 +234,8 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
             heights = (
                 torch.cat([margin(ask(net, part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)
             )
-        drawn = axis.imshow(heights, origin="lower", extent=(scale[0], scale[-1]) * 2, aspect="auto", cmap="cividis")
+        extent = (float(scale[0]), float(scale[-1])) * 2
+        drawn = axis.imshow(heights.numpy(), origin="lower", extent=extent, aspect="auto", cmap="cividis")
         axis.set(title=name, xlabel="along the gradient's sign", ylabel="along random signs")
         figure.colorbar(drawn, ax=axis)
         rows += [(name, float(a), float(b), float(heights[i, j])) for i, b in enumerate(scale) for j, a in enumerate(scale)]
