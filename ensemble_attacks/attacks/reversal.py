@@ -22,7 +22,7 @@ from ensemble_attacks.descent.balls import make_ball
 from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.parts import find_parts, not_called
+from ensemble_attacks.models.parts import check_output, find_parts, not_called
 from ensemble_attacks.norms import NORMS, UNIT
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
@@ -71,6 +71,7 @@ class Behind(nn.Module):
             handle.remove()
         if not kept:
             raise not_called([self.name])
+        check_output(self.name, kept[0])
         if not kept[0].abs().max() < REACH:
             raise PartError(
                 f"part: its outputs reach {kept[0].abs().max():g}, beyond {REACH:g}: name a part that is image-like"

@@ -79,7 +79,11 @@ def _hooked(
 
     def copied(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Any, Any]:
         """Give a part a copy of what comes in, into which it may write."""
-        came_in.append([*inputs, *named.values()][0])
+        given = [*inputs, *named.values()]
+        if not given or not isinstance(given[0], Tensor):
+            kind = type(given[0]).__name__ if given else "nothing"
+            raise PartError(f"parts: a {type(module).__name__} is given {kind}: name parts that take one tensor first")
+        came_in.append(given[0])
         if inputs:
             return (inputs[0].clone(), *inputs[1:]), named
         first, *_ = named
@@ -88,6 +92,7 @@ def _hooked(
     def hook(name: str) -> Callable[..., Tensor | None]:
         def call(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
             x = came_in.pop()
+            check_output(name, output)
             if output.shape != x.shape:
                 raise PartError(
                     f"parts: {name!r} turns {tuple(x.shape)} into {tuple(output.shape)}, so that the identity cannot stand "
@@ -102,6 +107,12 @@ def _hooked(
             stack.callback(module.register_forward_pre_hook(copied, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
         yield
+
+
+def check_output(name: str, output: object) -> None:
+    """Raise a `PartError` unless a part returned one tensor."""
+    if not isinstance(output, Tensor):
+        raise PartError(f"parts: {name!r} returns a {type(output).__name__}: name parts that return one tensor")
 
 
 def not_called(names: Sequence[str]) -> PartError:
