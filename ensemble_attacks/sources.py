@@ -10,7 +10,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import random
 import re
 import sys
 from collections.abc import Iterator
@@ -21,11 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import said, unknown_name
 from ensemble_attacks.names import FILE_FUNCTION, MODULE_FUNCTION, options_in, split_options
+from ensemble_attacks.randomness import seeded
 
 
 def is_function(name: str) -> bool:
@@ -49,7 +46,7 @@ def call(name: str) -> Any:
     match = FILE_FUNCTION.fullmatch(body) or MODULE_FUNCTION.fullmatch(body)
     assert match is not None
     where, options = match["where"], options_in(query)
-    with _importable(where), _seeded():
+    with _importable(where), seeded(0):
         module = _imported(where)
         function = getattr(module, match["function"], None)
         if not callable(function):
@@ -63,10 +60,10 @@ def call(name: str) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    message = " ".join(str(error).split())[:300]
+    message = said(error)
     gpu = any(word in message.lower() for word in ("cuda", "nvidia", "hip gpu"))
     hint = ": let it make the model on the CPU (map_location='cpu'), it is moved to --device afterwards" if gpu else ""
-    return f"{type(error).__name__}: {message}{hint}"
+    return f"{message}{hint}"
 
 
 def _check_options(name: str, function: Any, options: dict[str, Any]) -> None:
@@ -82,21 +79,6 @@ def _check_options(name: str, function: Any, options: dict[str, Any]) -> None:
             raise unknown_name(f"option of {name}", key, takes)
     if lacking := [key for key, of in takes.items() if of.default is of.empty and key not in options]:
         raise ValueError(f"{name} needs {lacking[0]}: write {name}?{lacking[0]}=VALUE, or give it a default")
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Start torch's, numpy's and Python's random states at 0 within the context, so that untrained weights are the same."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager
@@ -196,11 +178,16 @@ def _files_of(name: str) -> dict[str, Path]:
     file, top = _module_file(where), _module_file(where.split(".")[0])
     assert file is not None
     assert top is not None
-    if {"site-packages", "dist-packages"} & set(file.parts):  # an installed package's version says what it is
+    if is_installed(file):  # an installed package's version says what it is
         return {file.name: file}
     root = top.parents[1] if top.name == "__init__.py" else top.parent
     inside = {key: path for key, path in _closure(file, root).items() if _top(key) == where.split(".")[0]}
     return {file.relative_to(root).as_posix(): file, **inside}
+
+
+def is_installed(file: Path) -> bool:
+    """Tell whether a file is an installed package's, whose version says what it is."""
+    return bool({"site-packages", "dist-packages"} & set(file.parts))
 
 
 def _module_file(name: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -184,6 +185,12 @@ def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = 
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     if at_most is not None and value > at_most:
         raise ValueError(f"{name} must be at most {at_most:,}, got {value if value < 10**20 else 'far more'}")
+
+
+def check_folder_of(name: str, path: str | Path | None) -> None:
+    """Raise a `FileNotFoundError` where the folder of a file that is to be written does not exist."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{name} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
 
 
 def check_seed(seed: int) -> None:

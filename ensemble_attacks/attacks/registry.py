@@ -8,7 +8,6 @@ it is given those that it has as parameters.
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.names import literal
 
 GROUP = "ensemble_attacks.attacks"
 PEER = "torchattacks:"
@@ -347,7 +347,7 @@ def _peer(name: str) -> NamedAttack:
     if kind in NOT_BY_NAME:
         raise ValueError(f"attack {PEER + kind!r} cannot be had by its name: {NOT_BY_NAME[kind]}")
     attack = getattr(torchattacks, kind)
-    options = {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    options = {key: literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     takes = [key for key in inspect.signature(attack).parameters if key != "model"]
     for key in options:
         if key not in takes:
@@ -363,11 +363,3 @@ def _check_option(kind: str, key: str, value: Any, default: Any) -> None:
         raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected one like {default!r}")
     if isinstance(value, (int, float)) and not abs(value) < 1e30:
         raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected a finite number")
-
-
-def _literal(text: str) -> Any:
-    above, slash, below = text.partition("/")
-    try:
-        return float(above) / float(below) if slash else ast.literal_eval(text)
-    except (ValueError, SyntaxError, ZeroDivisionError):
-        return text

@@ -20,7 +20,7 @@ from ensemble_attacks.hosts.identity import described
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.providers import GROUP as MODELS
-from ensemble_attacks.sources import anywhere
+from ensemble_attacks.sources import anywhere, is_installed
 from ensemble_attacks.version import __version__
 
 STANDS_ON = (  # the packages whose version may change a result
@@ -118,7 +118,7 @@ def _kind_said(kind: type) -> str:
     top, file = kind.__module__.partition(".")[0], getattr(sys.modules.get(kind.__module__), "__file__", None)
     if top in ("torch", "ensemble_attacks", "defenses"):
         return f"{kind.__module__}.{kind.__qualname__}"
-    if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
+    if file is not None and is_installed(Path(file)):
         return f"{kind.__module__}.{kind.__qualname__} {_digest_of(Path(file))}"
     return f"{kind.__qualname__} {source_of(kind)}"
 

@@ -56,7 +56,7 @@ def _classes(model: nn.Module) -> dict[str, str]:
         if kind.__module__.split(".")[0] in installed:
             continue
         source = source_of(kind)  # empty where it is typed into an interpreter, or compiled
-        if source and not {"site-packages", "dist-packages"} & set(Path(inspect.getfile(kind)).resolve().parts):
+        if source and not sources.is_installed(Path(inspect.getfile(kind)).resolve()):
             found[kind.__qualname__] = source
     return dict(sorted(found.items()))
 

@@ -40,6 +40,7 @@ from ensemble_attacks.validation import (
     check_choice,
     check_count,
     check_eps,
+    check_folder_of,
     check_images,
     check_label_range,
     check_labels,
@@ -131,8 +132,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self._ready = False
         if seed is not None:
             check_seed(seed)
-        if log_path is not None and not Path(log_path).parent.is_dir():
-            raise FileNotFoundError(f"log_path {str(log_path)!r}: there is no folder {str(Path(log_path).parent)!r}")
+        check_folder_of("log_path", log_path)
         for name in attacks_to_run:
             if not isinstance(name, (str, Attack)):
                 raise TypeError(f"attacks_to_run holds {name!r}: expected names, or instances of torchattacks.Attack")
@@ -206,8 +206,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             images = carried_back(self, inner, x_orig, y_orig, seen, found)
             return (images, predicted) if return_labels else images
         path = None if state_path is None else Path(state_path)
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"state_path {str(path)!r}: there is no folder {str(path.parent)!r}, make it first")
+        check_folder_of("state_path", path)
         with self._untouched():
             x, y = self._checked(x_orig, y_orig, bs)
             chosen = self._prepare(x, y, bs)

@@ -19,6 +19,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.slots import SLOTS, is_original
+from ensemble_attacks.models.held import closed_over
 
 ATTACKED = "the attacked model"
 SIMPLE = (type(None), bool, int, float, str)
@@ -128,7 +129,7 @@ def _flat(items: Iterable[tuple[str, Any]]) -> Iterable[Any]:
 
 
 def _function(function: types.FunctionType, of: Any) -> Any:
-    held = [of(cell.cell_contents) for cell in function.__closure__ or () if _filled(cell)]
+    held = [of(value) for value in closed_over(function)]
     return {
         "name": f"{function.__module__}.{function.__qualname__}",
         "code": _code(function.__code__),
@@ -141,10 +142,3 @@ def _code(code: types.CodeType) -> str:
     """Return the hash of what a function does, whatever address it lies at."""
     constants = [_code(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
     return digest(code.co_code.hex(), re.sub(r" at 0x[0-9a-f]+", "", str(constants)), code.co_names)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is bound later
-        return False

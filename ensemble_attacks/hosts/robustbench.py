@@ -31,7 +31,7 @@ from ensemble_attacks.judge import judge
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.validation import check_choice, check_count, check_device, check_radius
+from ensemble_attacks.validation import check_choice, check_count, check_device, check_folder_of, check_radius
 
 FEW = 8  # images that tell whether a model is random
 NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
@@ -203,9 +203,8 @@ def benchmark(
     check_count("batch_size", batch_size)
     if to_disk and model_name is None:
         raise ValueError("to_disk=True needs a model_name, under which the result is stored")
-    for kind, path in (("aa_state_path", aa_state_path), ("log_path", log_path)):
-        if path is not None and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{kind} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
+    check_folder_of("aa_state_path", aa_state_path)
+    check_folder_of("log_path", log_path)
     if device is not None:
         check_device(str(device))
     home = device_of(module, torch.device("cpu"))

@@ -6,7 +6,7 @@ Shape suffixes: M members, N samples, K classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,17 @@ class AdoptedEnsemble(Ensemble):
         return super().extra_repr() + (f", checked on {self._checked}" if self._checked else "")
 
     def forward(self, x: Tensor) -> Tensor:
-        if wants_gradient(x) and self._gradient is None:
-            self._gradient = has_gradient(self.original, x[:FEW])
-        if self._gradient or not wants_gradient(x):
+        if not wants_gradient(x) or self.has_own_gradient(x):
             return ask(self.original, x)
         with torch.no_grad():
             scores_NK = ask(self.original, x)
         return straight_through(scores_NK, self.aggregate(super().member_logits(x)))
+
+    def has_own_gradient(self, x: Tensor) -> bool:
+        """Tell whether the model's own scores have a gradient, by the first images (N, ...) that it is asked about."""
+        if self._gradient is None:
+            self._gradient = has_gradient(self.original, x[:FEW])
+        return self._gradient
 
     def member_logits(self, x: Tensor) -> Tensor:
         if not self.verified:
@@ -187,19 +191,12 @@ def _is_plain(model: nn.Module) -> bool:
     return kind.forward is Ensemble.forward and kind.member_logits is Ensemble.member_logits and not hooked
 
 
-@torch.no_grad()
 def false_claims(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str) -> int:
     """Return on how many images (N, ...) the claim for an adopted ensemble is false; 0 of any other, or a random, model."""
-    if not isinstance(model := getattr(model, "counted", model), AdoptedEnsemble):
+    inner = getattr(model, "counted", model)
+    if not isinstance(inner, AdoptedEnsemble):
         return 0
-    found = 0
-    for part in x.split(batch_size):
-        images = part.to(device)
-        wrong = model.mismatches(images)
-        if wrong and not torch.equal(ask(model.original, images), ask(model.original, images)):
-            return 0
-        found += len(wrong)
-    return found
+    return _refuted(inner, x, batch_size, device, lambda images: len(inner.mismatches(images)))
 
 
 def check_claim(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str) -> None:
@@ -209,21 +206,28 @@ def check_claim(model: nn.Module, x: Tensor, batch_size: int, device: torch.devi
     otherwise on images (N, ...). Ties, which the model may break as it likes, and random models do not count.
     """
     inner = getattr(model, "counted", model)
-    if not isinstance(inner, AdoptedEnsemble) or has_gradient(inner.original, x[:FEW].to(device)):
+    if not isinstance(inner, AdoptedEnsemble) or inner.has_own_gradient(x[:FEW].to(device)):
         return
-    count = 0
-    for part in x.split(batch_size):
-        images = part.to(device)
-        differ, _ = inner._compare(images)
-        with torch.no_grad():
-            if differ.any() and not torch.equal(ask(inner.original, images), ask(inner.original, images)):
-                return
-        count += int(differ.sum())
-    if count:
+    if count := _refuted(inner, x, batch_size, device, lambda images: int(inner._compare(images)[0].sum())):
         raise AggregateMismatchError(
             f"the scores have no gradient, and the members and vote={inner.vote_said!r} claimed for them predict another "
             f"class on {count} of {len(x)} images: name the right members and vote"
         )
+
+
+@torch.no_grad()
+def _refuted(
+    model: AdoptedEnsemble, x: Tensor, batch_size: int, device: torch.device | str, count: Callable[[Tensor], int]
+) -> int:
+    """Return the sum of what ``count`` finds wrong in batches of images (N, ...); 0 of a model that differs from itself."""
+    found = 0
+    for part in x.split(batch_size):
+        images = part.to(device)
+        wrong = count(images)
+        if wrong and not torch.equal(ask(model.original, images), ask(model.original, images)):
+            return 0
+        found += wrong
+    return found
 
 
 def _predict_otherwise(own_NK: Tensor, claimed_NK: Tensor) -> Tensor:

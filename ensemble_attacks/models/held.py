@@ -54,9 +54,17 @@ def _parts(thing: Any) -> list[Any]:
         return [thing.func, *thing.args, *thing.keywords.values()]
     bound = [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__")]
     if (code := getattr(thing, "__code__", None)) is not None:
-        cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if _filled(cell)]
-        return [*bound, *cells, *(thing.__globals__[name] for name in code.co_names if name in thing.__globals__)]
+        return [
+            *bound,
+            *closed_over(thing),
+            *(thing.__globals__[name] for name in code.co_names if name in thing.__globals__),
+        ]
     return [*bound, *getattr(thing, "__dict__", {}).values()]
+
+
+def closed_over(function: Any) -> list[Any]:
+    """Return what a function closes over."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
 
 
 def _filled(cell: Any) -> bool:

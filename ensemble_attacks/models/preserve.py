@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ensemble_attacks.models.held import generators_of, modules_of
+from ensemble_attacks.randomness import seeded
 
 
 @contextmanager
@@ -108,19 +109,12 @@ def private_random_state(seed: int, *models: nn.Module) -> Iterator[None]:
     """
     owned = generators_of(*models)
     states = [_state(generator) for generator in owned]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with seeded(seed):
         try:
-            torch.manual_seed(int(seed))
-            np.random.seed(int(seed) % 2**32)  # noqa: NPY002
-            random.seed(int(seed))
             for index, generator in enumerate(owned):
                 _set_state(generator, _seeded(generator, int(seed) + index))
             yield
         finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in zip(owned, states, strict=True):
                 _set_state(generator, state)
 
