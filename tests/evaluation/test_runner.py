@@ -91,7 +91,7 @@ def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--model", "adp_convnet_4"), "did you mean 'adp_convnet_3'"),
+        (("--model", "adp_convnt_3"), "did you mean 'adp_convnet_3'"),
         (("--vote", "votes"), "did you mean 'voting'"),
         (("--dataset", "digit"), "did you mean 'digits'"),
         (("--attacks", "mora,autoatack"), "did you mean 'autoattack'"),
