@@ -9,7 +9,8 @@ from typing import Any
 import click
 from rich.table import Column, Table
 
-from ensemble_attacks.attacks.registry import PEER, registered
+from ensemble_attacks.attacks.peers import PEER
+from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.options import WIDE, console, shown
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.errors import plain
