@@ -178,7 +178,7 @@ def test_a_stop_within_an_attack_is_resumed_at_the_next_batch(
     whole = ours(model, attacks_to_run=["mora"]).run_standard_evaluation(x, y, bs=8)
     crafted: list[int] = []
 
-    def craft(name: Any, *batch: Tensor) -> Tensor:
+    def craft(name: Any, *batch: Tensor) -> tuple[Tensor, Tensor | None]:
         if stopped and len(crafted) == 2:
             raise KeyboardInterrupt
         crafted.append(len(batch[0]))
