@@ -164,7 +164,7 @@ class Run:
         claimed[rows] = contradicted(self.adversary.model, images[rows], batch_size=self.bs, seed=seed).to(claimed)
         if fooled is not None and (seen := robust & fooled.to(robust)).any():
             answer = scores(self.adversary.model, images[seen], self.adversary.device)
-            claimed[seen] |= beyond_rounding(margin(answer, labels[seen].cpu()), answer).to(
+            claimed[seen] |= beyond_rounding(margin(answer, labels[seen].cpu()).abs(), answer).to(
                 claimed
             )  # a twin rounds otherwise
         return claimed
