@@ -22,6 +22,7 @@ from ensemble_attacks.evaluation.external import TEXT, export_robustbench
 from ensemble_attacks.evaluation.manifest import subjects_of
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import check_fit
+from ensemble_attacks.extras import extra
 from ensemble_attacks.files import write_whole
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.validation import check_device
@@ -99,7 +100,8 @@ def _of_radius(make: Callable[..., Attack], seed: int, eot_iter: int | None, mod
 @elsewhere
 def report(run: Path, out: Path | None, device: str, model: str | None, dataset: str | None) -> None:
     """Write a finished run as one HTML page, Markdown, CSV and figures."""
-    from ensemble_attacks.evaluation.report.pages import write_report
+    with extra("report", "a report"):
+        from ensemble_attacks.evaluation.report.pages import write_report
 
     check_device(device)
     check_out(out)

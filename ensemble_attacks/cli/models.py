@@ -13,7 +13,8 @@ from rich.table import Column, Table
 from ensemble_attacks.attacks.registry import PEER, registered
 from ensemble_attacks.cli.options import console
 from ensemble_attacks.data import DATASETS, load_dataset
-from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
+from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
+from ensemble_attacks.hosts.trials import examine_all
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ensembles import member_probabilities
@@ -117,10 +118,13 @@ def attacks() -> None:
 @click.command()
 def doctor() -> None:
     """Check the installation; exit with 1 where something is broken."""
-    findings = examine()
-    colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
+    findings = examine_all()
+    colours = {OK: "green", NOTE: "yellow", ABSENT: "dim", BROKEN: "red"}
     for finding in findings:
-        console.print(f"[{colours[finding.status]}]{finding.status:>6}[/] {finding.name}: {finding.found}", highlight=False)
-        if finding.remedy:
-            console.print(f"       {finding.remedy}", highlight=False, markup=False)
-    sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)
+        mark = f"[{colours[finding.status]}]{finding.status:>6}[/]"
+        console.print(f"{mark} {escape(finding.name)}: {escape(finding.found)}", highlight=False, soft_wrap=True)
+        if finding.remedy and finding.status != ABSENT:
+            console.print(f"       {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+    broken = sum(finding.status == BROKEN for finding in findings)
+    console.print(f"{broken} broken: see above." if broken else "All that is installed works together.", highlight=False)
+    sys.exit(1 if broken else 0)

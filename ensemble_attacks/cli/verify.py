@@ -15,6 +15,7 @@ from ensemble_attacks.evaluation.external import compare_bundle, read_bundle, ru
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
+from ensemble_attacks.extras import extra
 from ensemble_attacks.models import providers
 from ensemble_attacks.validation import check_count, check_device
 
@@ -87,7 +88,8 @@ def _beside(
     folder = report or ledger.folder / "report"
     findings, drawn = [], list[str]()
     if report is not None or folder.exists():
-        from ensemble_attacks.evaluation.report.compare import compare_report
+        with extra("report", "a report, also to compare one,"):
+            from ensemble_attacks.evaluation.report.compare import compare_report
 
         lines, drawn = compare_report(ledger, folder, device)
         findings.append(_finding(f"report {folder}", lines))
