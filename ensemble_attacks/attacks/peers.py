@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
-
-from torch import nn
-from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.record import NamedAttack
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import literal
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchattacks.attack import Attack
 
 PEER = "torchattacks:"
 NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and where to go
@@ -51,6 +52,7 @@ def peer(name: str) -> NamedAttack:
         ValueError: Where there is no such attack or option, or it wants more than a model (`NOT_BY_NAME`).
     """
     import torchattacks
+    from torchattacks.attack import Attack
 
     kind, _, query = name.removeprefix(PEER).partition("?")
     kinds = [key for key, value in vars(torchattacks).items() if inspect.isclass(value) and issubclass(value, Attack)]

@@ -1,4 +1,4 @@
-"""Define the commands ``train``, ``convert``, ``attacks``, ``models`` and ``doctor``."""
+"""Define the commands ``train``, ``convert``, ``models`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 import click
 from rich.markup import escape
-from rich.table import Column, Table
 
-from ensemble_attacks.attacks.peers import PEER
-from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.options import console
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
@@ -98,22 +95,6 @@ def models(dataset: str | None) -> None:
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
             click.echo(f"{name}\t{model}")
-
-
-@click.command()
-def attacks() -> None:
-    """List the attacks: what each does, needs and costs.
-
-    The cost is the number of forward and backward passes of an image that holds out; of a random model, times its draws.
-    """
-    table = Table(Column("name", no_wrap=True), "what it does", "norms", "needs", Column("passes", justify="right"))
-    for name, record in registered().items():
-        needs = [*record.needs, *([f"{record.fewest_classes} classes"] if record.fewest_classes > 2 else [])]
-        cost = "" if record.cost is None else f"{record.cost:,}"
-        meaning = record.summary + (f" ({record.source})" if record.source else "")
-        table.add_row(name, escape(meaning), ", ".join(record.norms), ", ".join(needs), cost)
-    table.add_row(f"{PEER}NAME", "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002")
-    console.print(table)
 
 
 @click.command()
