@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -36,6 +37,14 @@ def extra(name: str, purpose: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep quiet about what others' packages warn of while they are imported, which is not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 HUB_NAMES = ("repo_type_and_id_from_hf_id",)  # that timm 1.0.9 imports, for uploads alone, and huggingface_hub 2 has no more
 
 
@@ -47,7 +56,7 @@ def import_timm(purpose: str, name: str = "timm") -> ModuleType:
     Raises:
         MissingExtraError: Where timm is not installed, or cannot be imported.
     """
-    with extra(name, purpose):
+    with extra(name, purpose), silenced():
         if "timm" in sys.modules or not (lacking := _lacking_in_hub()):
             return import_module("timm")
         hub = import_module("huggingface_hub")

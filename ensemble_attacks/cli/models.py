@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
-from ensemble_attacks.cli.options import console
-from ensemble_attacks.data import DATASETS, load_dataset
-from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
-from ensemble_attacks.hosts.trials import examine_all
-from ensemble_attacks.judge import judge
-from ensemble_attacks.models import providers
-from ensemble_attacks.models.ensembles import member_probabilities
-from ensemble_attacks.validation import check_device
+from ensemble_attacks.cli import choices
+from ensemble_attacks.cli.choices import DATASETS
 
 CLEAN = 1000  # test images on which a new model is tried
 CLEAN_DRAWS = 5  # forward passes of each, of one that draws its members
@@ -45,6 +38,9 @@ def train(recipe: str, **options: Any) -> None:
     RECIPE is standard, at, each_at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at, which
     adds adversarial training; in frontend_at it is that of the backbone.
     """
+    from ensemble_attacks.models import providers
+    from ensemble_attacks.validation import check_device
+
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)
     _print_card(card, options["dataset"], options["model_dir"] or options["out"])
@@ -63,6 +59,9 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
 
     Its clean accuracy is printed, where the data are at hand.
     """
+    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.models import providers
+
     card = providers.able_to("convert").convert(checkpoints, name, **options)
     _print_card(card, options["dataset"], options["model_dir"])
     console.print(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir), soft_wrap=True)
@@ -70,6 +69,11 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
 
 def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) -> str:
     """Return what is known of the clean accuracy of a new model."""
+    from ensemble_attacks.data import DATASETS, load_dataset
+    from ensemble_attacks.judge import judge
+    from ensemble_attacks.models import providers
+    from ensemble_attacks.models.ensembles import member_probabilities
+
     try:
         x, y = load_dataset(dataset, data_dir=data_dir, n=min(CLEAN, DATASETS[dataset].test_images))
     except FileNotFoundError as error:
@@ -84,14 +88,21 @@ def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) ->
 
 
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
+    from ensemble_attacks.cli.console import console
+
     console.print(card.read_text(), highlight=False)
     console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+    if card.stem in choices.shipped(dataset):
+        console.print(f"A model of the name {card.stem} ships, too: without --model-dir, it is that one.", soft_wrap=True)
 
 
 @click.command()
-@click.option("--dataset", help=" or ".join(DATASETS) + ".")
+@click.option("--dataset", help=" or ".join(DATASETS) + ".", shell_complete=choices.datasets)
 def models(dataset: str | None) -> None:
     """List the models that can be loaded."""
+    from ensemble_attacks.data import DATASETS
+    from ensemble_attacks.models import providers
+
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
             click.echo(f"{name}\t{model}")
@@ -100,6 +111,12 @@ def models(dataset: str | None) -> None:
 @click.command()
 def doctor() -> None:
     """Check the installation; exit with 1 where something is broken."""
+    from rich.markup import escape
+
+    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
+    from ensemble_attacks.hosts.trials import examine_all
+
     findings = examine_all()
     colours = {OK: "green", NOTE: "yellow", ABSENT: "dim", BROKEN: "red"}
     for finding in findings:

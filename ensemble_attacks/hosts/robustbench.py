@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.errors import MissingExtraError
-from ensemble_attacks.extras import extra, import_timm
+from ensemble_attacks.extras import extra, import_timm, silenced
 from ensemble_attacks.files import write_whole
 from ensemble_attacks.hosts.autoattack import DRAWS, AutoAttack
 from ensemble_attacks.hosts.choice import Name
@@ -60,7 +60,7 @@ def ensure() -> ModuleType:
     stand_in = {} if importlib.util.find_spec("autoattack") else _stand_in()
     sys.modules.update(stand_in)
     try:
-        with extra("robustbench", "robustbench"):
+        with extra("robustbench", "robustbench"), silenced():
             return importlib.import_module("robustbench")
     finally:
         for name in stand_in:
