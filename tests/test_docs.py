@@ -75,7 +75,7 @@ def test_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     exec(compile(code, str(README), "exec"), {})
     below = text.partition(code)[2].partition("The same call")[0]
     printed, shown = (
-        [[cell.strip() for cell in line.split("|")[1:5]] for line in found.splitlines() if line.startswith("|")]
+        [[cell.strip() for cell in line.split("|")[1:-2]] for line in found.splitlines() if line.startswith("|")]
         for found in (capsys.readouterr().out, below)
     )
     assert printed[2:] == shown[2:]
