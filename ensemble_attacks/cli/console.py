@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from ensemble_attacks.errors import plain
+
+WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines that hold text of others
 console = Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def plain(text: object) -> str:
-    """Return text that others chose so that a terminal shows it: nothing in it moves a cursor, colours, or reorders."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def shown(text: object) -> str:

@@ -11,16 +11,16 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
-from ensemble_attacks.cli.console import console, plain, shown
+from ensemble_attacks.cli.console import WIDE, console, shown
 from ensemble_attacks.cli.options import key_value
+from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.engines import run, unfinished
 from ensemble_attacks.evaluation.estimate import Plan, plan_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import run_identity
-from ensemble_attacks.evaluation.summary import run_digest, seconds_of
+from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import CLEAN, chain_of, count_chains, seed_said
 
-WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 SMALL = 64  # pixels a side of images whose networks are too small for several threads
 
 
@@ -73,11 +73,14 @@ def drive(
     console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():
         console.print(
-            f"{len(quarantined)} damaged files are in {ledger.folder}/quarantine; what they held was computed anew."
+            f"{len(quarantined)} damaged files are in {plain(ledger.folder)}/quarantine; what they held was computed anew.",
+            **WIDE,
         )
     missing = [name for cell in summary["cells"] for name in cell.get("missing", [])]
     for name in missing:
         console.print(f"Given up: {plain(name)} (ensemble-attacks status {plain(ledger.folder)})", **WIDE)
+    for line in lacking(ledger.manifest, summary):
+        console.print(plain(line), **WIDE)
     if missing:
         sys.exit(1)
 
@@ -127,11 +130,14 @@ def table_of(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
-        told += f" (without {shown(', '.join(row['failed']))})" if row.get("failed") else ""
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(
-            *(shown(name), f"{100 * row['accuracy']:.1f}{told}", f"{100 * low:.1f} - {100 * high:.1f}"),
+            *(
+                shown(called(name, row, cell["n"])),
+                f"{100 * row['accuracy']:.1f}{told}",
+                f"{100 * low:.1f} - {100 * high:.1f}",
+            ),
             *(str(row["invalid"]), *passes(row), seconds),
         )
 

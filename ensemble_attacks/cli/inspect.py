@@ -52,7 +52,8 @@ def diagnose(
 
     from ensemble_attacks import diagnostics
     from ensemble_attacks.attacks.registry import find_attack, find_maker
-    from ensemble_attacks.cli.console import console, plain, shown
+    from ensemble_attacks.cli.console import WIDE, console, shown
+    from ensemble_attacks.errors import plain
     from ensemble_attacks.evaluation.manifest import subjects_of
     from ensemble_attacks.evaluation.settings import Sweep
     from ensemble_attacks.evaluation.suite import check_fit
@@ -80,7 +81,7 @@ def diagnose(
         make = partial(_of_radius, maker, seed, eot_iter)
     with console.status(f"Running the checks on {len(x)} images ..."):
         found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
-    table = Table(title=f"{shown(model)}, {vote}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
+    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left", overflow="fold")
     colours = {"flag": "red", "ok": "green", "note": "dim"}
@@ -89,10 +90,16 @@ def diagnose(
         following = check.next if check.verdict == "flag" else ""
         verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
         table.add_row(
-            check.name, verdict, f"{check.figure:.2f}", threshold, shown(check.meaning), following, shown(check.source)
+            check.name,
+            verdict,
+            f"{check.figure:.2f}",
+            threshold,
+            shown(check.meaning),
+            shown(following),
+            shown(check.source),
         )
     console.print(table)
-    console.print(f"Run: --attacks {','.join(map(plain, found.attacks))}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Run: --attacks {','.join(map(plain, found.attacks))}", **WIDE)
     console.print(f"{found.passes:,.0f} passes per image.", highlight=False)
     if path is not None:
         write_whole(path, json.dumps(found.as_dict(), indent=2).encode() + b"\n")
@@ -109,7 +116,8 @@ def _of_radius(make: Callable[..., Attack], seed: int, eot_iter: int | None, mod
 @elsewhere
 def report(run: Path, out: Path | None, device: str, model: str | None, dataset: str | None) -> None:
     """Write a finished run as one HTML page, Markdown, CSV and figures."""
-    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.errors import plain
     from ensemble_attacks.extras import extra
     from ensemble_attacks.validation import check_device
 
@@ -120,7 +128,7 @@ def report(run: Path, out: Path | None, device: str, model: str | None, dataset:
     check_out(out)
     with console.status("Reading the run, drawing the figures ..."):
         page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
-    console.print(f"Written: {page}", soft_wrap=True)
+    console.print(f"Written: {plain(page)}", **WIDE)
 
 
 @click.group()
@@ -134,10 +142,11 @@ def export() -> None:
 @click.option("--partial", is_flag=True, help="Also a run on fewer images than the test set has.")
 def robustbench(run: Path, out: Path, partial: bool) -> None:
     """Write RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
-    from ensemble_attacks.cli.console import console, plain
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.errors import plain
     from ensemble_attacks.evaluation.external import TEXT, export_robustbench
 
     check_out(out)
     export_robustbench(run, out, partial=partial)
-    console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), markup=False)
-    console.print(f"Stored in {out}")
+    console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), **WIDE)
+    console.print(f"Stored in {plain(out)}", **WIDE)

@@ -10,6 +10,7 @@ import click
 
 from ensemble_attacks.cli import choices
 from ensemble_attacks.cli.choices import DATASETS
+from ensemble_attacks.errors import plain
 
 CLEAN = 1000  # test images on which a new model is tried
 CLEAN_DRAWS = 5  # forward passes of each, of one that draws its members
@@ -59,12 +60,12 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
 
     Its clean accuracy is printed, where the data are at hand.
     """
-    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.cli.console import WIDE, console
     from ensemble_attacks.models import providers
 
     card = providers.able_to("convert").convert(checkpoints, name, **options)
     _print_card(card, options["dataset"], options["model_dir"])
-    console.print(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir), soft_wrap=True)
+    console.print(plain(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir)), **WIDE)
 
 
 def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) -> str:
@@ -88,12 +89,12 @@ def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) ->
 
 
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
-    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.cli.console import WIDE, console
 
-    console.print(card.read_text(), highlight=False)
-    console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+    console.print("\n".join(map(plain, card.read_text().splitlines())), **WIDE)
+    console.print(plain(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}"), **WIDE)
     if card.stem in choices.shipped(dataset):
-        console.print(f"A model of the name {card.stem} ships, too: without --model-dir, it is that one.", soft_wrap=True)
+        console.print(plain(f"A model called {card.stem} ships, too: without --model-dir, it is that one."), **WIDE)
 
 
 @click.command()
@@ -105,15 +106,13 @@ def models(dataset: str | None) -> None:
 
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
-            click.echo(f"{name}\t{model}")
+            click.echo(f"{name}\t{plain(model)}")
 
 
 @click.command()
 def doctor() -> None:
     """Check the installation; exit with 1 where something is broken."""
-    from rich.markup import escape
-
-    from ensemble_attacks.cli.console import console
+    from ensemble_attacks.cli.console import WIDE, console, shown
     from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
     from ensemble_attacks.hosts.trials import examine_all
 
@@ -121,9 +120,9 @@ def doctor() -> None:
     colours = {OK: "green", NOTE: "yellow", ABSENT: "dim", BROKEN: "red"}
     for finding in findings:
         mark = f"[{colours[finding.status]}]{finding.status:>6}[/]"
-        console.print(f"{mark} {escape(finding.name)}: {escape(finding.found)}", highlight=False, soft_wrap=True)
+        console.print(f"{mark} {shown(finding.name)}: {shown(finding.found)}", highlight=False, soft_wrap=True)
         if finding.remedy and finding.status != ABSENT:
-            console.print(f"       {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"       {plain(finding.remedy)}", **WIDE)
     broken = sum(finding.status == BROKEN for finding in findings)
     console.print(f"{broken} broken: see above." if broken else "All that is installed works together.", highlight=False)
     sys.exit(1 if broken else 0)

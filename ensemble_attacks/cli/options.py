@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from functools import reduce
@@ -15,6 +14,7 @@ import click
 from ensemble_attacks.cli import choices
 from ensemble_attacks.cli.choices import DATASETS, ENGINES
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.names import literal
 
 
 def places(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,10 +109,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"option {text!r}: write KEY=VALUE, as in -O minutes=60")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, literal(value)
 
 
 def check_out(out: Path | None) -> None:

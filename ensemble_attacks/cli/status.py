@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ensemble_attacks.cli.console import console, plain
-from ensemble_attacks.cli.drive import WIDE, duration
+from ensemble_attacks.cli.console import WIDE, console
+from ensemble_attacks.cli.drive import duration
+from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.audit import progress, results_so_far
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import run_digest
