@@ -133,7 +133,7 @@ def resume(run: Path, model: str | None, dataset: str | None, **machine: Any) ->
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def status(run: Path) -> None:
-    """How far a run is: what is running and since when, the rate, what remains, the results so far, what failed."""
+    """How far a run is, and what failed: also what is running and since when, the rate, and the results so far."""
     from ensemble_attacks.cli.status import print_status
 
     print_status(run)
