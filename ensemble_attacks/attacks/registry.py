@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any
 from urllib.parse import parse_qsl
 
+import torch
 from torch import nn
 from torchattacks.attack import Attack
 
@@ -34,10 +35,12 @@ from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.surrogates import ZeroOrder
 from ensemble_attacks.names import literal
+from ensemble_attacks.norms import UNIT
 
 GROUP = "ensemble_attacks.attacks"
 PEER = "torchattacks:"
 SMALLEST = 5  # pixels a side that AutoAttack's Square divides into windows
+LOOK = 1e-3  # how far zero-order attacks look along each direction, as a share of the box's width
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
 NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and where to go
@@ -122,7 +125,8 @@ def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> A
 
 
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
-    return PGD(ZeroOrder(model), steps=20, n_restarts=1, **settings)
+    width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
+    return PGD(ZeroOrder(model, sigma=LOOK * width), steps=20, n_restarts=1, **settings)
 
 
 RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them

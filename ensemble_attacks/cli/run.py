@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.options import (
+    EPS,
     NAMED,
     check_machine,
     check_out,
@@ -23,6 +24,7 @@ from ensemble_attacks.cli.options import (
     places,
     plain,
     shown,
+    within,
 )
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
@@ -32,7 +34,7 @@ from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import PIPELINES
 from ensemble_attacks.evaluation.summary import run_digest, seconds_of
-from ensemble_attacks.evaluation.units import CLEAN, count_chains, seed_said
+from ensemble_attacks.evaluation.units import CLEAN, count_chains, radius_said, seed_said
 
 ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
 
@@ -42,7 +44,8 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
 @images(None)
 @click.option("--norm", default="Linf", help="Linf or L2.")
-@click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
+@click.option("--eps", required=True, help=EPS)
+@within
 @click.option(
     "--attacks",
     default="autoattack,mora",
@@ -61,7 +64,7 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 def evaluate(
     model: str,
     vote: str,
-    eps: float,
+    eps: str,
     attacks: str,
     seed: int,
     out: Path | None,
@@ -180,7 +183,7 @@ TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands 
 
 
 def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
-    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
+    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {radius_said(cell)}, {cell['n']} images"
     table = Table(title=shown(title + seed_said(cell["seed"])))
     columns = ("attack", "robust %", "95% interval", "invalid", "forwards / image", "backwards / image", "seconds")
     for column in columns:
