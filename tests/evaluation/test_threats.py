@@ -177,7 +177,7 @@ def test_bytes_span_the_box(folder: Path, tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (6, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     np.savez("pixels.npz", images=pixels.numpy(), labels=np.arange(6) % 2)
     found = {}
-    for low, high in ((0, 1), (-1, 1), (0, 255)):
+    for low, high in ((0, 1), (-1, 255)):
         run = tmp_path / f"{low}{high}"
         eps = 0.125 * (high - low)
         model = f"pictures.py:make?low={low}&high={high}"
