@@ -30,7 +30,7 @@ def test_a_benchmark_of_a_user_s_own_ensemble(tmp_path: Path, monkeypatch: pytes
 
 def test_radii_and_names_of_files() -> None:
     assert EPS.convert("6/255", None, None) == 6 / 255
-    with pytest.raises(click.BadParameter, match="write it as 0.03 or 8/255"):
+    with pytest.raises(click.BadParameter, match=r"write it as 0\.03 or 8/255"):
         EPS.convert("six", None, None)
     assert file_name("gal_convnet_3") == "gal_convnet_3"
     assert file_name("nets.py:make?vote=voting") == "nets.py_make_vote_voting"
