@@ -77,7 +77,9 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
 
 @click.command()
 @run_options("runs/table1")
-@click.option("--eps", type=EPS, default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models.")
+@click.option(
+    "--eps", type=EPS, default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models."
+)
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True)
 def main(attacks: str, eps: float, cells: str | None, table_only: bool, **options: Any) -> None:
     run = Run(**options)
