@@ -24,7 +24,7 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.norms import UNIT, Bound, Box
 from ensemble_attacks.validation import check_eps
 
-NUMBER = re.compile(r"[+-]?[0-9.]{1,30}(e[+-]?[0-9]{1,3})?(/[0-9.]{1,30})?", re.IGNORECASE)
+NUMBER = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?(/[0-9.]{1,30})?", re.IGNORECASE)
 SUFFIXES = (".npy", ".npz", ".safetensors")
 KINDS = ("float32", "float64", "bool")  # of arrays that are stored
 Stored = dict[str, Any]
@@ -50,11 +50,12 @@ def number(text: object, name: str = "eps") -> float:
 
 
 def _parsed(text: str, name: str) -> float:
-    """Return the number of a text, as Python writes it, or a fraction."""
+    """Return the number of a text, as Python writes it, or a fraction, which may be below 0."""
     try:
         return float(text)
     except ValueError:
-        return number(text, name)
+        below = text.strip().startswith("-")
+        return -number(text.strip()[1:], name) if below else number(text, name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def diagnose(
         chosen["n"] = None
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
     sweep = Sweep.of(given, "the command")
-    settings = sweep.settings(sweep.eps[0], seed)
+    settings = sweep.settings(sweep.eps[0], seed, sweep.threat)
     if settings.mask is not None:
         raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)

@@ -15,6 +15,7 @@ from ensemble_attacks.evaluation.external import compare_bundle, read_bundle, ru
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
+from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.models import providers
 from ensemble_attacks.threat import number
 from ensemble_attacks.validation import check_count, check_device
@@ -105,8 +106,8 @@ def _examine(
     path: Path, places: dict[str, Any], claimed: dict[str, Any], recraft: int, seed: int, device: str
 ) -> list[audit.Finding]:
     """Return what is found of a bundle, after printing the judge's verdict."""
-    images, about = read_bundle(path)
     manifest = run_of(path)
+    images, about = read_bundle(path, threat_of(manifest or {}).box)
     if manifest is not None:
         manifest["places"] |= places
         manifest = placed_anew(manifest, claimed["model"], claimed["dataset"])

@@ -83,7 +83,7 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings, self.device = cell.settings(threat_of(manifest)), device
+        self.settings, self.device = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:

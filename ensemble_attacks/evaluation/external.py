@@ -21,7 +21,7 @@ from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
 from ensemble_attacks.evaluation.summary import run_digest, summary_of
 from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
 from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
-from ensemble_attacks.norms import UNIT
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
 from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
@@ -116,7 +116,7 @@ def compare_bundle(ledger: Ledger, bundle: Path) -> list[str]:
     """
     summary, images, accuracy = _finished(ledger)
     lines = []
-    found, _ = read_bundle(bundle)
+    found, _ = read_bundle(bundle, threat_of(ledger.manifest).box)
     if found.shape != images.shape or found.dtype != images.dtype:
         lines.append(f"{IMAGES}: {found.dtype} {tuple(found.shape)}, the run has {images.dtype} {tuple(images.shape)}")
     elif differ := int((found != images).flatten(1).any(1).sum()):
@@ -183,15 +183,15 @@ def _text(summary: dict[str, Any], accuracy: float, digest: str) -> str:
     )
 
 
-def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Return the images (N, C, H, W) of a bundle, or inputs (N, ...) in its run's box, and what is said of them.
+def read_bundle(path: Path, box: Box = UNIT) -> tuple[Tensor, dict[str, Any]]:
+    """Return the images (N, C, H, W) of a bundle, or inputs (N, ...) in another box, and what is said of them.
 
     The bundle is a folder that `export_robustbench` wrote, or a ``.pt`` file of one tensor, of which nothing is said. Only
     tensors are unpickled (``weights_only``), of at most 4 GiB.
 
     Raises:
         FileNotFoundError: Where nothing is there.
-        ValueError: Where it holds no tensor of images in [0, 1], or in its run's box, or too large a file.
+        ValueError: Where it holds no tensor of images in [0, 1], or in the box, or too large a file.
     """
     file = path / IMAGES if path.is_dir() else path
     if not os.path.lexists(file):
@@ -208,7 +208,6 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
             said = read_json(about, About)
         except ValueError as error:
             raise ValueError(f"{about} is no description of a bundle: {error}") from None
-    box = threat_of(run_of(path) or {}).box
     if images.dim() < 2 or (box == UNIT and images.dim() != 4) or not len(images) or len(images) > MOST_IMAGES:
         raise ValueError(f"{file} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
     check_images(images, str(file), slack=1e-6 * box.magnitude, box=box)

@@ -111,7 +111,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     x, y = load_dataset(**images, n=min(n, PIECE))
     for model in models.values():
         for eps, seed in product(sweep.eps, sweep.seeds):
-            check_arguments(model, x, y, sweep.attacks, sweep.settings(eps, seed))
+            check_arguments(model, x, y, sweep.attacks, sweep.settings(eps, seed, sweep.threat))
     manifest |= {
         "weights": {name: digest(*model.state_dict().values()) for name, model in models.items()},
         "made": {name: made_of(model, x[:2].to(device_of(model, x.device))) for name, model in models.items()},

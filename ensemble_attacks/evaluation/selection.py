@@ -38,7 +38,7 @@ def chosen(sweep: Sweep, opened: Opened, models: Sequence[nn.Module]) -> Sequenc
 
 def _right(sweep: Sweep, opened: Opened, models: Sequence[nn.Module], numbers: Sequence[int]) -> list[int]:
     """Return the numbers of images that all models get right, as the judge finds; no more than are needed."""
-    settings = sweep.settings(sweep.eps[0], sweep.seeds[0])
+    settings = sweep.settings(sweep.eps[0], sweep.seeds[0], sweep.threat)
     found: list[int] = []
     for start in range(0, len(numbers), PIECE):
         piece = numbers[start : start + PIECE]

@@ -33,6 +33,11 @@ class Shared:
     eot_iter: int | None = field(default=None, kw_only=True)
     amp: bool = field(default=False, kw_only=True)
 
+    def settings(self, eps: float, seed: int, threat: Threat) -> Settings:
+        """Return what the attacks of one evaluation share, eps being the number that stands for the radius (`Threat`)."""
+        shared = {of.name: getattr(self, of.name) for of in fields(Shared)}
+        return Settings(threat.eps(eps), seed, box=threat.box, mask=threat.mask, **shared)
+
 
 @dataclass(frozen=True)
 class Settings(Shared):
@@ -108,11 +113,6 @@ class Sweep(Shared):
     def listed(self) -> dict[str, Any]:
         """Return all but the threat, as JSON can hold it."""
         return {of.name: getattr(self, of.name) for of in fields(self) if of.name != "threat"}
-
-    def settings(self, eps: float, seed: int) -> Settings:
-        """Return what the attacks of a cell share."""
-        shared = {of.name: getattr(self, of.name) for of in fields(Shared)}
-        return Settings(self.threat.eps(eps), seed, box=self.threat.box, mask=self.threat.mask, **shared)
 
     @classmethod
     def read(cls, path: Path) -> Sweep:

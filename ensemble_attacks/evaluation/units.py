@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from math import prod
 from typing import Any
 
-from ensemble_attacks.evaluation.settings import Settings, Shared
+from ensemble_attacks.evaluation.settings import Shared
 from ensemble_attacks.threat import PLAIN, Threat
 
 CLEAN = "clean"  # the unit that judges the clean images
@@ -68,11 +68,6 @@ class Cell(Shared):
     transform: str = field(default="", kw_only=True)
     within: str = field(default="", kw_only=True)
     threat: str = field(default="", kw_only=True)
-
-    def settings(self, threat: Threat) -> Settings:
-        """Return what its attacks share, in the run's ``threat``."""
-        shared = {known.name: getattr(self, known.name) for known in fields(Shared)}
-        return Settings(threat.eps(self.eps), self.seed, box=threat.box, mask=threat.mask, **shared)
 
     @property
     def listed(self) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def share_of(eps: float | Tensor, box: Box, who: str) -> float:
     Raises:
         ValueError: Where it is not the same share of each; ``who`` is what knows one eps.
     """
-    width = torch.as_tensor(box.width, dtype=torch.double)
-    shares = (torch.as_tensor(eps, dtype=torch.double).cpu() / width.cpu())[(width.cpu() > 0).expand_as(width + eps)]
+    width, radius = (torch.as_tensor(value, dtype=torch.double).cpu() for value in (box.width, eps))
+    shares = (radius / width)[(width > 0).expand_as(radius / width)]
     if shares.amax() - shares.amin() > SAME * shares.amax():
         raise ValueError(
             f"eps is {shares.amin():.3g} to {shares.amax():.3g} of the box's width, feature by feature, and {who} know "
