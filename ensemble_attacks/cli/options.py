@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Callable
 from functools import reduce
@@ -15,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import plain, unknown_name
 from ensemble_attacks.evaluation.engines import ENGINES
+from ensemble_attacks.names import literal
 from ensemble_attacks.validation import check_choice, check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -108,10 +108,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"option {text!r}: write KEY=VALUE, as in -O minutes=60")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, literal(value)
 
 
 def check_out(out: Path | None) -> None:
@@ -120,9 +117,7 @@ def check_out(out: Path | None) -> None:
         raise ValueError(f"--out {str(out)!r}: name a folder, such as --out runs/first")
 
 
-def plain(text: object) -> str:
-    """Return text that others chose so that a terminal shows it: nothing in it moves a cursor, colours, or reorders."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines that hold text of others
 
 
 def shown(text: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.norms import UNIT, Box
+from ensemble_attacks.schema import read_toml
 from ensemble_attacks.threat import PLAIN, Threat
 
 
@@ -123,11 +123,7 @@ class Sweep(Shared):
             ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
                 type.
         """
-        try:
-            given = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
-        return cls.of(given, str(path))
+        return cls.of(read_toml(path), str(path))
 
     @classmethod
     def of(cls, given: dict[str, Any], where: str) -> Sweep:
