@@ -282,7 +282,10 @@ def test_a_sweep_s_file_and_a_program_say_the_same(folder: Path) -> None:
     assert cell == cells[2]
 
 
-@pytest.mark.parametrize("eps", ["8/255", 8 / 255, np.float64(8 / 255), np.array(8 / 255), torch.as_tensor(8 / 255)])
+DOUBLE = torch.tensor(8 / 255, dtype=torch.double)
+
+
+@pytest.mark.parametrize("eps", ["8/255", 8 / 255, np.float64(8 / 255), np.array(8 / 255), DOUBLE])
 def test_a_radius_is_a_number_however_it_is_written(eps: Any) -> None:
     threat, numbers = Threat.of(eps=[eps])
     assert threat.plain
