@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.options import image_options, named
+from benchmarks.options import file_name, image_options, members_of, named
 from benchmarks.tables import save_table
-from defenses import load_model
 from ensemble_attacks import APGD, MORA, CrossMaxTransfer, as_ensemble, votes
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.hosts.original import installed_autoattack
@@ -247,7 +246,7 @@ def main(
 ) -> None:
     torch.manual_seed(seed)
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    nets = [net for name in models.split(",") for net in load_model(name, model_dir, dataset).members][:3]  # type: ignore
+    nets = members_of(models, model_dir, dataset)[:3]
     rows: list[dict[str, Any]] = []
     for name in named(kinds, KINDS, "--kinds"):
         try:
@@ -257,9 +256,9 @@ def main(
             continue
         click.echo({key: value for key, value in rows[-1].items() if key != "recognised"}, err=True)
     click.echo(f"{models}, {dataset}: Linf {eps:g}, n = {n}, {steps} steps, seed {seed}\n")
-    click.echo(save_table(rows, out / dataset))
+    click.echo(save_table(rows, out / file_name(dataset)))
     summary = {"models": models, "dataset": dataset, "eps": eps, "n": n, "steps": steps, "seed": seed}
-    (out / f"{dataset}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / f"{file_name(dataset)}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

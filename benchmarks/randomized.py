@@ -14,9 +14,8 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.options import image_options
+from benchmarks.options import image_options, members_of
 from benchmarks.tables import save_table
-from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import ARC, EOTAPGD, MORA, PGD, Surrogate
 from ensemble_attacks.data import load_dataset
@@ -57,7 +56,7 @@ def main(
             raise click.BadParameter(f"{pair!r}: {wrong[0]!r} is no member: as in adp_convnet_3:0", param_hint="--pairs")
         members = []
         for name, _, index in names:
-            nets = load_model(name, model_dir, dataset).members
+            nets = members_of(name, model_dir, dataset, "--pairs")
             if int(index) >= len(nets):
                 raise click.BadParameter(f"{pair!r}: {name} has {len(nets)} members, from 0", param_hint="--pairs")
             members.append(nets[int(index)])

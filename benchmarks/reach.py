@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options, summary
+from benchmarks.options import EPS
 from benchmarks.table1 import cells_of
 from benchmarks.tables import save_table
 from ensemble_attacks.models.passes import passes_per_image
@@ -61,7 +62,7 @@ def row_of(cell: Cell, shards: list[dict[str, Path]]) -> dict[str, Any]:
 
 @click.command()
 @run_options("runs/table1")
-@click.option("--eps", default=0.01, show_default=True, help="As table1 was run with.")
+@click.option("--eps", type=EPS, default=0.01, show_default=True, help="As table1 was run with.")
 def main(eps: float, cells: str | None, **options: Any) -> None:
     del options["table_only"]  # nothing is ever run
     run = Run(**options)

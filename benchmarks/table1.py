@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options, summary
-from benchmarks.options import named
+from benchmarks.options import EPS, named
 from benchmarks.tables import save_table
 from defenses import list_models
 from ensemble_attacks.models.passes import passes_per_image
@@ -77,7 +77,9 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
 
 @click.command()
 @run_options("runs/table1")
-@click.option("--eps", default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models.")
+@click.option(
+    "--eps", type=EPS, default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models."
+)
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True)
 def main(attacks: str, eps: float, cells: str | None, table_only: bool, **options: Any) -> None:
     run = Run(**options)

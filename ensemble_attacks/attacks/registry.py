@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import nn
 from torchattacks.attack import Attack
 
@@ -30,8 +31,10 @@ from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, Na
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.norms import UNIT
 
 GROUP = "ensemble_attacks.attacks"
+LOOK = 1e-3  # how far zero-order attacks look along each direction, as a share of the box's width
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
@@ -52,7 +55,8 @@ def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> A
 
 
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
-    return PGD(ZeroOrder(model), steps=20, n_restarts=1, **settings)
+    width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
+    return PGD(ZeroOrder(model, sigma=LOOK * width), steps=20, n_restarts=1, **settings)
 
 
 RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.options import (
+    EPS,
     NAMED,
     WIDE,
     check_machine,
@@ -23,6 +24,7 @@ from ensemble_attacks.cli.options import (
     machines,
     places,
     shown,
+    within,
 )
 from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.audit import progress
@@ -33,7 +35,7 @@ from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import PIPELINES
 from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
-from ensemble_attacks.evaluation.units import CLEAN, count_chains, seed_said
+from ensemble_attacks.evaluation.units import CLEAN, count_chains, radius_said, seed_said
 
 ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
 
@@ -43,7 +45,8 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 @click.option("--vote", default="softmax", help="softmax, voting or logits.")
 @images(None)
 @click.option("--norm", default="Linf", help="Linf or L2.")
-@click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
+@click.option("--eps", required=True, help=EPS)
+@within
 @click.option(
     "--attacks",
     default="autoattack,mora",
@@ -62,7 +65,7 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 def evaluate(
     model: str,
     vote: str,
-    eps: float,
+    eps: str,
     attacks: str,
     seed: int,
     out: Path | None,
@@ -181,7 +184,7 @@ TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands 
 
 
 def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
-    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
+    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {radius_said(cell)}, {cell['n']} images"
     table = Table(title=shown(title + seed_said(cell["seed"])))
     columns = ("attack", "robust %", "95% interval", "invalid", "forwards / image", "backwards / image", "seconds")
     for column in columns:

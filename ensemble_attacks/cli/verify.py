@@ -9,13 +9,15 @@ from typing import Any
 
 import click
 
-from ensemble_attacks.cli.options import console, radius, shown
+from ensemble_attacks.cli.options import console, shown
 from ensemble_attacks.evaluation import audit, bundles
 from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
+from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.models import providers
+from ensemble_attacks.threat import number
 from ensemble_attacks.validation import check_count, check_device
 
 WIDE: Any = {"highlight": False, "soft_wrap": True}
@@ -31,7 +33,7 @@ RECRAFTED = 20  # units of a bundle that are crafted anew, unless told otherwise
 @click.option("--transform", help="Of a bundle: as of evaluate.  [default: its run's]")
 @click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
-@click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
+@click.option("--eps", help="In the inputs' own units, such as 8/255.  [default: the bundle's]")
 @click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: the bundle's, or 1]")
 @click.option("--recraft", type=int, help=f"Units to craft anew, and compare.  [default: 0; of a bundle {RECRAFTED}]")
 @click.option("--seed", type=int, default=0, help="Of the choice of these units.")
@@ -106,8 +108,8 @@ def _examine(
     path: Path, places: dict[str, Any], claimed: dict[str, Any], recraft: int, seed: int, device: str
 ) -> tuple[list[audit.Finding], list[str]]:
     """Return what is found of a bundle, and of what it holds nothing, after printing the judge's verdict."""
-    images, about = read_bundle(path)
     manifest = run_of(path)
+    images, about = read_bundle(path, threat_of(manifest or {}).box)
     if manifest is not None:
         manifest["places"] |= places
         manifest = placed_anew(manifest, claimed["model"], claimed["dataset"])
@@ -121,7 +123,7 @@ def _examine(
     for key in ("model", "dataset", "eps"):
         if chosen[key] is None:
             raise ValueError(f"{path} does not say its {key}: pass --{key}")
-    chosen["eps"] = radius(chosen["eps"])
+    chosen["eps"] = number(chosen["eps"])
     claim = bundles.Claim(**chosen)
     model = providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote).to(device)
     verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"])

@@ -23,7 +23,7 @@ from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
 from ensemble_attacks.evaluation.runner import Attacked, attack, clean_unit, halving, judged
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
-from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of
+from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of, threat_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
@@ -83,7 +83,7 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings, self.device = cell.settings, device
+        self.settings, self.device = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:

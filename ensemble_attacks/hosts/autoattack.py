@@ -23,6 +23,7 @@ from torchattacks.attack import Attack
 from ensemble_attacks.attacks.base import tracing
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
+from ensemble_attacks.data import as_tensors
 from ensemble_attacks.errors import none_completed, out_of_memory, plain, reason
 from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, check_needs, choose, fitting
@@ -182,8 +183,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def run_standard_evaluation(
         self,
-        x_orig: Tensor,
-        y_orig: Tensor,
+        x_orig: Any,
+        y_orig: Tensor | None = None,
         bs: int = 250,
         return_labels: bool = False,
         state_path: str | Path | None = None,
@@ -191,7 +192,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Run the attacks in order, each on the samples that the ones before left robust.
 
         Args:
-            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,).
+            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,); or, without
+                ``y_orig``, a pair of both, a ``Dataset``, or a ``DataLoader``, which is read once.
             bs: the number of samples per batch.
             return_labels: whether to return also what the model predicts, (N,).
             state_path: a file to which the run is saved, images included, and from which the same run goes on.
@@ -204,23 +206,25 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 differs); nothing has been run.
             FileNotFoundError: Where the folder of ``state_path`` does not exist.
         """
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
+        check_folder_of("state_path", state_path)
         if not needs_no_box(self, x_orig):
             inner, seen = from_unit_box(self, x_orig, y_orig)
             found, predicted = inner.run_standard_evaluation(seen, y_orig, bs, True, state_path)
             images = carried_back(self, inner, x_orig, y_orig, seen, found)
             return (images, predicted) if return_labels else images
         path = None if state_path is None else Path(state_path)
-        check_folder_of("state_path", path)
         with self._untouched():
             x, y = self._checked(x_orig, y_orig, bs)
             chosen = self._prepare(x, y, bs)
-            state = Run(self, x, y, bs, chosen, path).finished()
+            state = Run(self, x, y, int(bs), chosen, path).finished()
         return (state.x_adv, state.predicted) if return_labels else state.x_adv
 
     def run_standard_evaluation_individual(
-        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+        self, x_orig: Any, y_orig: Tensor | None = None, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run each attack by itself, on all samples; return by name what `run_standard_evaluation` returns of it."""
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
         if not needs_no_box(self, x_orig):
             inner, seen = from_unit_box(self, x_orig, y_orig)
             each = inner.run_standard_evaluation_individual(seen, y_orig, bs, True).items()
@@ -249,8 +253,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.flags, self.failed = flags, {called: reason(error) for called, error in errors.items()}
         return results
 
-    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+    def clean_accuracy(self, x_orig: Any, y_orig: Tensor | None = None, bs: int = 250) -> float:
         """Return the share of right predictions, in [0, 1]; of a random model, the mean over its draws."""
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
         check_images(x_orig, "x_orig", box=self.box)
         check_labels(y_orig, x_orig, "y_orig")
         with self._untouched():
