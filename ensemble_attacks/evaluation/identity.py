@@ -123,6 +123,7 @@ def _kind_said(kind: type) -> str:
     return f"{kind.__qualname__} {source_of(kind)}"
 
 
+@cache  # a deep network has hundreds of modules of a few classes
 def source_of(kind: type) -> str:
     """Return the sha256 of the source of a class, wherever it lies; empty where it is typed in, or compiled."""
     try:

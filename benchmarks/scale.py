@@ -1,0 +1,125 @@
+"""ImageNet: how much of an ensemble of three EfficientNet-Lite is left under the suite's APGD-CE, MORA, MORA-mt and `auto`.
+
+    python -m benchmarks.scale --data IMAGES --out runs/imagenet
+
+Each cell, a vote and a radius, is a run of its own, through `evaluate` on ``benchmarks/imagenet.py:make``; the same command
+goes on where it was stopped. APGD-CE and MORA (beta 0.5) have ``--steps`` steps, MORA-mt also ``--targets`` more descents of
+as many, each on all images; ours leave an image once it is fooled. `auto` (``--auto STEPS``) is run on what MORA-mt leaves,
+and the column says what is robust to both. Tables, per-image flags and what they were made with go to
+``benchmarks/results/imagenet`` (``--results``), and so does the page of the first cell (``--report``).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.tables import save_table
+from ensemble_attacks import evaluate
+from ensemble_attacks.evaluation.ledger import Ledger
+from ensemble_attacks.evaluation.units import CLEAN, chains_of
+
+NETS = Path(__file__).parent / "imagenet.py"
+CELLS = [  # the most telling first
+    *(("voting", 0.5), ("softmax", 0.5), ("logits", 0.5)),
+    *(("voting", 0.25), ("voting", 1.0), ("softmax", 0.25), ("softmax", 1.0), ("logits", 0.25), ("logits", 1.0)),
+]
+
+
+def attacks_of(steps: int, targets: int) -> dict[str, str]:
+    """Return the attacks of a cell by the names of their columns."""
+    return {
+        "MORA": f"mora?steps={steps}&betas=0.5",
+        "APGD-CE": f"apgd-ce?steps={steps}",
+        "MORA-mt": f"mora-mt?steps={steps}&betas=0.5&targets={targets}",
+    }
+
+
+def of_run(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return of each attack that a run has finished: the flags of every image, passes for each image, seconds."""
+    ledger, found = Ledger(folder), {}
+    for unit in (unit for chain in chains_of(ledger.manifest) for unit in chain):
+        if (result := ledger.read(unit)) is None:
+            continue
+        robust = torch.zeros(unit.range[1] - unit.range[0], dtype=torch.bool)
+        robust[result.tensors["rows"]] = result.tensors["robust"].bool()
+        passes = (result.info["forwards"] + result.info["backwards"]) / len(robust)
+        found[unit.attack] = {
+            "robust": robust.int().tolist(),
+            "attacked": len(result.tensors["rows"]),
+            "passes": round(passes, 1),
+            "seconds": round(result.info["seconds"], 1),
+            "stages": {part: 100 * result.tensors[f"stage {part}"].double().mean().item() for part in result.info["stages"]},
+            "failed": result.info["failed"],
+        }
+    return found
+
+
+def row_of(vote: str, eps: float, n: int, found: dict[str, dict[str, Any]], names: dict[str, str]) -> dict[str, Any]:
+    """Return a row of the table: robust % after each attack, its passes for each image, and its seconds."""
+    row: dict[str, Any] = {"vote": vote, "eps x 255": f"{eps:g}", "n": n}
+    row["clean"] = 100 * sum(found[CLEAN]["robust"]) / n if CLEAN in found else ""
+    for column, name in names.items():
+        done = found.get(name)
+        row[column] = 100 * sum(done["robust"]) / n if done else ""
+        row[f"{column}: passes, s"] = f"{done['passes']:g}, {done['seconds']:.0f}" if done else ""
+    return row
+
+
+@click.command()
+@click.option("--data", "images", required=True, help="A folder of photographs for each class, with classes.txt.")
+@click.option("--transform", default="crop=224", show_default=True)
+@click.option("--n", default=50, show_default=True, help="Images, drawn over all classes.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", default=10, show_default=True)
+@click.option("--targets", default=3, show_default=True, help="Of MORA-mt.")
+@click.option("--auto", "auto_steps", type=int, help="Also run auto, with so many steps, on what MORA-mt leaves.")
+@click.option("--cells", type=int, default=len(CELLS), show_default=True, help="So many, the most telling first.")
+@click.option("--batch-size", default=5, show_default=True, help="Each image takes about 0.5 GB while it has a gradient.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/imagenet"), show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path(__file__).parent / "results/imagenet")
+@click.option("--report", is_flag=True, help="Write the page of the first cell.")
+def main(
+    images: str,
+    n: int,
+    seed: int,
+    steps: int,
+    targets: int,
+    auto_steps: int | None,
+    cells: int,
+    out: Path,
+    results: Path,
+    report: bool,
+    **settings: Any,
+) -> None:
+    names = attacks_of(steps, targets)
+    columns = names | ({"then auto": f"auto?steps={auto_steps}"} if auto_steps else {})
+    rows, record = [], []
+    for vote, eps in CELLS[:cells]:
+        shared: dict[str, Any] = {"eps": eps / 255, "sample": n, "seeds": seed, **settings}
+        model, folder = f"{NETS}:make?vote={vote}", out / f"{vote}-{eps:g}"
+        run = evaluate(model, images, attacks=[*names.values()], out=folder, **shared)
+        found = of_run(folder)
+        if auto_steps:
+            cascade = [names["MORA-mt"], columns["then auto"]]
+            evaluate(model, images, attacks=cascade, out=out / f"{vote}-{eps:g}-auto", cascade=True, **shared)
+            found |= {name: done for name, done in of_run(out / f"{vote}-{eps:g}-auto").items() if name == cascade[1]}
+        if report and not (folder / "report").exists():
+            run.report()
+            report = False
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append(row_of(vote, eps, n, found, columns))
+        kept = {key: Ledger(folder).manifest[key] for key in ("sweep", "rows", "code", "versions", "weights", "data")}
+        record.append({"vote": vote, "eps x 255": eps, "found": found, "peak_GB_so_far": round(peak, 2), **kept})
+        click.echo(save_table(rows, results / "table"))
+        results.joinpath("record.json").write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
