@@ -3,10 +3,10 @@
     python -m benchmarks.scale --data IMAGES --out runs/imagenet
 
 Each cell, a vote and a radius, is a run of its own, through `evaluate` on ``benchmarks/imagenet.py:make``; the same command
-goes on where it was stopped. APGD-CE and MORA (beta 0.5) have ``--steps`` steps on all images; MORA-mt goes on from MORA with
-``--targets`` more descents of as many; ours leave an image once it is fooled. `auto` (``--auto STEPS``) is run on what MORA-mt
-leaves, and the column says what is robust to both. Tables, per-image flags and what they were made with go to
-``benchmarks/results/imagenet`` (``--results``), and so does the page of the first cell (``--report``).
+goes on where it was stopped. APGD-CE and MORA (beta 0.5) have ``--steps`` steps on all images; MORA-mt goes on from MORA
+with ``--targets`` more descents of as many; ours leave an image once it is fooled. `auto` (``--auto STEPS``) is run on what
+MORA-mt leaves, and the column says what is robust to both. Tables, per-image flags and what they were made with go to
+``benchmarks/results/imagenet`` (``--results``), and the page of the first cell (``--report``) into its run.
 """
 
 from __future__ import annotations
