@@ -7,6 +7,7 @@ from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
+from ensemble_attacks.attacks.record import NamedAttack
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import options_in
 from ensemble_attacks.validation import check_count
@@ -15,8 +16,8 @@ OF_THE_RUN = ("model", "norm", "eps", "seed", "batch_size", "eot_iter", "box", "
 OF_SUITES = {"steps": 0}  # of AutoAttack's own attacks, and of pipelines of several
 
 
-def with_options(record: Any, name: str, query: str) -> Any:
-    """Return the record of the attack ``name`` (a `NamedAttack`) with the options of ``query``, ``key=value&key=value``.
+def with_options(record: NamedAttack, name: str, query: str) -> NamedAttack:
+    """Return the record of the attack ``name`` with the options of ``query``, ``key=value&key=value``.
 
     The options of this package's attacks are their arguments, but for those that an evaluation sets for all attacks; those
     of AutoAttack's own attacks, and of pipelines of several, are ``steps`` (`hosts.slots.shorten`).
