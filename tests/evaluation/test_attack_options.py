@@ -1,11 +1,16 @@
 """Attacks that are named with options, ``mora?steps=10``."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from ensemble_attacks import MORA, AutoAttack, Ensemble
 from ensemble_attacks.attacks.registry import find_attack, find_maker
+from ensemble_attacks.cli.group import main
 from ensemble_attacks.evaluation.runner import attack
 from ensemble_attacks.evaluation.settings import Settings
 
@@ -67,3 +72,11 @@ def test_an_adversary_s_steps_are_kept_by_another_version(model: nn.Module) -> N
     adversary.run_standard_evaluation(x, y)
     assert adversary.steps == 2
     assert (adversary.apgd.n_iter, adversary.square.n_queries) == (2, 100)
+
+
+def test_the_command_line_takes_options(tmp_path: Path) -> None:
+    given = "evaluate --model standard_convnet_3 --dataset digits --n 4 --eps 0.05 --attacks mora?steps=2,apgd-ce?steps=2"
+    result = CliRunner().invoke(main, [*given.split(), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    names = json.loads((tmp_path / "run" / "summary.json").read_text())["cells"][0]["attacks"]
+    assert list(names) == ["mora?steps=2", "apgd-ce?steps=2"]
