@@ -122,7 +122,10 @@ def main(
             report = False
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows.append(row_of(vote, eps, n, found, columns))
-        kept = {key: Ledger(folder).manifest[key] for key in ("sweep", "rows", "code", "versions", "weights", "data")}
+        manifest = Ledger(folder).manifest
+        kept = {key: manifest[key] for key in ("rows", "code", "versions", "data")}
+        kept["weights"] = [*manifest["weights"].values()]
+        kept["sweep"] = manifest["sweep"] | {"models": [f"{NETS.name}:make?vote={vote}"], "dataset": Path(images).name}
         record.append({"vote": vote, "eps x 255": eps, "found": found, "peak_GB_so_far": round(peak, 2), **kept})
         click.echo(save_table(rows, results / "table"))
         results.joinpath("record.json").write_text(json.dumps(record) + "\n")

@@ -34,6 +34,13 @@ def shorten(adversary: Any, steps: int) -> None:
     adversary.square.n_queries = QUERIES * steps
 
 
+def moved(x: Tensor, images: Tensor) -> Tensor:
+    """Return which images (N, ...) one of the original's attacks saw fooled, (N,) bool: others come back as they were."""
+    if images.shape != x.shape:
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    return (images.float() != x.float()).flatten(1).any(1)
+
+
 def perturb(adversary: Any, name: str, x: Tensor, y: Tensor, seed: int) -> Tensor:
     """Return what the original's attack of a name makes of one batch, in the images' type.
 
