@@ -9,7 +9,7 @@ it is given those that it has as parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -25,12 +25,14 @@ from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
 from ensemble_attacks.attacks.mora import MORA
+from ensemble_attacks.attacks.options import with_options
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
 from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.names import split_options
 from ensemble_attacks.norms import UNIT
 
 GROUP = "ensemble_attacks.attacks"
@@ -42,14 +44,16 @@ BOYTSOV = "arXiv:2402.17018"
 
 
 def _ours(attack: Callable[..., Attack], /, **arguments: Any) -> Callable[..., Attack]:
+    @wraps(attack, assigned=(), updated=())  # whose arguments may be options
     def make(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-        made: Any = attack(model, **settings, **arguments)
+        made: Any = attack(model, **arguments | settings)
         made.eot_iter = eot_iter
         return made
 
     return make
 
 
+@wraps(EOTAPGD, assigned=(), updated=())
 def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
     return EOTAPGD(model, eot_iter=eot_iter or EOT_ITER, **settings)
 
@@ -218,17 +222,17 @@ def registered() -> dict[str, NamedAttack]:
 
 
 def find_attack(name: str) -> NamedAttack:
-    """Return the attack of a name.
+    """Return the attack of a name, which may have options: ``mora?steps=10`` (`options.with_options`).
 
     Raises:
-        ValueError: Where the name is unknown; the message names the nearest one.
+        ValueError: Where the name, or an option, is unknown; the message names the nearest one.
     """
     if name.startswith(PEER):
         return peer(name)
-    known = registered()
-    if name not in known:
-        raise unknown_name("attack", name, known)
-    return known[name]
+    known, (body, query) = registered(), split_options(name)
+    if body not in known:
+        raise unknown_name("attack", body, known)
+    return with_options(known[body], body, query) if query else known[body]
 
 
 def find_maker(name: str) -> Callable[..., Attack]:

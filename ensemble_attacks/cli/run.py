@@ -50,7 +50,7 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 @click.option(
     "--attacks",
     default="autoattack,mora",
-    help="Comma-separated: " + ", ".join(ATTACKS) + ", or torchattacks:PGD?steps=50.",
+    help="Comma-separated: " + ", ".join(ATTACKS) + ", or torchattacks:PGD; with options, as mora?steps=50.",
 )
 @click.option("--cascade", is_flag=True, help="An image that an attack has fooled is not attacked by the next.")
 @click.option("--batch-size", type=int, default=250)

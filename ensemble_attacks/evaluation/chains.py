@@ -27,7 +27,7 @@ from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of, threa
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
-from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.twins import SEEN, prepare
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
@@ -107,7 +107,8 @@ class Context:
     @cached_property
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
-        return prepare(self.model, self.x[:8].to(self.device), amp=self.settings.amp)
+        few = self.x[: min(SEEN, self.settings.batch_size)]
+        return prepare(self.model, few.to(self.device), amp=self.settings.amp)
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,7 +26,7 @@ from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.twins import SEEN, prepare
 from ensemble_attacks.validation import (
     check_count,
     check_eps,
@@ -240,7 +240,8 @@ def evaluate(
     cleanly = clean_unit(model, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
-    twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
+    few = x[: min(SEEN, settings.batch_size)]
+    twin = prepare(model, few.to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
     standing = Standing.of(len(x)).after(everyone, clean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ensemble_attacks.judge import or_clean, outside
 from ensemble_attacks.models.boxed import share_of
 from ensemble_attacks.models.passes import CountingModel
 from ensemble_attacks.models.surrogates import Expected
+from ensemble_attacks.names import options_in, split_options
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,14 @@ class Crafted:
     fooled: Tensor | None = None
 
 
-Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
+Craft = Callable[..., Crafted]  # of (CountingModel, x, y, Settings), and of a pipeline's options
 
 
 def _original(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
-    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings, *, steps: int | None = None) -> Crafted:
         if not settings.plain:
             names = attacks if version == "standard" else ()
-            return _ours(version, *names, expectation=expectation)(model, x, y, settings)
+            return _ours(version, *names, expectation=expectation)(model, x, y, settings, steps=steps)
         eps = settings.eps
         assert not isinstance(eps, Tensor)
         passes: dict[str, tuple[int, int]] = {}
@@ -74,6 +76,7 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
             batch_size=settings.batch_size,
             version=version,
             attacks=attacks,
+            steps=steps,
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
             on_failure=failed.__setitem__,
         )
@@ -86,7 +89,7 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
 def _ours(version: str, *attacks: str, expectation: bool = False) -> Craft:
     """Return what runs our AutoAttack, which knows any box: of a version, or its attacks of these names."""
 
-    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings, *, steps: int | None = None) -> Crafted:
         adversary = AutoAttack(
             Expected(model, settings.eot_iter or EOT_ITER) if expectation else model,
             norm=settings.norm,
@@ -97,7 +100,7 @@ def _ours(version: str, *attacks: str, expectation: bool = False) -> Craft:
             version="custom" if attacks else version,
             box=settings.box,
         )
-        adversary.eot_iter = settings.eot_iter or EOT_ITER
+        adversary.eot_iter, adversary.steps = settings.eot_iter or EOT_ITER, steps
         passes: dict[str, tuple[int, int]] = {}
         adversary.on_attack = lambda name: passes.setdefault(name, (model.forwards, model.backwards))
         images = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
@@ -177,9 +180,9 @@ def crafting(name: str) -> Craft:
     Raises:
         ValueError: Where the name is unknown; the message names the nearest one.
     """
-    record = find_attack(name)
-    if name in PIPELINES:
-        return PIPELINES[name]
+    record, (body, query) = find_attack(name), split_options(name)
+    if body in PIPELINES:
+        return partial(PIPELINES[body], **options_in(query)) if query else PIPELINES[body]
     if record.make is None:
         raise unknown_name("attack", name, attack_names())
     return _named(name, record.make)

@@ -22,6 +22,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import tracing
 from ensemble_attacks.attacks.foreign import craft
+from ensemble_attacks.attacks.options import takes_steps
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
 from ensemble_attacks.data import as_tensors
 from ensemble_attacks.errors import none_completed, out_of_memory, plain, reason
@@ -30,7 +31,7 @@ from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS,
 from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
 from ensemble_attacks.hosts.run import Run
-from ensemble_attacks.hosts.slots import SLOTS, is_original, moved, perturb
+from ensemble_attacks.hosts.slots import SLOTS, is_original, moved, perturb, shorten
 from ensemble_attacks.hosts.verdict import clean_accuracy
 from ensemble_attacks.models.ask import Asked, as_module, ask, check_dtype, device_of
 from ensemble_attacks.models.guard import guarded
@@ -96,6 +97,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         robust_accuracy (float): after a run, the robust accuracy, in [0, 1]; of a random model, the mean over its draws.
         draws (int): number of predictions by which a random model is judged. (Default: 20)
         eot_iter (int): draws of every iterate of this package's attacks on a random model. (Default: 20)
+        steps (int): the number of steps of every attack that is chosen by name, Square's queries in proportion. (Default:
+            None: each its own)
 
     Raises:
         TypeError, ValueError: Where an argument cannot be used; for an unknown version or attack the message names the
@@ -158,6 +161,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             if isinstance(name, str) and name not in SLOTS:
                 find_maker(name)
         self.draws, self.eot_iter = DRAWS, EOT_ITER
+        self.steps: int | None = None
         self.on_attack: Callable[[str], object] = lambda name: None
         self.flags: list[Flag] = []
         self.stages: dict[str, Tensor] = {}
@@ -174,7 +178,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
-        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack", "box")}
+        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "steps", "on_attack", "box")}
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
@@ -279,6 +283,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_count("bs", bs)
         check_count("draws", self.draws)
         check_count("eot_iter", self.eot_iter)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+            shorten(self, self.steps)
         if not len(x):
             raise ValueError("x_orig holds no images")
         if self.version == "custom" and not self.attacks_to_run:
@@ -323,7 +330,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Return an attack of the registry, made for the twin."""
         draws = self.eot_iter if self.random else None
         settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
-        return find_maker(name)(self._twin, **settings)
+        make = find_maker(name)
+        if self.steps is not None and "?" not in name and takes_steps(make):
+            settings["steps"] = self.steps
+        return make(self._twin, **settings)
 
     def _flag(self, name: str, value: float, message: str) -> None:
         self.flags.append(Flag(name, value, message))

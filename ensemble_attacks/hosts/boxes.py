@@ -60,7 +60,7 @@ def from_unit_box(adversary: Any, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
     for slot in SLOTS:
         own, others = vars(getattr(adversary, slot)), vars(getattr(inner, slot))
         others.update({name: own[name] for name in own if name in others and type(own[name]) in (int, bool, str)})
-    for name in ("draws", "eot_iter", "on_attack"):
+    for name in ("draws", "eot_iter", "steps", "on_attack"):
         setattr(inner, name, getattr(adversary, name))
     return inner, seen
 
