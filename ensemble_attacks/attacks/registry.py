@@ -32,7 +32,7 @@ from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.parts import find_parts
-from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.models.surrogates import Surrogate, ZeroOrder
 from ensemble_attacks.names import literal
 
 GROUP = "ensemble_attacks.attacks"
@@ -121,6 +121,15 @@ def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> A
     return EOTAPGD(model, eot_iter=eot_iter or EOT_ITER, **settings)
 
 
+def _soft(attack: Callable[..., Attack], surrogate: str, /, **arguments: Any) -> Callable[..., Attack]:
+    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
+    return _ours(lambda model, **settings: attack(Surrogate(model, surrogate), loss="margin", **arguments, **settings))
+
+
+def _expected(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
+    return EOTAPGD(model, loss="log-expected", eot_iter=eot_iter or EOT_ITER, **settings)
+
+
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
     return PGD(ZeroOrder(model), steps=20, n_restarts=1, **settings)
 
@@ -154,6 +163,23 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=2800,
         source="Yu et al., NeurIPS 2022",
     ),
+    **{
+        f"{prefix}-{name}": NamedAttack(
+            f"{name.upper()} on the margin of {what}, 100 steps, judged on the vote itself",
+            _soft(attack, surrogate, **options),
+            needs=(MEMBERS,),
+            cost=200,
+            source=source,
+        )
+        for prefix, surrogate, what in (
+            ("soft", "probability", "the members' mean probability"),
+            ("votes", "votes", "soft votes, each member's at its own gap"),
+        )
+        for name, attack, options, source in (
+            ("pgd", PGD, {"n_restarts": 1}, "Madry et al., ICLR 2018"),
+            ("apgd", APGD, {}, CROCE),
+        )
+    },
     "crossmax-transfer": NamedAttack(
         "CrossMaxTransfer: APGD on the mean of the members' logits, refined on the model itself",
         _ours(CrossMaxTransfer),
@@ -163,6 +189,12 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     ),
     "eot-apgd": NamedAttack(
         "EOTAPGD: APGD of the expectation over draws, 100 steps", _eot, cost=200, source="Athalye et al., ICML 2018"
+    ),
+    "expected-apgd": NamedAttack(
+        "EOTAPGD on the logarithm of the expected probability, 100 steps",
+        _expected,
+        cost=200,
+        source="Dbouk & Shanbhag, ICML 2023",
     ),
     "pgd": NamedAttack(
         "PGD on cross-entropy, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it",
