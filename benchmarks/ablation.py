@@ -6,8 +6,8 @@
     python -m benchmarks.ablation ... --variants decomposition --table-only
 
 Robust accuracy (%), passes (forward + backward) per image, and, beside MORA as it is: how many images it alone leaves
-robust, how many the variant alone, and McNemar's exact p. Goes on where it stopped: every variant on every model has a record
-of its own, with one flag for each image. ``decomposition`` are the steps from the gradient of the vote to MORA as it is:
+robust, how many the variant alone, and McNemar's exact p. Goes on where it stopped: every variant on every model has a
+record of its own, with one flag for each image. ``decomposition`` are the steps from the gradient of the vote to MORA:
 
 - *gradient of the vote*: cross-entropy of the ensemble's own scores (of hard votes, what they pass straight through);
 - *mean probability*, *soft votes*: the margin of a soft vote, the latter with each member's logits divided by its own gap;

@@ -26,6 +26,7 @@ from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
+from ensemble_attacks.attacks.lca import LCA
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.attacks.reversal import FrontEndReversal
@@ -48,7 +49,7 @@ NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and wher
 NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
     MEMBERS: check_members,
     FRONTEND: lambda model, name: find_parts(model, "frontend"),
-    PROBABILITIES: lambda model, name: check_probabilities(model),
+    PROBABILITIES: lambda model, name: check_probabilities(model, name),
 }
 ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
@@ -215,10 +216,16 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         source="Yu et al., CVPR 2021",
     ),
     "arc": NamedAttack(
-        "ARC, 20 rounds over the members of a randomized ensemble",
+        "ARC, 20 rounds over the members of a randomized ensemble and all their boundaries",
         _ours(ARC),
         needs=(MEMBERS, PROBABILITIES),
         source="Dbouk & Shanbhag, ICML 2022",
+    ),
+    "lca": NamedAttack(
+        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
+        _ours(LCA),
+        needs=(MEMBERS, PROBABILITIES),
+        source="arXiv:2307.10788",
     ),
     "a3": NamedAttack(
         "A3: 28 restarts of up to 60 steps, on ever fewer images", _ours(A3), cost=2980, source="Liu et al., CVPR 2022"

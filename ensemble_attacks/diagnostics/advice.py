@@ -17,6 +17,8 @@ def adaptive_attacks(structure: Structure) -> list[str]:
         names += ["mora"]
     if structure.own_aggregation:
         names += ["crossmax-transfer"]
+    if structure.known_draws:
+        names += ["lca", "expected-apgd"]
     if structure.random:
         return [*names, "eot-apgd"]
     targeted = ["apgd-t"] if structure.classes > 3 else []

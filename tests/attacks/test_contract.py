@@ -15,15 +15,19 @@ from torchattacks.attack import Attack
 from ensemble_attacks import (
     A3,
     APGD,
+    ARC,
     CAA,
     EOTAPGD,
     LAFEAT,
+    LCA,
     MORA,
     PGD,
     BPDAIdentity,
     CrossMaxTransfer,
     FrontEndReversal,
+    Surrogate,
 )
+from ensemble_attacks.models.aggregations import log_expected_softmax
 from tests.helpers import make_ensemble
 
 EPS = 0.1
@@ -38,6 +42,27 @@ def behind_a_front_end(model: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(frontend=nn.Identity(), backbone=model)).train(model.training)
 
 
+class Drawn(nn.Module):
+    """An ensemble that answers with its expected probability, and says how likely it draws each member."""
+
+    probabilities: Tensor
+
+    def __init__(self, ensemble: nn.Module) -> None:
+        super().__init__()
+        self.ensemble: Any = ensemble
+        self.register_buffer("probabilities", torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), persistent=False)
+        self.training = ensemble.training
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        return self.ensemble.member_logits(x)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return log_expected_softmax(logits, self.probabilities)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aggregate(self.member_logits(x))
+
+
 ATTACKS = {
     "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8),
     "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=40, betas=(0.5, 0.0), targets=3),
@@ -48,6 +73,14 @@ ATTACKS = {
     "caa": lambda model, norm: CAA(model, norm=norm, eps=EPS),
     "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),
     "apgd-dlr": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, loss="dlr"),
+    "soft-pgd": lambda model, norm: PGD(
+        Surrogate(model, "probability"), norm=norm, eps=EPS, steps=8, n_restarts=2, loss="margin"
+    ),
+    "votes-apgd": lambda model, norm: APGD(Surrogate(model, "votes"), norm=norm, eps=EPS, steps=12, loss="margin"),
+    "published": lambda model, norm: MORA.published(model, norm=norm, eps=EPS, steps=6, betas=(0.5, 1.0), targets=1),
+    "released": lambda model, norm: MORA.released(model, norm=norm, eps=EPS, steps=6, betas=(0.5, 1.0), targets=1),
+    "lca": lambda model, norm: LCA(Drawn(model), norm=norm, eps=EPS, steps=4, n_restarts=2),
+    "arc": lambda model, norm: ARC(Drawn(model), norm=norm, eps=EPS, steps=1, n_restarts=2),
     "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
     "eot-apgd": lambda model, norm: EOTAPGD(model, norm=norm, eps=EPS, steps=12, eot_iter=2),
     "bpda": lambda model, norm: BPDAIdentity(model, parts=dropouts(model), norm=norm, eps=EPS, steps=12),
