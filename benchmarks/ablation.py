@@ -11,7 +11,7 @@ record of its own, with one flag for each image. ``decomposition`` are the steps
 
 - *gradient of the vote*: cross-entropy of the ensemble's own scores (of hard votes, what they pass straight through);
 - *mean probability*, *soft votes*: the margin of a soft vote, the latter with each member's logits divided by its own gap;
-- *soft votes, normalised*: MORA without reweighed members (beta 0), untargeted, five restarts;
+- *normalised soft votes*: MORA without reweighed members (beta 0), untargeted, five restarts;
 - *reweighing*: its sweep of betas, untargeted; *aiming* (MORA as it is): at the classes that came closest.
 """
 
@@ -105,7 +105,7 @@ DECOMPOSITION: dict[str, Make] = {
     "gradient of the vote": lambda model, **settings: Restarted(model, of_scores(cross_entropy), **settings),
     "mean probability": soft("probability"),
     "soft votes": soft("votes"),
-    "soft votes, normalised": partial(MORA, betas=(0.0,) * SWEEP, aimed=False),
+    "normalised soft votes": partial(MORA, betas=(0.0,) * SWEEP, aimed=False),
     "reweighing": partial(MORA, betas=BETAS, aimed=False),
     DEFAULT: partial(MORA, betas=BETAS),
 }
@@ -140,7 +140,7 @@ def name_of(model: str, vote: str, variant: str) -> str:
 @click.command()
 @click.option("--models", default=MODELS, show_default=True, help="Comma-separated.")
 @click.option("--votes", default="voting,softmax", show_default=True)
-@click.option("--variants", default="all", show_default=True, help="all, decomposition, or names, comma-separated by ';'.")
+@click.option("--variants", default="all", show_default=True, help="all, decomposition, or names, comma-separated.")
 @click.option("--steps", default=100, show_default=True, help="Of each of the five descents.")
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
 @image_options("runs/ablation")
@@ -160,7 +160,7 @@ def main(
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False
     groups = {"all": VARIANTS, "decomposition": DECOMPOSITION}
-    chosen = list(groups.get(variants) or named(variants.replace(";", ","), VARIANTS, "--variants"))
+    chosen = list(groups.get(variants) or named(variants, VARIANTS, "--variants"))
     cells = [(model, vote) for model in models.split(",") for vote in votes.split(",")]
     about: dict[str, Any] = {"dataset": dataset, "steps": steps}
     if not table_only:
@@ -177,7 +177,7 @@ def main(
     rows = rows_of(out / dataset, cells, chosen)
     if not rows:
         raise click.UsageError(f"{out / dataset} holds nothing yet")
-    click.echo(save_table(rows, out / (dataset if variants == "all" else f"{dataset}_{variants.partition(';')[0]}")))
+    click.echo(save_table(rows, out / (dataset if variants == "all" else f"{dataset}_{variants.partition(',')[0]}")))
 
 
 def rows_of(folder: Path, cells: list[tuple[str, str]], variants: list[str]) -> list[dict[str, Any]]:

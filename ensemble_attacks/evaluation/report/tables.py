@@ -9,8 +9,9 @@ from typing import Any
 
 from ensemble_attacks.evaluation.units import CLEAN
 
+WORST = "worst of draws %"  # of a random model: the images that are right in every draw
 COLUMNS = (
-    *("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "invalid", "outside", "disagreement"),
+    *("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", WORST, "invalid", "outside", "disagreement"),
     *("passes / image", "seconds"),
 )
 TOLD = ("invalid", "outside", "disagreement")
@@ -26,9 +27,10 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
             passes = row.get("forwards_per_image", 0) + row.get("backwards_per_image", 0)
             spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
             figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
+            worst = round(100 * row["worst_of_draws"], 1) if "worst_of_draws" in row else ""
             cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
             called = f"{name} (without {', '.join(row['failed'])})" if row.get("failed") else name
-            rows.append((*start, called, *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
+            rows.append((*start, called, *figures, worst, *(row.get(kind, 0) for kind in TOLD), *cost))
     return rows
 
 
