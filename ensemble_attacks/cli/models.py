@@ -10,7 +10,8 @@ import click
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ensemble_attacks.attacks.registry import PEER, registered
+from ensemble_attacks.attacks.peers import PEER
+from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.options import console
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
