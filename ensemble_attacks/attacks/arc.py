@@ -75,6 +75,10 @@ class MemberSteps(StepRule):
     def move(
         self, step: int, ball: Ball, previous: Tensor, x: Tensor, gradient: Tensor, loss: Tensor, margin: Tensor
     ) -> tuple[Tensor, Tensor]:
+        self.turn.step = step
+        if step == 0:  # nobody had said whose turn it was when these images were first seen, in an opening
+            return x, x
+        step -= 1
         look = step % self.turn.looks
         self.turn.step = step + 1
         if step % self.turn.round == 0:
@@ -217,5 +221,5 @@ class ARC(DescentAttack):
     def _restart(self, restart: int, planes: int) -> Stage:
         turn = Turn(likeliest_first(self.model), planes)
         rule = partial(MemberSteps, turn=turn, norm=NORMS[self.norm], beyond=self.beyond, consistent=self.consistent)
-        steps = turn.round * self.steps
+        steps = 1 + turn.round * self.steps
         return Stage(partial(member_lead, turn), restart=restart, steps=steps, step_rule=rule, opening=not restart)

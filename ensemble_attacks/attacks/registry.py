@@ -80,6 +80,12 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=1000,
         source="Athalye et al., ICML 2018",
     ),
+    "expected-apgd": NamedAttack(
+        "EOTAPGD on the logarithm of the expected probability, 100 steps",
+        _expected,
+        cost=200,
+        source="Dbouk & Shanbhag, ICML 2023",
+    ),
     "mora": NamedAttack(
         "MORA: beta 0.5 (28 steps from the clean image, six times 12 at single classes), 0, 0.25, 0.75, 1 (100 each)",
         _ours(MORA),
@@ -93,6 +99,12 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         needs=(MEMBERS,),
         cost=2800,
         source="Yu et al., NeurIPS 2022",
+    ),
+    "lca": NamedAttack(
+        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
+        _ours(LCA),
+        needs=(MEMBERS, PROBABILITIES),
+        source="arXiv:2307.10788",
     ),
     **{
         f"{prefix}-{name}": NamedAttack(
@@ -121,12 +133,6 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     "eot-apgd": NamedAttack(
         "EOTAPGD: APGD of the expectation over draws, 100 steps", _eot, cost=200, source="Athalye et al., ICML 2018"
     ),
-    "expected-apgd": NamedAttack(
-        "EOTAPGD on the logarithm of the expected probability, 100 steps",
-        _expected,
-        cost=200,
-        source="Dbouk & Shanbhag, ICML 2023",
-    ),
     "pgd": NamedAttack(
         "PGD on cross-entropy, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it",
         _ours(PGD),
@@ -150,12 +156,6 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         _ours(ARC),
         needs=(MEMBERS, PROBABILITIES),
         source="Dbouk & Shanbhag, ICML 2022",
-    ),
-    "lca": NamedAttack(
-        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
-        _ours(LCA),
-        needs=(MEMBERS, PROBABILITIES),
-        source="arXiv:2307.10788",
     ),
     "a3": NamedAttack(
         "A3: 28 restarts of up to 60 steps, on ever fewer images", _ours(A3), cost=2980, source="Liu et al., CVPR 2022"
