@@ -169,16 +169,16 @@ class MORA(DescentAttack):
     sample, at the wrong class that has come closest in all iterates so far, among those that the fewest descents of as many
     steps or more have aimed at.
 
-    It departs from the paper (`MORA.published`). Figures are what stays robust of 100 digits, Linf 0.12, in hard votes of the
-    `standard`, `gal`, `trs` and `adp` networks, at 5 x 100 steps (`benchmarks/ablation.py`): this 21, 3, 8, 25; as published
-    26, 24, 19, 26; as released (`MORA.released`) 20, 5, 10, 25.
+    It departs from the paper (`MORA.published`). Figures are what stays robust of 100 digits, Linf 0.12, in hard votes of
+    the `standard`, `gal`, `trs` and `adp` networks, at 5 x 100 steps (`benchmarks/ablation.py`): this 21, 3, 8, 25; as
+    published 26, 24, 19, 26; as released (`MORA.released`) 20, 5, 10, 25.
 
     - Under hard votes tau is each member's own gap, not 0.1, and the ensemble's term the logarithm of the mean probability,
       which counts where y no longer leads it, too: without any reweighing these alone leave 21, 5, 12 of the first three.
     - The weights of eq. 10 are the true derivative, not the printed one, and sum to 1; members are masked where they prefer
       the class to overtake, not any other; with mean logits, where all weigh the same, none is.
-    - The first descent starts at the clean image, and the others aim; the paper's sweep is untargeted (``aimed=False``: 22, 7
-      of the first two), and different betas mostly end at the same class.
+    - The first descent starts at the clean image, and the others aim; the paper's sweep is untargeted (``aimed=False``: 22,
+      7 of the first two), and different betas mostly end at the same class.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.

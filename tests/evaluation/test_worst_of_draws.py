@@ -17,7 +17,16 @@ def judged(correct: list[list[int]]) -> Judgement:
 
 def test_tables_show_the_worst_of_several_draws() -> None:
     drawn, once = (row_of(judged(c), {}, 40, 40, {}) for c in ([[1, 1, 0, 0], [1, 0, 1, 0]], [[1, 1, 0, 0]]))
-    cell = {"model": "m", "vote": "own", "eps": 0.1, "seed": 0, "clean": once, "attacks": {"a": drawn}, "worst_case": once}
+    cell = {
+        "model": "m",
+        "vote": "own",
+        "eps": 0.1,
+        "seed": 0,
+        "n": 4,
+        "clean": once,
+        "attacks": {"a": drawn},
+        "worst_case": once,
+    }
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in table_rows({"cells": [cell]}, {})]
     assert [row[WORST] for row in rows] == ["", 25.0, ""]
     assert rows[1]["robust %"] == 50.0
