@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ NO_RECORD = {  # by the first cells of a table's head: why nothing is left to co
     ("", "3 x ResNet-20"): "times, which no other machine repeats: run benchmarks/speed.py",
 }
 NO_FIGURES = (("name", "attack"), ("recipe", "defense"))  # tables of words
+HALF = 0.05 + 1e-6  # of the last digit that is printed
 CELL = re.compile(r"`(?:table1\.py --cells |\.\.\.)(\w+):(\w+):([0-9.]+)`")
 
 
@@ -100,18 +100,22 @@ def of_reach(table: Table, row: list[str]) -> list[str]:
     return said
 
 
-def rounded(value: float) -> str:
-    """Return a card's figure, of two decimals, with one: halves go up."""
-    return str(Decimal(str(value)).quantize(Decimal("0.1"), ROUND_HALF_UP))
+def rounded(values: list[float], printed: str) -> str:
+    """Return a card's figures, of two decimals, with one, as they are printed with what follows; a half goes either way."""
+    figures, between, rest = printed.partition(" (")
+    said = figures.split(" / ")
+    if len(said) != len(values):
+        return " / ".join(f"{value:.1f}" for value in values) + between + rest
+    near = [text if abs(float(text) - value) < HALF else f"{value:.1f}" for text, value in zip(said, values, strict=True)]
+    return " / ".join(near) + between + rest
 
 
 def of_cards(table: Table, row: list[str]) -> list[str]:
     """Return the clean accuracies of a model, from its card."""
     accuracy = json.loads((CARDS / row[0] / "Linf" / f"{row[1].strip('`')}.json").read_text())["clean_accuracy"]
-    members = " / ".join(map(rounded, accuracy["members"]))
-    votes = [name for name in ("softmax", "voting", "logits") if name in accuracy]
-    whole = " / ".join(rounded(accuracy[vote]) for vote in votes) or f"{rounded(accuracy['crossmax'])} (CrossMax)"
-    return [*row[:2], members + row[2][len(members) :], whole, *row[4:]]
+    votes = [name for name in ("softmax", "voting", "logits", "crossmax") if name in accuracy]
+    whole = [accuracy[vote] for vote in votes]
+    return [*row[:2], rounded(accuracy["members"], row[2]), rounded(whole, row[3]), *row[4:]]
 
 
 def of_claims(table: Table, row: list[str]) -> list[str] | None:

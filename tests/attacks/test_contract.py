@@ -80,12 +80,8 @@ ATTACKS = {
     "caa": caa,
     "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),
     "apgd-dlr": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, loss="dlr"),
-    "soft-pgd": lambda model, norm: PGD(
-        Surrogate(model, "probability"), norm=norm, eps=EPS, steps=8, n_restarts=2, loss="margin"
-    ),
-    "votes-apgd": lambda model, norm: APGD(Surrogate(model, "votes"), norm=norm, eps=EPS, steps=12, loss="margin"),
+    "soft-apgd": lambda model, norm: APGD(Surrogate(model, "probability"), norm=norm, eps=EPS, steps=12, loss="margin"),
     "published": lambda model, norm: MORA.published(model, norm=norm, eps=EPS, steps=6, betas=(0.5, 1.0), targets=1),
-    "released": lambda model, norm: MORA.released(model, norm=norm, eps=EPS, steps=6, betas=(0.5, 1.0), targets=1),
     "lca": lambda model, norm: LCA(Drawn(model), norm=norm, eps=EPS, steps=4, n_restarts=2),
     "arc": lambda model, norm: ARC(Drawn(model), norm=norm, eps=EPS, steps=1, n_restarts=2),
     "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
@@ -98,6 +94,7 @@ ATTACKS = {
         model, attack=APGD, refine=APGD, refine_steps=5, norm=norm, eps=EPS, steps=12
     ),
 }
+MIXTURES = ("lca", "arc")  # attacks on models that draw a member
 NORMS = ("Linf", "L2")
 in_both_norms = pytest.mark.parametrize(("name", "norm"), list(product(ATTACKS, NORMS)))
 # what has nothing to do with the ball: every attack in one norm, half of them in each; the other with -m slow
@@ -133,7 +130,8 @@ def test_images_are_in_ball_and_box(name: str, norm: str, dtype: torch.dtype, ba
     assert (size(images, adversarial, norm) <= EPS).all()
     assert torch.equal(images, before)
     fooled = model(adversarial).argmax(1) != labels
-    assert 0.2 < fooled.float().mean() < 1  # it attacks, and leaves room to compare
+    least = 0.05 if name in MIXTURES else 0.2  # these are after single members, not after their mean
+    assert least < fooled.float().mean() < 1  # it attacks, and leaves room to compare
 
 
 @in_either_norm
@@ -261,6 +259,10 @@ def test_an_empty_batch_and_a_batch_already_wrong(name: str, norm: str, batch: t
     attack = ATTACKS[name](make_ensemble(), norm)
     assert attack(images[:0], labels[:0]).shape == (0, 3, 6, 6)
     wrong = (labels + 1) % 4
+    if name in MIXTURES:  # all that can be drawn are to be wrong
+        every = (make_ensemble().member_logits(images).argmax(-1) != wrong).all(0)
+        images, wrong = images[every], wrong[every]
+    assert len(images) > 5
     assert torch.equal(attack(images, wrong), images)
 
 

@@ -101,7 +101,7 @@ READINGS: dict[str, tuple[Loss, Callable[..., Tensor], Callable[..., MORA]]] = {
 
 
 @pytest.mark.parametrize("aimed", [False, True])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.5, 1.0])
 @pytest.mark.parametrize("vote", VOTES)
 @pytest.mark.parametrize("reading", READINGS)
 def test_loss_and_gradient_are_those_that_are_written(reading: str, vote: str, beta: float, aimed: bool) -> None:
