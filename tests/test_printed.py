@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import printed
+from benchmarks import ablation, printed, randomized
 from benchmarks.records import paired, passes_of, robust_of
 
 TABLES = [table for table in printed.tables() if not printed.known(table.head, printed.NO_FIGURES)]
@@ -28,6 +30,26 @@ def test_printed_figures_are_those_of_the_records(table: printed.Table) -> None:
     for row, found in computed:
         assert found is None or found == row
     assert sum(found is not None for _, found in computed) >= len(computed) / 2
+
+
+def test_tables_that_ship_are_those_of_their_records() -> None:
+    results = printed.ROOT / "benchmarks" / "results"
+    folder = results / "ablation" / "digits"
+    cells = [(model, vote) for model in ablation.MODELS.split(",") for vote in ("voting", "softmax")]
+    for name, variants in (("digits", ablation.VARIANTS), ("digits_decomposition", ablation.DECOMPOSITION)):
+        stored = json.loads((results / "ablation" / f"{name}.json").read_text())
+        assert ablation.rows_of(folder, cells, list(variants)) == stored
+    found = {}
+    for path in (results / "randomized" / "digits").glob("*.json"):
+        record = json.loads(path.read_text())
+        found[record["ensemble"], record["attack"]] = randomized.row_of(record["ensemble"], record["attack"], record)
+    table = json.loads((results / "randomized" / "digits.json").read_text())
+    assert [found.pop((row["ensemble"], row["attack"])) for row in table] == table
+    assert not found
+    for shipped in (folder, results / "randomized" / "digits"):
+        records = [json.loads(path.read_text()) for path in shipped.glob("*.json")]
+        assert len({(record["code"], record["seed"], record["n"], record["eps"]) for record in records}) == 1
+        assert all(len(record["flags"]) == len(record["clean"]) == record["n"] for record in records)
 
 
 def test_records_are_paired_image_by_image() -> None:

@@ -174,11 +174,12 @@ class MORA(DescentAttack):
     published 26, 24, 19, 26; as released (`MORA.released`) 20, 5, 10, 25.
 
     - Under hard votes tau is each member's own gap, not 0.1, and the ensemble's term the logarithm of the mean probability,
-      which counts where y no longer leads it, too: without any reweighing these alone leave 21, 5, 12 of the first three.
+      which counts where y no longer leads it, too: with nothing else, beta 0 and five untargeted descents, 21, 5, 12, 27.
     - The weights of eq. 10 are the true derivative, not the printed one, and sum to 1; members are masked where they prefer
-      the class to overtake, not any other; with mean logits, where all weigh the same, none is.
-    - The first descent starts at the clean image, and the others aim; the paper's sweep is untargeted (``aimed=False``: 22,
-      7 of the first two), and different betas mostly end at the same class.
+      the class to overtake, not any other; with mean logits, where all weigh the same, none is. On these four it makes no
+      difference: equal weights leave 21, 3, 8, 24.
+    - All descents but the first, which starts at the clean image, aim; the paper's do not (``aimed=False``: 22, 7, 10,
+      23), where different betas mostly end at the same class.
 
     Arguments:
         model (nn.Module): an ensemble: ``member_logits(x) -> (M, N, K)`` and ``aggregate(member_logits) -> (N, K)``.
