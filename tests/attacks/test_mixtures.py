@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import ARC, LCA, NotAnEnsembleError
 from ensemble_attacks.descent.objectives import Goal, cross_entropy, log_expected
+from ensemble_attacks.diagnostics.advice import adaptive_attacks
+from ensemble_attacks.evaluation.runner import evaluate
+from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.models.aggregations import log_mean_softmax, log_soft_votes
+from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.view import Outputs
 from tests.attacks.test_oracle import PIXELS, Linear, dense_members, images_inside_the_box
 from tests.helpers import make_ensemble
@@ -124,3 +128,16 @@ def test_soft_votes_say_one_of_the_best_class_however_sure_a_member_is() -> None
 def test_lca_needs_probabilities() -> None:
     with pytest.raises(NotAnEnsembleError, match="LCA needs the probabilities"):
         LCA(make_ensemble())
+
+
+def test_baselines_and_mixtures_are_known_by_name(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = (t[:4] for t in batch)
+    hard = make_ensemble("voting", dtype=torch.float32)
+    names = ["soft-pgd", "soft-apgd", "votes-pgd", "votes-apgd"]
+    found = evaluate(hard, images.float(), labels, names, Settings(0.05))["attacks"]
+    assert list(found) == names
+    drawn = RandomizedEnsemble(list(hard.members), seed=0).eval()
+    found = evaluate(drawn, images.float(), labels, ["expected-apgd", "lca"], Settings(0.03, draws=2, eot_iter=2))["attacks"]
+    assert all(row["accuracy"] < 1 and "worst_of_draws" in row for row in found.values())
+    chosen = adaptive_attacks(structure_of(drawn, images.float()))
+    assert chosen == ["expected-apgd", "mora", "lca", "eot-apgd"]
