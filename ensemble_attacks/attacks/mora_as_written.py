@@ -41,8 +41,8 @@ def published(
     """Return the loss of the paper, (N,) (eq. 7-12), of the ensemble's and the reweighed members' normalised outputs.
 
     The arguments are those of `mora`. Of the ensemble it takes the mean probability itself at ``tau``, by default 1, or 0.1
-    under hard votes, or the mean logits. Where the text leaves room: eq. 12 is taken of the reweighed sum, not of each member,
-    and no gradient goes through weights and margins.
+    under hard votes, or the mean logits. Where the text leaves room, eq. 12 is taken of the reweighed sum, not of each
+    member, and no gradient goes through weights and margins.
     """
     leave, reach = goal.overtaken(scores_NK), goal.reach
     tau = PUBLISHED_TAU[vote.name] if tau is None else tau
