@@ -32,9 +32,9 @@ EPS = Radius()
 DATA = "As of `ensemble-attacks evaluate`: a dataset, a file, a folder, or file.py:function."
 
 
-def named(names: str, known: Iterable[str], option: str) -> list[str]:
-    """The comma-separated names that an option was given; `click.BadParameter` for one that is not known."""
-    chosen, known = names.split(","), list(known)
+def named(names: str, known: Iterable[str], option: str, between: str = ",") -> list[str]:
+    """The names that an option was given, with a comma ``between``; `click.BadParameter` for one that is not known."""
+    chosen, known = names.split(between), list(known)
     if unknown := [name for name in chosen if name not in known]:
         raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(known)}", param_hint=option)
     return chosen

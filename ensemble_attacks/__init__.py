@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ensemble_attacks.attacks.caa import CAA as CAA
     from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer as CrossMaxTransfer
     from ensemble_attacks.attacks.lafeat import LAFEAT as LAFEAT
+    from ensemble_attacks.attacks.lca import LCA as LCA
     from ensemble_attacks.attacks.mora import MORA as MORA
     from ensemble_attacks.attacks.pgd import PGD as PGD
     from ensemble_attacks.attacks.reversal import FrontEndReversal as FrontEndReversal
@@ -56,6 +57,7 @@ _HOMES = {  # of every public name, the module that defines it
     "FrontEndReversal": "attacks.reversal",
     "Judgement": "judge",
     "LAFEAT": "attacks.lafeat",
+    "LCA": "attacks.lca",
     "LedgerError": "errors",
     "MORA": "attacks.mora",
     "NotAnEnsembleError": "errors",

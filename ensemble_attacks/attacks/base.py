@@ -31,6 +31,8 @@ from ensemble_attacks.validation import (
     check_seed,
 )
 
+LOG_EXPECTED = "log-expected"  # the loss whose name several attacks know
+
 
 class DescentAttack(CarefulAttack):
     """A torchattacks ``Attack`` that runs in `ensemble_attacks.descent`.
@@ -83,6 +85,11 @@ class DescentAttack(CarefulAttack):
             check_count("eot_iter", self.eot_iter)
         check_count("draws_per_pass", self.draws_per_pass)
 
+    @property
+    def _of_expectation(self) -> bool:
+        """Tell whether what is climbed is a loss of the expected probability, and no loss of each draw."""
+        return getattr(self, "loss", None) == LOG_EXPECTED
+
     def _stages(self, num_classes: int) -> list[Stage]:
         """Return the stages to run, of which the first may be an opening (`Stage`)."""
         raise NotImplementedError
@@ -111,10 +118,11 @@ class DescentAttack(CarefulAttack):
         """Return the stages to run on this model.
 
         They are those of `_stages`. Of a model that draws its members, each takes the mean over these where the attack does
-        not look inside itself.
+        not look inside itself, nor at the expected probability.
         """
         stages = self._stages(num_classes)
-        if self.needs_members or self.eot_iter is None or member_probabilities(self.model) is None:
+        inside = self.needs_members or self._of_expectation
+        if inside or self.eot_iter is None or member_probabilities(self.model) is None:
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 

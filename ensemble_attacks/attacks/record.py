@@ -17,7 +17,7 @@ MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the pro
 NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
     MEMBERS: check_members,
     FRONTEND: lambda model, name: find_parts(model, "frontend"),
-    PROBABILITIES: lambda model, name: check_probabilities(model),
+    PROBABILITIES: check_probabilities,
 }
 
 

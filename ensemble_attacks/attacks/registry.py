@@ -24,6 +24,7 @@ from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
+from ensemble_attacks.attacks.lca import LCA
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.options import with_options
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
@@ -31,7 +32,7 @@ from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.models.surrogates import Surrogate, ZeroOrder
 from ensemble_attacks.names import split_options
 from ensemble_attacks.norms import UNIT
 
@@ -58,6 +59,15 @@ def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> A
     return EOTAPGD(model, eot_iter=eot_iter or EOT_ITER, **settings)
 
 
+def _soft(attack: Callable[..., Attack], surrogate: str, /, **arguments: Any) -> Callable[..., Attack]:
+    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
+    return _ours(lambda model, **settings: attack(Surrogate(model, surrogate), loss="margin", **arguments, **settings))
+
+
+def _expected(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
+    return EOTAPGD(model, loss="log-expected", eot_iter=eot_iter or EOT_ITER, **settings)
+
+
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
     width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
     return PGD(ZeroOrder(model, sigma=LOOK * width), steps=20, n_restarts=1, **settings)
@@ -78,6 +88,12 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=1000,
         source="Athalye et al., ICML 2018",
     ),
+    "expected-apgd": NamedAttack(
+        "EOTAPGD on the logarithm of the expected probability, 100 steps",
+        _expected,
+        cost=200,
+        source="Dbouk & Shanbhag, ICML 2023",
+    ),
     "mora": NamedAttack(
         "MORA: beta 0.5 (28 steps from the clean image, six times 12 at single classes), 0, 0.25, 0.75, 1 (100 each)",
         _ours(MORA),
@@ -92,6 +108,29 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=2800,
         source="Yu et al., NeurIPS 2022",
     ),
+    "lca": NamedAttack(
+        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
+        _ours(LCA),
+        needs=(MEMBERS, PROBABILITIES),
+        source="arXiv:2307.10788",
+    ),
+    **{
+        f"{prefix}-{name}": NamedAttack(
+            f"{name.upper()} on the margin of {what}, 100 steps, judged on the vote itself",
+            _soft(attack, surrogate, **options),
+            needs=(MEMBERS,),
+            cost=200,
+            source=source,
+        )
+        for prefix, surrogate, what in (
+            ("soft", "probability", "the members' mean probability"),
+            ("votes", "votes", "soft votes, each member's at its own gap"),
+        )
+        for name, attack, options, source in (
+            ("pgd", PGD, {"n_restarts": 1}, "Madry et al., ICLR 2018"),
+            ("apgd", APGD, {}, CROCE),
+        )
+    },
     "crossmax-transfer": NamedAttack(
         "CrossMaxTransfer: APGD on the mean of the members' logits, refined on the model itself",
         _ours(CrossMaxTransfer),
@@ -121,7 +160,7 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         source="Yu et al., CVPR 2021",
     ),
     "arc": NamedAttack(
-        "ARC, 20 rounds over the members of a randomized ensemble",
+        "ARC, 20 rounds over the members of a randomized ensemble and all their boundaries",
         _ours(ARC),
         needs=(MEMBERS, PROBABILITIES),
         source="Dbouk & Shanbhag, ICML 2022",

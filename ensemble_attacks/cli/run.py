@@ -199,6 +199,8 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
+        if "worst_of_draws" in row:
+            told += f" ({100 * row['worst_of_draws']:.1f} in the worst of {row['draws']} draws)"
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(

@@ -58,6 +58,10 @@ class Ball:
         """Return a point on the sphere, put into the box, from noise of the norm's kind, (N, ...)."""
         raise NotImplementedError
 
+    def uniform(self, noise: Tensor) -> Tensor:
+        """Return a point anywhere in the ball, put into the box; where a norm does not say how, as `start` does."""
+        return self.start(noise)
+
     def select(self, rows: Tensor) -> Ball:
         """Return the ball of some of the samples."""
         part = object.__new__(type(self))
@@ -88,6 +92,10 @@ class LinfBall(Ball, norm="Linf"):
         """Return ``P(clean + eps * t / max |t|)`` of uniform noise t in [-1, 1]."""
         largest = noise.flatten(1).abs().amax(1)
         return self.project(self.clean + self.scaled(self.eps * noise / per_sample(largest, noise)))
+
+    def uniform(self, noise: Tensor) -> Tensor:
+        """Return ``P(clean + eps * t)`` of uniform noise t in [-1, 1]."""
+        return self.project(self.clean + self.scaled(self.eps * noise))
 
 
 class L2Ball(Ball, norm="L2"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.scores import at_least, best_other, gather, margin
+from ensemble_attacks.scores import at_least, best_other, gather, margin, mask_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +122,20 @@ def ratio(scores_NK: Tensor, goal: Goal) -> Tensor:
 def of_scores(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:
     """Return the objective that is a loss of the model's own scores."""
     return lambda outputs, goal: loss(outputs.scores_NK, goal)
+
+
+def log_expected(outputs: Outputs, goal: Goal) -> Tensor:
+    """Return the loss ``-log E[p_y]`` of the expected probability, or ``log E[p_t]`` towards a class t, (N,), in nats.
+
+    Of a model whose expectation is not known, it is each draw's ``1 - p_y``, or ``p_t``, whose mean over draws orders images
+    as that logarithm does, and has its gradient's direction. ``1 - p_y`` is the sum of the others, never a difference.
+    """
+    if outputs.weights_E is not None:
+        return cross_entropy(outputs.scores_NK, goal)
+    log_p_NK = outputs.scores_NK.log_softmax(-1)
+    if goal.reach is not None:
+        return gather(log_p_NK, goal.reach).exp()
+    return mask_class(log_p_NK, goal.leave).exp().sum(-1)
 
 
 def expected(objective: Objective) -> Objective:

@@ -174,7 +174,8 @@ class Progress:
         elif stage.opening or (self.start is not None and stage.restart == 0):
             x = self.opening(rows)
         else:
-            x = ball.start(start_noise(keys, self.images[rows], seed=self.seed, restart=stage.restart, norm=self.norm))
+            noise = start_noise(keys, self.images[rows], seed=self.seed, restart=stage.restart, norm=self.norm)
+            x = ball.uniform(noise) if stage.uniform else ball.start(noise)
         return Start(x, ball, self._aimed(stage, rows, self.goal.select(rows), keys), self.gaps_NK[rows], seen)
 
     def _aimed(self, stage: Stage, rows: Tensor, goal: Goal, keys: list[bytes]) -> Goal:

@@ -37,6 +37,7 @@ class Stage:
         share: the share of the robust samples that the stage takes, those of the smallest margin; `FEWEST` at least.
         opening: whether the descent begins at the clean images, or at the caller's start, whose first look serves it, too;
             only the first stage may be one, and it takes all that are robust.
+        uniform: whether a random start lies anywhere in the ball; else it is on the sphere.
     """
 
     objective: Objective
@@ -48,6 +49,7 @@ class Stage:
     resume: bool = False
     share: float = 1.0
     opening: bool = False
+    uniform: bool = False
 
 
 @dataclass(eq=False)
