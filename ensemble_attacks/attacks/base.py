@@ -116,6 +116,10 @@ class DescentAttack(CarefulAttack):
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
 
+    def _goal(self, images: Tensor, labels: Tensor, targets: Tensor | None) -> Goal:
+        """Return what the attack is after: to leave the labels, or to reach the targets."""
+        return Goal(labels) if targets is None else Goal(labels, targets, only=True)
+
     def _check_inputs(self, images: Tensor, labels: Tensor, start: Tensor | None = None, **options: Any) -> None:
         super()._check_inputs(images, labels)
         if start is not None:
@@ -151,7 +155,7 @@ class DescentAttack(CarefulAttack):
         adversarial = loop.attack(
             self.outputs,
             images,
-            Goal(labels) if targets is None else Goal(labels, targets, only=True),
+            self._goal(images, labels, targets),
             self._plan(num_classes),
             norm=self.norm,
             eps=eps,

@@ -23,9 +23,11 @@ from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
+from ensemble_attacks.attacks.malt import MALT
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
 from ensemble_attacks.attacks.pgd import PGD
+from ensemble_attacks.attacks.pma import PMA
 from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
@@ -142,6 +144,19 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         fewest_classes=4,
         cost=1800,
         source=CROCE,
+    ),
+    "pma": NamedAttack(
+        "PMA: the margin of probabilities, 2 x 100 steps, of which the first half climb one of its terms",
+        _ours(PMA),
+        cost=400,
+        source="Xie et al., CVPR 2025",
+    ),
+    "malt": NamedAttack(
+        "MALT: targeted APGD on DLR, 9 targets x 100 steps, nearest first where the model is linear",
+        _ours(MALT),
+        fewest_classes=4,
+        cost=1800,
+        source="Melamed et al., NeurIPS 2024",
     ),
     "front-end-reversal": NamedAttack(
         "APGD on what lies behind the part called frontend, carried back through it",
