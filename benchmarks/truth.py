@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -321,22 +320,24 @@ def proofs(cell: Cell, n: int) -> dict[str, Any]:
 @click.command()
 @click.option("--members", default=",".join(EPS), show_default=True)
 @click.option("--eps", help="Comma-separated Linf radii in pixel units of [0, 1].  [default: some for each]")
-@click.option("--attacks", default=",".join(ON_VOTES), show_default=True)
+@click.option("--votes", "chosen", default=",".join((*VOTES, DRAWN)), show_default=True)
+@click.option("--attacks", default=",".join(ON_VOTES), show_default=True, help="On votes; on drawn members all are run.")
 @click.option("--n", default=50, show_default=True, help="Test images.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=LIMIT, show_default=True, help="Seconds for one programme.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/truth"), show_default=True)
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
-def main(members: str, eps: str | None, attacks: str, n: int, seed: int, limit: float, out: Path, table_only: bool) -> None:
+def main(
+    members: str, eps: str | None, chosen: str, attacks: str, n: int, seed: int, limit: float, out: Path, table_only: bool
+) -> None:
     torch.set_num_threads(1)
     x, y = load_dataset("digits", n=n)
     radii = {kind: tuple(map(float, eps.split(","))) if eps else EPS[kind] for kind in named(members, EPS, "--members")}
     cells = [Cell(out, kind, radius, seed, limit) for kind in radii for radius in radii[kind]]
     for cell in cells if not table_only else ():
-        for vote, name in product(VOTES, named(attacks, ON_VOTES, "--attacks")):
-            cell.attack(vote, name, x, y)
-        for name in ON_DRAWN:
-            cell.attack(DRAWN, name, x, y)
+        for vote in named(chosen, (*VOTES, DRAWN), "--votes"):
+            for name in ON_DRAWN if vote == DRAWN else named(attacks, ON_VOTES, "--attacks"):
+                cell.attack(vote, name, x, y)
         cell.prove(x, y)
     done = [cell for cell in cells if len((cell.stored("exact") or {"images": []})["images"]) >= n]
     if not done:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer as CrossMaxTransfer
     from ensemble_attacks.attacks.lafeat import LAFEAT as LAFEAT
     from ensemble_attacks.attacks.malt import MALT as MALT
+    from ensemble_attacks.attacks.minimal import MinimalNorm as MinimalNorm
     from ensemble_attacks.attacks.mora import MORA as MORA
     from ensemble_attacks.attacks.pgd import PGD as PGD
     from ensemble_attacks.attacks.pma import PMA as PMA
@@ -61,6 +62,7 @@ _HOMES = {  # of every public name, the module that defines it
     "LedgerError": "errors",
     "MALT": "attacks.malt",
     "MORA": "attacks.mora",
+    "MinimalNorm": "attacks.minimal",
     "NotAnEnsembleError": "errors",
     "OutOfBallError": "errors",
     "PGD": "attacks.pgd",

@@ -24,6 +24,7 @@ from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
 from ensemble_attacks.attacks.malt import MALT
+from ensemble_attacks.attacks.minimal import MINIMAL, minimal
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
 from ensemble_attacks.attacks.pgd import PGD
@@ -229,11 +230,13 @@ def registered() -> dict[str, NamedAttack]:
 
 
 def find_attack(name: str) -> NamedAttack:
-    """Return the attack of a name.
+    """Return the attack of a name; ``minimal:NAME`` searches for the smallest radius at which another succeeds.
 
     Raises:
         ValueError: Where the name is unknown; the message names the nearest one.
     """
+    if name.startswith(MINIMAL):
+        return minimal(find_attack(name.removeprefix(MINIMAL)), name.removeprefix(MINIMAL))
     if name.startswith(PEER):
         return peer(name)
     known = registered()
