@@ -22,9 +22,9 @@ from ensemble_attacks.validation import check_count
 
 MINIMAL = "minimal:"  # before the name of the attack whose radius is searched
 FIRST = 64  # into how many parts the largest radius is divided by the first one tried
-LONG = 3  # searches at the end with all of the attack's steps
-DISTRUSTED = 0.9  # of the radius found: the attack's failures beyond it, with few steps, are no proof
-RESOLVED = 1e-3  # of the largest radius: what the search stops at
+LONG = 5  # searches at the end with all of the attack's steps
+DISTRUSTED = 0.5  # of the radius found: the attack's failures beyond it, with few steps, are no proof
+RESOLVED = 5e-3  # of the radius found: what the search stops at
 
 
 class MinimalNorm(ComposedAttack):
@@ -32,8 +32,8 @@ class MinimalNorm(ComposedAttack):
 
     The radius, which is each image's own, begins at a 64th of the attack's ``eps``, is doubled until the attack succeeds,
     and bisected between the largest failure and the distance of the image found. An attack of this package's loop begins
-    each time at the last image, put into the new ball, and takes ``short`` steps, and all of its own in the last three
-    searches, which begin at 0.9 of the radius found, as a failure is no proof. Other attacks are run as they are, on all
+    each time at the last image, put into the new ball, and takes ``short`` steps, and all of its own in the last five
+    searches, which begin at half of the radius found, as a failure is no proof. Other attacks are run as they are, on all
     images of the same radius at once.
 
     Arguments:
@@ -86,7 +86,7 @@ class MinimalNorm(ComposedAttack):
                 low_N = torch.where(high_N.isfinite(), low_N.minimum(DISTRUSTED * high_N), low_N)
             unknown = (2 * low_N).clamp(largest / FIRST, largest)
             radius_N = torch.where(high_N.isfinite(), (low_N + high_N) / 2, unknown)
-            open_N = torch.where(high_N.isfinite(), high_N - low_N > RESOLVED * largest, low_N < largest)
+            open_N = torch.where(high_N.isfinite(), high_N - low_N > RESOLVED * high_N, low_N < largest)
             rows = torch.nonzero(open_N).squeeze(-1)
             if not len(rows):
                 continue
