@@ -25,10 +25,13 @@ from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
 from ensemble_attacks.attacks.lca import LCA
+from ensemble_attacks.attacks.malt import MALT
+from ensemble_attacks.attacks.minimal import MINIMAL, minimal
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.options import with_options
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
 from ensemble_attacks.attacks.pgd import PGD
+from ensemble_attacks.attacks.pma import PMA
 from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
@@ -190,6 +193,19 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=1800,
         source=CROCE,
     ),
+    "pma": NamedAttack(
+        "PMA: the margin of probabilities, 2 x 100 steps, of which the first half climb one of its terms",
+        _ours(PMA),
+        cost=400,
+        source="Xie et al., CVPR 2025",
+    ),
+    "malt": NamedAttack(
+        "MALT: targeted APGD on DLR, 9 targets x 100 steps, nearest first where the model is linear",
+        _ours(MALT),
+        fewest_classes=4,
+        cost=1800,
+        source="Melamed et al., NeurIPS 2024",
+    ),
     "front-end-reversal": NamedAttack(
         "APGD on what lies behind the part called frontend, carried back through it",
         _ours(FrontEndReversal),
@@ -263,9 +279,13 @@ def registered() -> dict[str, NamedAttack]:
 def find_attack(name: str) -> NamedAttack:
     """Return the attack of a name, which may have options: ``mora?steps=10`` (`options.with_options`).
 
+    ``minimal:NAME`` searches for the smallest radius at which another succeeds.
+
     Raises:
         ValueError: Where the name, or an option, is unknown; the message names the nearest one.
     """
+    if name.startswith(MINIMAL):
+        return minimal(find_attack(name.removeprefix(MINIMAL)), name.removeprefix(MINIMAL))
     if name.startswith(PEER):
         return peer(name)
     known, (body, query) = registered(), split_options(name)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.table import Table
 from tqdm import tqdm
 
+from ensemble_attacks.attacks.minimal import MINIMAL
 from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.options import (
     EPS,
@@ -28,6 +30,7 @@ from ensemble_attacks.cli.options import (
 )
 from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.audit import progress
+from ensemble_attacks.evaluation.curves import SHARES, Curve, curves_of
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
@@ -37,6 +40,7 @@ from ensemble_attacks.evaluation.suite import PIPELINES
 from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import CLEAN, count_chains, radius_said, seed_said
 
+CURVE_ATTACKS = "mora"  # whose radius is searched, where the user does not say
 ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
 
 
@@ -47,6 +51,11 @@ ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make] 
 @click.option("--norm", default="Linf", help="Linf or L2.")
 @click.option("--eps", required=True, help=EPS)
 @within
+@click.option(
+    "--curve",
+    is_flag=True,
+    help=f"For each image the smallest radius up to --eps at which an attack succeeds.  [attacks: {CURVE_ATTACKS}]",
+)
 @click.option(
     "--attacks",
     default="autoattack,mora",
@@ -66,6 +75,7 @@ def evaluate(
     model: str,
     vote: str,
     eps: str,
+    curve: bool,
     attacks: str,
     seed: int,
     out: Path | None,
@@ -79,9 +89,12 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Attack a model, judge the images, print the comparison. The same command again goes on where it was stopped."""
+    if curve and click.get_current_context().get_parameter_source("attacks") is ParameterSource.DEFAULT:
+        attacks = CURVE_ATTACKS
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
+    names = [MINIMAL * (curve and not name.startswith(MINIMAL)) + name for name in names]
     check_machine(engine, workers, device, options)
     check_out(out)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
@@ -164,6 +177,9 @@ def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tupl
     spent = seconds_of(ledger)
     for cell in summary["cells"]:
         console.print(_table(cell, spent))
+    if not any("missing" in cell for cell in summary["cells"]):
+        for own, curves, _ in curves_of(ledger):
+            console.print(_curve_table(own.title, curves))
     console.print(f"Stored in {plain(ledger.folder)}", **WIDE)
     console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():
@@ -178,6 +194,18 @@ def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tupl
         console.print(plain(line), **WIDE)
     if missing:
         sys.exit(1)
+
+
+def _curve_table(title: str, curves: list[Curve]) -> Table:
+    """Return the radii at which robust accuracy has fallen to some shares."""
+    table = Table(title=shown(f"{title}: the radius at which so many are robust at most"))
+    table.add_column("attack")
+    for share in SHARES:
+        table.add_column(f"{100 * share:.0f}%", justify="right")
+    for curve in curves:
+        radii = [curve.radius(share) for share in SHARES]
+        table.add_row(shown(curve.attack), *(f"{radius:.4f}" if radius < float("inf") else "more" for radius in radii))
+    return table
 
 
 TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands beside a share

@@ -25,12 +25,15 @@ class Goal:
         reach: the classes that descents aim at, (N,); ``None``: any other than ``leave``.
         only: whether nothing but the prediction of ``reach`` is a success (a targeted attack).
         direction: a direction in the space of scores to go along instead, (N, K).
+        ranked: the classes in the order in which an attack ranks them as targets, (N, K), the label last; ``None``: by the
+            scores of the clean image.
     """
 
     leave: Tensor
     reach: Tensor | None = None
     only: bool = False
     direction: Tensor | None = None
+    ranked: Tensor | None = None
 
     def margin(self, scores: Tensor) -> Tensor:
         """Return the margin of ``scores`` (..., N, K), shaped (..., N), which is negative where they are a success."""
@@ -63,8 +66,8 @@ class Goal:
 
     def select(self, rows: Tensor) -> Goal:
         """Return the goal of some of the samples."""
-        reach, direction = (None if t is None else t[rows] for t in (self.reach, self.direction))
-        return replace(self, leave=self.leave[rows], reach=reach, direction=direction)
+        reach, direction, ranked = (None if t is None else t[rows] for t in (self.reach, self.direction, self.ranked))
+        return replace(self, leave=self.leave[rows], reach=reach, direction=direction, ranked=ranked)
 
     def tile(self, copies: int) -> Goal:
         """Return the goal of ``copies`` of all samples, one copy after another."""

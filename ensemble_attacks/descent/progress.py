@@ -128,15 +128,16 @@ class Progress:
         clean_NK = seen[0].scores_NK
         if not hasattr(self, "margin_N"):
             self._make_room(seen[0])
-        leave = self.goal.select(rows).settled(clean_NK).leave
-        self.goal.leave[rows] = leave
+        goal = self.goal.select(rows).settled(clean_NK)
+        self.goal.leave[rows] = leave = goal.leave
         margin_N = seen[0].margin_N.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite one is less
         if len(seen) > 1:
             closer = seen[1].margin_N < margin_N
             self.adversarial[rows[closer]] = self.opening(rows)[closer]
             margin_N = margin_N.fmin(seen[1].margin_N)
         self.margin_N[rows], self.clean_NK[rows] = margin_N, clean_NK
-        self.ranked_NK[rows] = mask_class(clean_NK, leave).argsort(dim=-1, descending=True, stable=True)
+        ranked_NK = mask_class(clean_NK, leave).argsort(dim=-1, descending=True, stable=True)
+        self.ranked_NK[rows] = ranked_NK if goal.ranked is None else goal.ranked
         self.gaps_NK[rows] = gather(clean_NK, leave).unsqueeze(-1) - clean_NK
         for aims_NK in self.aims.values():
             aims_NK[rows] = F.one_hot(leave, clean_NK.shape[1]) * NEVER

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.evaluation.chains import Context
+from ensemble_attacks.evaluation.curves import curves_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.report.tables import write_csv
 from ensemble_attacks.evaluation.settings import Settings
@@ -122,6 +123,27 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     axes.legend()
     rows = [(name, *point) for name, points in lines.items() for point in sorted(points)]
     return [Picture("eps", "Robust accuracy against the radius", figure, ("model", "eps", "robust %"), rows)]
+
+
+def _by_distance(ledger: Ledger) -> list[Picture]:
+    """Draw robust accuracy against the radius, image by image, of searches for the smallest one, down to chance."""
+    pictures = []
+    for index, (cell, curves, classes) in enumerate(curves_of(ledger)):
+        axes = (figure := Figure(figsize=(7, 4))).subplots()
+        rows: list[tuple[Any, ...]] = []
+        for curve in curves:
+            points = [(radius, *(100 * share for share in shares)) for radius, *shares in curve.points()]
+            radii, robust, low, high = zip(*points, strict=True)
+            (line,) = axes.step(radii, robust, where="post", label=curve.attack)
+            axes.fill_between(radii, low, high, step="post", alpha=0.15, color=line.get_color())
+            rows += [(curve.attack, *point) for point in points]
+        axes.axhline(100 / classes, linestyle=":", color="grey", label=f"chance, {classes} classes")
+        axes.set(xlabel=f"radius ({cell.norm})", ylabel="robust accuracy (%)", ylim=(0, 101), xlim=(0, None))
+        axes.legend()
+        caption = f"{cell.title}: robust accuracy against the radius, up to {cell.eps:g}, with its 95% interval"
+        columns = ("attack", "radius", "robust %", "low", "high")
+        pictures.append(Picture(f"curve_{index}", caption, figure, columns, rows))
+    return pictures
 
 
 def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:

@@ -15,7 +15,16 @@ from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
 from ensemble_attacks.evaluation.origins import images_of, placed_anew
-from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title, one_share
+from ensemble_attacks.evaluation.report.figures import (
+    DIAGNOSED,
+    Picture,
+    _by_distance,
+    _by_eps,
+    _curves,
+    _of_model,
+    _title,
+    one_share,
+)
 from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
 from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains, shards_of, threat_of
@@ -51,7 +60,7 @@ def write_report(
     warn_of_code(ledger)
     rows = table_rows(summary, seconds_of(ledger))
     with style.context([STYLE, {"text.parse_math": False}]):  # a name with dollars in it is a name
-        pictures = [*_curves(ledger), *_by_eps(summary)]
+        pictures = [*_curves(ledger), *_by_eps(summary), *_by_distance(ledger)]
         diagnoses: dict[str, Diagnosis] = {}
         for chain in _first_chains(ledger):
             context = Context(ledger.manifest, chain[0], device, same_code=False)
