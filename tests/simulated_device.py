@@ -65,9 +65,12 @@ class Backend:
         return [torch.bfloat16]
 
 
+KEY: Any = getattr(torch._C.DispatchKey, "AutocastPrivateUse1", None)
+
+
 def in_bfloat16(operation: Any, *args: Any) -> Any:
     """Run an operation as autocast does."""
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(KEY)):
         return operation(*(a.to(torch.bfloat16) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
 
@@ -116,7 +119,7 @@ class Held(Tensor):
         return held
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return run(func, args, kwargs or {}, None)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:

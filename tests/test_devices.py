@@ -158,7 +158,7 @@ def test_entrances_give_what_they_give_on_the_cpu(
     entrance: str, behaviour: str, device: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of random models the entrance checks itself that its figures are those of plain passes."""
-    found = []
+    found: list[float | str] = []
     for what in (None, "both"):
         try:
             found.append(at(entrance, behaviour, what, monkeypatch))

@@ -129,7 +129,7 @@ def look(
     if objective is not None and gradient is None:
         gradient = torch.zeros_like(x)  # all are fooled
     forwards, seen = count * len(x), torch.full_like(right_N, count)
-    rows = torch.nonzero(doubted.read()).squeeze(-1) if doubted is not None else ()
+    rows = torch.arange(0) if doubted is None else torch.nonzero(doubted.read()).squeeze(-1)
     if len(rows):  # before a sample leaves on these draws, others have to confirm them
         doubtful = placed(rows, x.device)
         forwards += CONFIRMING * len(doubtful)
