@@ -86,3 +86,8 @@ def said(error: BaseException, limit: int = 300) -> str:
     """Return the kind of an error and what it says, on one line of at most ``limit`` characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def plain(text: object) -> str:
+    """Return text that others chose so that a terminal shows it: nothing in it moves a cursor, colours, or reorders."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 from torch.serialization import safe_globals
 
@@ -119,6 +121,36 @@ def read_whole(path: Path, most: int = LARGEST) -> bytes:
         raise ValueError(f"{path} holds {about.st_size:,} bytes, more than the {most:,} that are read")
     with os.fdopen(descriptor, "rb") as file:
         return file.read(most)
+
+
+NOT_SAFE = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)  # what reading no safetensors ends in
+
+
+def tensors_in(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a file of safetensors, which are as large as the file is; nothing is unpickled.
+
+    Raises:
+        ValueError: Where it is no such file, or holds types that torch has not.
+    """
+    try:
+        return load(data)
+    except NOT_SAFE as error:
+        raise ValueError(f"no safetensors ({' '.join(str(error).split())[:200]})") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file of safetensors, of any size, and the texts beside them.
+
+    Raises:
+        ValueError: Where it is something else: it is not read beyond its header.
+    """
+    if not is_file(path):
+        raise ValueError(f"{path} is no regular file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except NOT_SAFE as error:
+        raise ValueError(f"no safetensors ({' '.join(str(error).split())[:200]})") from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def literal(text: str) -> Any:
     above, slash, below = text.partition("/")
     try:
         return float(above) / float(below) if slash else ast.literal_eval(text)
-    except (ValueError, SyntaxError, ZeroDivisionError):
+    except (ValueError, SyntaxError, ZeroDivisionError, OverflowError, MemoryError, RecursionError):
         return text
 
 

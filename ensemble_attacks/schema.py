@@ -6,6 +6,7 @@ against a model of this file; nothing in it is run, followed or expanded.
 
 from __future__ import annotations
 
+import tomllib
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +17,7 @@ from pydantic_core import from_json
 from ensemble_attacks.files import read_whole
 
 MOST_JSON = 16 << 20  # bytes of one file of JSON
+MOST_TOML = 1 << 20
 MOST_IMAGES = 10_000_000
 MOST_UNITS = 10_000_000
 MOST_DRAWS = 10_000
@@ -102,6 +104,7 @@ class StoredManifest(Record):
     images: Many
     code: Text
     places: Places
+    missing: Annotated[list[Text], Field(max_length=MOST_UNITS)] = []  # of a bundle: the units that were given up
 
     @model_validator(mode="after")
     def complete(self) -> StoredManifest:
@@ -138,8 +141,8 @@ class UnitInfo(Record):
     trace: Annotated[list[Step], Field(max_length=100_000)]
     seconds: Seconds
     outside: Index
-    disagreement: Index = 0
-    failed: Annotated[dict[Text, Said], Field(max_length=100)] = {}
+    disagreement: Index
+    failed: Annotated[dict[Text, Said], Field(max_length=100)]
     batch_size: Annotated[int, Field(ge=1)]
     finished: Seconds
     torch: Text
@@ -169,6 +172,50 @@ class Mark(Record):
     machine: str = ""
     pid: Annotated[int, Field(ge=1, lt=2**31)]
     parent: int = 0
+
+
+class StoredState(Record):
+    """What a stored run of AutoAttack says beside its tensors (`hosts.state`); ``identity`` is compared, key by key."""
+
+    identity: dict[str, Any]
+    current: Said
+    flags: Annotated[list[Annotated[list[Said | float], Field(min_length=3, max_length=3)]], Field(max_length=1000)]
+    failed: Annotated[dict[Text, Said], Field(max_length=1000)]
+    stages: Annotated[list[Text], Field(max_length=1000)]
+
+
+class StoredTraining(Record):
+    """What a checkpoint of a training keeps beside its tensors (`defenses.training`); ``run`` is compared, key by key."""
+
+    run: dict[str, Any]
+    ensemble: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    epoch: Annotated[float, Field(ge=0, le=1e9)]
+    seconds: Seconds
+    loss: float
+    rounds: Annotated[int, Field(ge=0, le=10**9)] | None = None
+
+
+Channels = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=64)]
+
+
+class Preset(Record):
+    """What timm's ``pretrained_cfg`` says of the images that a network takes."""
+
+    mean: Channels | None = None
+    std: Channels | None = None
+
+
+class Published(Record):
+    """What the files beside weights of timm or transformers say: ``config.json`` and ``preprocessor_config.json``."""
+
+    architecture: Text | None = None
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    pretrained_cfg: Preset | None = None
+    do_normalize: bool | None = None
+    image_mean: Channels | None = None
+    image_std: Channels | None = None
 
 
 class About(Record):
@@ -249,3 +296,17 @@ def read_json(path: Path, kind: type[Known], most: int = MOST_JSON) -> dict[str,
     check(content, kind)
     assert isinstance(content, dict)
     return content
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a file of TOML that a user names, which may be a link to one.
+
+    Raises:
+        FileNotFoundError: Where there is none.
+        ValueError: Where it is something else, or nested too deeply.
+    """
+    data = read_whole(path.resolve(), MOST_TOML)
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())[:200]}") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from defenses import load_model
 from ensemble_attacks import Ensemble
 from ensemble_attacks.data import load_dataset
-from tests.helpers import VOTES, make_ensemble
+from tests.helpers import make_ensemble
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more than they bring
 
@@ -29,7 +29,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return load_dataset("digits", n=100)
 
 
-@pytest.fixture(params=VOTES)
+@pytest.fixture
 def digits_model(request: pytest.FixtureRequest) -> Ensemble:
     return load_model("adp_convnet_3", dataset="digits", vote=request.param)
 

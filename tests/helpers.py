@@ -1,13 +1,25 @@
-"""Small ensembles that tests share."""
+"""Small ensembles that tests share, and which members of a family of tests run always."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from ensemble_attacks import Ensemble
 
 VOTES = ("softmax", "voting", "logits")
+
+
+def slow_but(kept: Container[Any], family: Iterable[Any]) -> list[Any]:
+    """Return a family of parameters, all marked slow but those that are kept, which stand for it in the default run."""
+    return [
+        pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=[] if one in kept else pytest.mark.slow)
+        for one in family
+    ]
 
 
 def make_member(classes: int = 4, seed: int = 0) -> nn.Module:

@@ -36,6 +36,7 @@ def test_every_job_has_a_command_that_can_be_run(stage: str, dry: bool, tmp_path
         of_package = job.file == "evaluate"
         module = command_line if of_package else importlib.import_module(f"benchmarks.{Path(job.file).stem}").main
         known = module.get_command(click.Context(module), "evaluate") if of_package else module
+        assert known is not None
         known.make_context(job.file, command[4:] if of_package else command[2:])  # raises on options that are not there
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 import ensemble_attacks
 from ensemble_attacks import APGD, MORA, Ensemble, data, judge
 from ensemble_attacks.attacks import registry
-from ensemble_attacks.attacks.registry import RECORDS, NamedAttack
+from ensemble_attacks.attacks.record import NamedAttack
+from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.group import COMMANDS, main
 from ensemble_attacks.data import Dataset, load_dataset
 from ensemble_attacks.descent.balls import Ball

@@ -23,7 +23,7 @@ ATTACKS: dict[str, Callable[..., CarefulAttack]] = {
     "crossmax": lambda model, **ball: CrossMaxTransfer(model, attack=APGD, refine=APGD, refine_steps=2, steps=3, **ball),
 }
 EXAMPLES = settings(
-    max_examples=20,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from defenses.draws import seed_draws
 from defenses.training.plan import ROUND, Batch, Plan
-from ensemble_attacks.files import load_tensors, whole_file
+from ensemble_attacks.errors import said
+from ensemble_attacks.files import check_plain, load_tensors, whole_file
+from ensemble_attacks.schema import StoredTraining, check
 
 logger = logging.getLogger(__name__)
-KEPT = {"run", "ensemble", "optimizer", "schedule", "epoch", "seconds", "loss"}  # in a checkpoint
 FEWEST_STEPS = 10  # below which the one-cycle schedule leaves a network untrained
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to be waited for
 
@@ -107,11 +109,9 @@ def train(
     schedule = plan.schedule(optimizer, steps)
     rounds, epoch, seconds, mean_loss = 0, 0.0, 0.0, float("nan")
     if state is not None:
-        ensemble.load_state_dict(state["ensemble"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        _restore(checkpoint, state, ensemble, optimizer, schedule)
         epoch, seconds, mean_loss = state["epoch"], state["seconds"], state["loss"]
-        rounds = state.get("rounds", int(epoch))
+        rounds = int(epoch) if state.get("rounds") is None else state["rounds"]
         logger.info("resuming %s after %g epochs", out, epoch)
     whole = plan.epochs * steps if plan.minutes is None else None
     with tqdm(desc=plan.recipe.name, total=whole, initial=int(epoch * steps), disable=None) as bar:
@@ -212,16 +212,45 @@ def _checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: Where it is a file that `train` did not write, or one of another run (the message says what differs).
     """
-    if not checkpoint.exists():
+    if not os.path.lexists(checkpoint):
         return None
     try:
         state = load_tensors(checkpoint)
     except ValueError as error:
         raise ValueError(f"{str(checkpoint)!r} cannot be read ({error}): remove it to train anew") from None
-    if not isinstance(state, dict) or not state.keys() >= KEPT:
-        raise ValueError(f"{str(checkpoint)!r} is no checkpoint of a training: choose another folder (out), or remove it")
+    try:
+        check(state, StoredTraining)
+        for name, value in _tensors(state):
+            check_plain(value, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(checkpoint)!r} is no checkpoint of a training ({error}): choose another folder (out), or remove it"
+        ) from None
     if state["run"] != run:
         differ = ", ".join(key for key in run if state["run"].get(key) != run[key])
         out = str(checkpoint.parent)
         raise ValueError(f"out {out!r} holds a run with other {differ}: choose another folder, or remove this one")
     return state
+
+
+def _tensors(content: Any, name: str = "it") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in containers of containers, with the key that each stands under."""
+    if isinstance(content, Tensor):
+        yield name, content
+    pairs = (
+        content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    )
+    for key, value in pairs:
+        yield from _tensors(value, str(key)[:60])
+
+
+def _restore(checkpoint: Path, state: dict[str, Any], ensemble: nn.Module, optimizer: Any, schedule: Any) -> None:
+    """Put a training where its checkpoint left it; raise a `ValueError` where the checkpoint does not fit it."""
+    try:
+        ensemble.load_state_dict(state["ensemble"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{str(checkpoint)!r} does not fit this training ({said(error)}): choose another folder (out), or remove it"
+        ) from None

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.errors import WeightsError, said, unknown_name
-from ensemble_attacks.files import FLOATING, read_whole, whole_file
+from ensemble_attacks.files import FLOATING, read_whole, tensors_in, whole_file
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import VOTES, Vote
 from ensemble_attacks.schema import Card, check, parse
@@ -139,9 +138,9 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     if found != sha256:
         raise WeightsError(f"the weights {path} have sha256 {found}, the card says {sha256}: fetch or train them again")
     try:
-        tensors = load_safetensors(content)
-    except Exception as error:  # safetensors' own kind, and torch's of types that it has not
-        raise WeightsError(f"the weights {path} are no safetensors ({said(error)}): fetch or train them again") from None
+        tensors = tensors_in(content)
+    except ValueError as error:
+        raise WeightsError(f"the weights {path} are {error}: fetch or train them again") from None
     return {key: value.float() if value.dtype in FLOATING else value for key, value in tensors.items()}
 
 

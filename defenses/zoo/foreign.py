@@ -5,20 +5,19 @@ Weights are safetensors, or files of tensors: nothing is unpickled but by the li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from defenses.architectures import Normalize
 from defenses.zoo.cards import read_card, read_model
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import WeightsError, said, unknown_name
-from ensemble_attacks.files import load_tensors, plain_objects
+from ensemble_attacks.files import check_plain, load_tensors, plain_objects, read_tensors
+from ensemble_attacks.schema import Published, read_json
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that most networks were trained with
 
@@ -81,10 +80,16 @@ def _restore(net: nn.Module, weights: Any) -> None:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return what a file of weights, which a user names and may be a link, holds by name: dense tensors of real numbers."""
     if path.suffix == ".safetensors":
-        return load_file(path)
-    content = load_tensors(path)
-    return content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
+        return read_tensors(path.resolve())[0]
+    content = load_tensors(path.resolve())
+    content = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}: expected tensors by name")
+    for key, value in content.items():
+        check_plain(value, str(key)[:100])
+    return content
 
 
 class _Logits(nn.Module):
@@ -109,24 +114,28 @@ def _hf(name: str, options: dict[str, Any], **_: Any) -> nn.Module:
         raise ImportError(f"hf:{name} needs transformers ({said(error)}): pip install transformers") from error
     if options:
         raise unknown_name("option of hf:", next(iter(options)), ())
+    _published(folder / "config.json")  # which transformers would read without a bound
+    about = _published(folder / "preprocessor_config.json")
     try:
         net = transformers.AutoModelForImageClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         raise ValueError(f"hf:{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    about = _read_json(folder / "preprocessor_config.json")
-    if about.get("do_normalize", True):
-        return _normalized(_Logits(net), about.get("image_mean", (0.5,) * 3), about.get("image_std", (0.5,) * 3))
+    if about.get("do_normalize") in (True, None):
+        mean, std = (about.get(key) or (0.5,) * 3 for key in ("image_mean", "image_std"))
+        return _normalized(_Logits(net), mean, std)
     return _Logits(net)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _published(path: Path) -> dict[str, Any]:
+    """Return what a file beside published weights says; empty where there is none."""
     try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(path.resolve(), Published)  # a snapshot of the hub is a folder of links
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
-        raise WeightsError(f"{path} is no JSON ({error}): fetch it again") from None
-    return content if isinstance(content, dict) else {}
+        raise WeightsError(f"{path} cannot be read ({error}): fetch it again") from None
 
 
 def load_folder(folder: Path, vote: str = "softmax") -> nn.Module:
@@ -136,14 +145,14 @@ def load_folder(folder: Path, vote: str = "softmax") -> nn.Module:
         ValueError, WeightsError: Where the folder is none of these, or its weights do not fit.
     """
     cards = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".safetensors").is_file()]
-    if len(cards) == 1 and "sha256" in _read_json(cards[0]):
+    if len(cards) == 1 and "sha256" in _published(cards[0]):
         read_card(cards[0].with_suffix(""))
         return read_model(cards[0].with_suffix(""), vote)
-    config = _read_json(folder / "config.json")
+    config = _published(folder / "config.json")
     if "model_type" in config or "architectures" in config:
         return _hf(str(folder), {}).eval()
     if "architecture" in config and (folder / "model.safetensors").is_file():
-        options = {key: config[key] for key in ("num_classes",) if key in config}
+        options = {key: config[key] for key in ("num_classes",) if config.get(key) is not None}
         own = config.get("pretrained_cfg") or {}
         net = _timm(config["architecture"], {"weights": folder / "model.safetensors", **options})
         return _normalized(net[1], own["mean"], own["std"]).eval() if {"mean", "std"} <= set(own) else net.eval()  # type: ignore[index]

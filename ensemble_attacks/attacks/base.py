@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -168,3 +170,16 @@ class DescentAttack(CarefulAttack):
         if self.needs_members and isinstance(self.model, AdoptedEnsemble):
             self.model.warn_of_mismatch(self._as_taken(adversarial), self.batch_size)
         return adversarial
+
+
+@contextmanager
+def tracing(attack: object) -> Iterator[Trace | None]:
+    """Yield the trace of an attack of this kind within the context, by which it says what it saw; ``None`` of any other."""
+    if not isinstance(attack, DescentAttack):
+        yield None
+        return
+    own, attack.trace = attack.trace, Trace()
+    try:
+        yield attack.trace
+    finally:
+        attack.trace = own

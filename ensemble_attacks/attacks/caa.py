@@ -23,7 +23,8 @@ TARGETS = 9
 class CAA(DescentAttack):
     r"""An attack with CAA's published Linf policy, on any classifier (Mao et al., AAAI 2021).
 
-    It is multi-targeted with 50 steps, again with 25, then CW with 125, all with APGD's steps.
+    It is multi-targeted with 50 steps, again with 25, then CW with 125, all with APGD's steps; in these proportions where
+    ``steps`` is set to another number than 125.
 
     Arguments:
         model (nn.Module): images in [0, 1] -> scores (N, K).
@@ -59,6 +60,6 @@ class CAA(DescentAttack):
 
     def _stages(self, num_classes: int) -> list[Stage]:
         ranks = range(1, min(TARGETS, num_classes - 1) + 1)
-        aimed = enumerate(product((50, 25), ranks))
+        aimed = enumerate(product((max(1, 2 * self.steps // 5), max(1, self.steps // 5)), ranks))
         stages = [Stage(of_scores(lead), target_rank=rank, steps=steps, resume=index > 0) for index, (steps, rank) in aimed]
         return [*stages, Stage(of_scores(lead), resume=True)]

@@ -8,104 +8,34 @@ it is given those that it has as parameters.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
-from urllib.parse import parse_qsl
 
 from torch import nn
 from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.a3 import A3
 from ensemble_attacks.attacks.apgd import APGD, EOTAPGD
-from ensemble_attacks.attacks.arc import ARC, check_probabilities
+from ensemble_attacks.attacks.arc import ARC
 from ensemble_attacks.attacks.bpda import BPDAIdentity
 from ensemble_attacks.attacks.caa import CAA
 from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
 from ensemble_attacks.attacks.lafeat import LAFEAT
 from ensemble_attacks.attacks.mora import MORA
+from ensemble_attacks.attacks.peers import PEER, adapted, peer
 from ensemble_attacks.attacks.pgd import PGD
+from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.ensembles import check_members
-from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.surrogates import ZeroOrder
-from ensemble_attacks.names import literal
 
 GROUP = "ensemble_attacks.attacks"
-PEER = "torchattacks:"
-SMALLEST = 5  # pixels a side that AutoAttack's Square divides into windows
 EOT_ITER = 20  # draws of every iterate, where the user does not say
-MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
-NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and where to go
-    "MultiAttack": "it takes attacks, not a model: name these one after another, or pass an instance",
-    "LGV": "it trains the model further, on a loader of training images: pass an instance",
-    "Attack": "it is the base of all: name one of them",
-}
-NEEDS: dict[str, Callable[[nn.Module, str], object]] = {  # what an attack may need of a model, and how that is told
-    MEMBERS: check_members,
-    FRONTEND: lambda model, name: find_parts(model, "frontend"),
-    PROBABILITIES: lambda model, name: check_probabilities(model),
-}
 ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
 BOYTSOV = "arXiv:2402.17018"
-
-
-@dataclass(frozen=True, eq=False)
-class NamedAttack:
-    """A record of all that is known of an attack.
-
-    Attributes:
-        summary: what it does, in one line.
-        make: the function (model, norm, eps, seed, batch_size, eot_iter) -> a torchattacks ``Attack``; ``None`` for
-            AutoAttack's own attacks and for pipelines of several.
-        needs: what it needs of a model, as keys of `NEEDS`.
-        norms: the norms that it is defined for.
-        fewest_classes: the smallest number of classes that it is defined for.
-        square: the norms in which images must be squares of at least `SMALLEST` pixels a side.
-        images_only: whether inputs must be images (N, C, H, W).
-        cost: the largest number of forward and backward passes of an image that holds out; of a random model, times its
-            draws.
-        source: the paper.
-    """
-
-    summary: str
-    make: Callable[..., Attack] | None = None
-    needs: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ("Linf", "L2")
-    fewest_classes: int = 2
-    square: tuple[str, ...] = ()
-    images_only: bool = False
-    cost: int | None = None
-    source: str = ""
-
-    @property
-    def needs_members(self) -> bool:
-        """Tell whether it looks inside an ensemble."""
-        return MEMBERS in self.needs
-
-    def check(self, model: nn.Module, name: str = "the attack") -> None:
-        """Raise on a model that it cannot be run on."""
-        for need in self.needs:
-            NEEDS[need](model, name)
-
-    def misfit(self, classes: int, norm: str, shape: Sequence[int]) -> str:
-        """Return why it cannot attack inputs of this shape, without the batch, in this norm; empty where it can."""
-        if norm not in self.norms:
-            return f"it knows the norms {', '.join(self.norms)}, not {norm}"
-        if classes < self.fewest_classes:
-            return f"it needs at least {self.fewest_classes} classes, the model has {classes}"
-        if self.images_only and len(shape) != 3:
-            return f"it needs images (N, C, H, W), not inputs (N, {', '.join(map(str, shape))})"
-        if norm in self.square and (shape[-1] != shape[-2] or shape[-1] < SMALLEST):
-            return (
-                f"in {norm} it needs squares of at least {SMALLEST} x {SMALLEST} pixels, not {shape[-2]} x {shape[-1]} ones"
-            )
-        return ""
 
 
 def _ours(attack: Callable[..., Attack], /, **arguments: Any) -> Callable[..., Attack]:
@@ -279,7 +209,7 @@ def registered() -> dict[str, NamedAttack]:
         if entry.name in owners:
             raise ValueError(f"attack {entry.name!r} is registered by both {owners[entry.name]} and {owner}: uninstall one")
         owners[entry.name] = owner
-        found[entry.name] = NamedAttack(f"{owner}'s", _adapted(entry.name, entry.load))
+        found[entry.name] = NamedAttack(f"{owner}'s", adapted(entry.name, entry.load))
     return found
 
 
@@ -290,7 +220,7 @@ def find_attack(name: str) -> NamedAttack:
         ValueError: Where the name is unknown; the message names the nearest one.
     """
     if name.startswith(PEER):
-        return _peer(name)
+        return peer(name)
     known = registered()
     if name not in known:
         raise unknown_name("attack", name, known)
@@ -308,58 +238,3 @@ def find_maker(name: str) -> Callable[..., Attack]:
         own = [known for known, record in registered().items() if record.make is not None]
         raise ValueError(f"attack {name!r} is AutoAttack's own: choose from {', '.join(own)}, or {PEER}NAME")
     return make
-
-
-def _adapted(name: str, load: Callable[[], Callable[..., Attack]], **options: Any) -> Callable[..., Attack]:
-    """Return a function that makes an attack that may not know all of our settings; ``options`` override them."""
-
-    def make(model: nn.Module, *, norm: str, **settings: Any) -> Attack:
-        attack = load()
-        takes = inspect.signature(attack).parameters
-        everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-        if "norm" not in takes and not everything and norm != _native_norm(name):
-            raise ValueError(
-                f"attack {name!r} has no parameter norm, and is taken for one in {_native_norm(name)}, not {norm}"
-            )
-        given = {key: value for key, value in (settings | {"norm": norm}).items() if value is not None}
-        return attack(model, **{key: value for key, value in given.items() if everything or key in takes} | options)
-
-    return make
-
-
-def _native_norm(name: str) -> str:
-    """Return the norm of an attack without a parameter for it: L2 where its name ends so, as in PGDL2, else Linf."""
-    return "L2" if name.upper().endswith("L2") else "Linf"
-
-
-def _peer(name: str) -> NamedAttack:
-    """Return the record of an attack of torchattacks, with options: ``torchattacks:PGD?steps=50&alpha=0.002``.
-
-    Raises:
-        ValueError: Where there is no such attack or option, or it wants more than a model (`NOT_BY_NAME`).
-    """
-    import torchattacks
-
-    kind, _, query = name.removeprefix(PEER).partition("?")
-    kinds = [key for key, value in vars(torchattacks).items() if inspect.isclass(value) and issubclass(value, Attack)]
-    if kind not in kinds:
-        raise unknown_name("attack of torchattacks", kind, kinds)
-    if kind in NOT_BY_NAME:
-        raise ValueError(f"attack {PEER + kind!r} cannot be had by its name: {NOT_BY_NAME[kind]}")
-    attack = getattr(torchattacks, kind)
-    options = {key: literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
-    takes = [key for key in inspect.signature(attack).parameters if key != "model"]
-    for key in options:
-        if key not in takes:
-            raise unknown_name(f"option of torchattacks' {kind}", key, takes)
-        _check_option(kind, key, options[key], inspect.signature(attack).parameters[key].default)
-    return NamedAttack(f"torchattacks' {kind}", _adapted(kind, lambda: attack, **options))
-
-
-def _check_option(kind: str, key: str, value: Any, default: Any) -> None:
-    """Raise a `ValueError` where an option is of another kind than its default: a number, a truth value, a text."""
-    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
-    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-        raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected one like {default!r}")
-    if isinstance(value, (int, float)) and not abs(value) < 1e30:
-        raise ValueError(f"option {key} of torchattacks' {kind} is {value!r:.60}: expected a finite number")

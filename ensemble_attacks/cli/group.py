@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.errors import LedgerError, plain
 from ensemble_attacks.version import __version__
 
 COMMANDS = {  # by name: the module under `cli`, and what it does
@@ -66,9 +66,18 @@ def _one_line(error: Exception) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)[:2000]
 
 
+class Plain(logging.Formatter):
+    """A formatter whose lines hold nothing that a terminal would obey: models and attacks of others are quoted in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(plain, super().format(record).splitlines()))
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
     """Evaluate ensemble defenses with attacks that tell the truth."""
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain("%(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])

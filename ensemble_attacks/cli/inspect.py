@@ -17,7 +17,8 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks import diagnostics
 from ensemble_attacks.attacks.registry import find_attack, find_maker
-from ensemble_attacks.cli.options import NAMED, check_out, console, elsewhere, images, places, plain, shown
+from ensemble_attacks.cli.options import NAMED, WIDE, check_out, console, elsewhere, images, places, shown
+from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.external import TEXT, export_robustbench
 from ensemble_attacks.evaluation.manifest import subjects_of
 from ensemble_attacks.evaluation.settings import Sweep
@@ -70,7 +71,7 @@ def diagnose(
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
     found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
-    table = Table(title=f"{shown(model)}, {vote}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
+    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left")
     colours = {"flag": "red", "ok": "green", "note": "dim"}
@@ -79,10 +80,16 @@ def diagnose(
         following = check.next if check.verdict == "flag" else ""
         verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
         table.add_row(
-            check.name, verdict, f"{check.figure:.2f}", threshold, shown(check.meaning), following, shown(check.source)
+            check.name,
+            verdict,
+            f"{check.figure:.2f}",
+            threshold,
+            shown(check.meaning),
+            shown(following),
+            shown(check.source),
         )
     console.print(table)
-    console.print(f"Run: --attacks {','.join(map(plain, found.attacks))}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Run: --attacks {','.join(map(plain, found.attacks))}", **WIDE)
     console.print(f"{found.passes:,.0f} passes per image.", highlight=False)
     if path is not None:
         write_whole(path, json.dumps(found.as_dict(), indent=2).encode() + b"\n")
@@ -104,7 +111,7 @@ def report(run: Path, out: Path | None, device: str, model: str | None, dataset:
     check_device(device)
     check_out(out)
     page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
-    console.print(f"Written: {page}", soft_wrap=True)
+    console.print(f"Written: {plain(page)}", **WIDE)
 
 
 @click.group()
@@ -120,5 +127,5 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
     """Write RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
     check_out(out)
     export_robustbench(run, out, partial=partial)
-    console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), markup=False)
-    console.print(f"Stored in {out}")
+    console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), **WIDE)
+    console.print(f"Stored in {plain(out)}", **WIDE)

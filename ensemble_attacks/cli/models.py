@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Column, Table
 
-from ensemble_attacks.attacks.registry import PEER, registered
-from ensemble_attacks.cli.options import console
+from ensemble_attacks.attacks.peers import PEER
+from ensemble_attacks.attacks.registry import registered
+from ensemble_attacks.cli.options import WIDE, console, shown
 from ensemble_attacks.data import DATASETS, load_dataset
+from ensemble_attacks.errors import plain
 from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models import providers
@@ -66,7 +67,7 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
     """
     card = providers.able_to("convert").convert(checkpoints, name, **options)
     _print_card(card, options["dataset"], options["model_dir"])
-    console.print(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir), soft_wrap=True)
+    console.print(plain(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir)), **WIDE)
 
 
 def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) -> str:
@@ -85,8 +86,8 @@ def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) ->
 
 
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
-    console.print(card.read_text(), highlight=False)
-    console.print(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}", soft_wrap=True)
+    console.print("\n".join(map(plain, card.read_text().splitlines())), **WIDE)
+    console.print(plain(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}"), **WIDE)
 
 
 @click.command()
@@ -95,7 +96,7 @@ def models(dataset: str | None) -> None:
     """List the models that can be loaded."""
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
-            click.echo(f"{name}\t{model}")
+            click.echo(f"{name}\t{plain(model)}")
 
 
 @click.command()
@@ -109,7 +110,7 @@ def attacks() -> None:
         needs = [*record.needs, *([f"{record.fewest_classes} classes"] if record.fewest_classes > 2 else [])]
         cost = "" if record.cost is None else f"{record.cost:,}"
         meaning = record.summary + (f" ({record.source})" if record.source else "")
-        table.add_row(name, escape(meaning), ", ".join(record.norms), ", ".join(needs), cost)
+        table.add_row(shown(name), shown(meaning), ", ".join(record.norms), ", ".join(needs), cost)
     table.add_row(f"{PEER}NAME", "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002")
     console.print(table)
 
@@ -120,7 +121,9 @@ def doctor() -> None:
     findings = examine()
     colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
     for finding in findings:
-        console.print(f"[{colours[finding.status]}]{finding.status:>6}[/] {finding.name}: {finding.found}", highlight=False)
+        console.print(
+            f"[{colours[finding.status]}]{finding.status:>6}[/] {shown(f'{finding.name}: {finding.found}')}", highlight=False
+        )
         if finding.remedy:
-            console.print(f"       {finding.remedy}", highlight=False, markup=False)
+            console.print(f"       {plain(finding.remedy)}", **WIDE)
     sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)

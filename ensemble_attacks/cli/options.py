@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import plain, unknown_name
 from ensemble_attacks.evaluation.engines import ENGINES
+from ensemble_attacks.names import literal
 from ensemble_attacks.validation import check_choice, check_count, check_device
 
 console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -95,10 +95,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"option {text!r}: write KEY=VALUE, as in -O minutes=60")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, literal(value)
 
 
 def check_out(out: Path | None) -> None:
@@ -126,9 +123,7 @@ def radius(text: object) -> float:
         raise ValueError(f"eps {str(text)[:60]!r} is no number: write it as 0.03 or 8/255") from None
 
 
-def plain(text: object) -> str:
-    """Return text that others chose so that a terminal shows it: nothing in it moves a cursor, colours, or reorders."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines that hold text of others
 
 
 def shown(text: object) -> str:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli.options import (
     NAMED,
+    WIDE,
     check_machine,
     check_out,
     console,
@@ -21,9 +22,9 @@ from ensemble_attacks.cli.options import (
     key_value,
     machines,
     places,
-    plain,
     shown,
 )
+from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
@@ -31,7 +32,7 @@ from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.suite import PIPELINES
-from ensemble_attacks.evaluation.summary import run_digest, seconds_of
+from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import CLEAN, count_chains, seed_said
 
 ATTACKS = [name for name in RECORDS if name in PIPELINES or RECORDS[name].make]  # and what other packages register
@@ -142,9 +143,6 @@ def status(run: Path) -> None:
         console.print(f"digest {run_digest(ledger)}", highlight=False)
 
 
-WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}
-
-
 def _run(manifest: dict[str, Any], out: Path | None, **machine: Any) -> None:
     _drive(Ledger(out or Path("runs") / run_identity(manifest), manifest), **machine)
 
@@ -167,11 +165,14 @@ def _drive(ledger: Ledger, engine: str, workers: int, device: str, options: tupl
     console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():
         console.print(
-            f"{len(quarantined)} damaged files are in {ledger.folder}/quarantine; what they held was computed anew."
+            f"{len(quarantined)} damaged files are in {plain(ledger.folder)}/quarantine; what they held was computed anew.",
+            **WIDE,
         )
     missing = [name for cell in summary["cells"] for name in cell.get("missing", [])]
     for name in missing:
         console.print(f"Given up: {plain(name)} (ensemble-attacks status {plain(ledger.folder)})", **WIDE)
+    for line in lacking(ledger.manifest, summary):
+        console.print(plain(line), **WIDE)
     if missing:
         sys.exit(1)
 
@@ -195,11 +196,14 @@ def _table(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
-        told += f" (without {shown(', '.join(row['failed']))})" if row.get("failed") else ""
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(
-            *(shown(name), f"{100 * row['accuracy']:.1f}{told}", f"{100 * low:.1f} - {100 * high:.1f}"),
+            *(
+                shown(called(name, row, cell["n"])),
+                f"{100 * row['accuracy']:.1f}{told}",
+                f"{100 * low:.1f} - {100 * high:.1f}",
+            ),
             *(str(row["invalid"]), *passes(row), seconds),
         )
 

@@ -11,7 +11,7 @@ import click
 
 from ensemble_attacks.cli.options import console, radius, shown
 from ensemble_attacks.evaluation import audit, bundles
-from ensemble_attacks.evaluation.external import compare_bundle, read_bundle, run_of
+from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
@@ -75,8 +75,10 @@ def verify(
             raise ValueError(f"{path} is no run: --report and --bundle go with a run's folder")
         count = RECRAFTED if recraft is None else recraft
         claimed |= {"model": model, "dataset": dataset}
-        findings = _examine(path, {"model_dir": model_dir, "data_dir": data_dir or "data"}, claimed, count, seed, device)
-        _print(findings, bundles.NOT_VERIFIABLE)
+        findings, absent = _examine(
+            path, {"model_dir": model_dir, "data_dir": data_dir or "data"}, claimed, count, seed, device
+        )
+        _print(findings, (*bundles.NOT_VERIFIABLE, *absent))
     sys.exit(1 if any(finding["differ"] != 0 for finding in findings) else 0)
 
 
@@ -102,8 +104,8 @@ def _finding(name: str, lines: list[str]) -> audit.Finding:
 
 def _examine(
     path: Path, places: dict[str, Any], claimed: dict[str, Any], recraft: int, seed: int, device: str
-) -> list[audit.Finding]:
-    """Return what is found of a bundle, after printing the judge's verdict."""
+) -> tuple[list[audit.Finding], list[str]]:
+    """Return what is found of a bundle, and of what it holds nothing, after printing the judge's verdict."""
     images, about = read_bundle(path)
     manifest = run_of(path)
     if manifest is not None:
@@ -127,7 +129,8 @@ def _examine(
     findings = [_finding(f"bundle {path}", lines)]
     if manifest is not None and recraft and not lines:
         findings += bundles.recraft_bundle(manifest, images, device, recraft, seed)
-    return findings
+    given_up = manifest.get(MISSING, []) if manifest is not None else []
+    return findings, [f"{name}, which the bundle says was given up" for name in given_up]
 
 
 def _print(findings: Sequence[audit.Finding], not_verifiable: Sequence[str]) -> None:

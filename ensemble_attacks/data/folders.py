@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ensemble_attacks.data.opened import as_pair
+from ensemble_attacks.files import LARGEST, read_tensors, read_whole
 
 KEYS = ("images", "labels")
 SUFFIXES = (".npz", ".safetensors")
+PACKED = 10  # how much larger than the file its arrays may be, beyond `LARGEST`
+MOST_PIXELS = 50_000_000  # of a picture
+MOST_LIST = 16 << 20  # bytes of classes.txt
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 
 
@@ -28,7 +32,7 @@ def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
     """
     try:
         content = _arrays_in(path)
-    except (SafetensorError, ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {type(error).__name__}: {reason}") from None
     if missing := [key for key in KEYS if key not in content]:
@@ -41,14 +45,31 @@ def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
 
 def _arrays_in(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
-        return dict(load_file(path))
-    from zipfile import BadZipFile
-
+        return dict(read_tensors(path.resolve())[0])
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (BadZipFile, AttributeError):  # numpy returns an array of a .npy file
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, path.stat().st_size)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except zipfile.BadZipFile:
         raise ValueError("it is no archive of arrays, as np.savez writes") from None
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise a `ValueError` where the arrays of an archive, a file of ``size`` bytes, are too large, or say that they are."""
+    most = max(LARGEST, PACKED * size)
+    entries = archive.infolist()
+    if (unpacked := sum(entry.file_size for entry in entries)) > most:
+        raise ValueError(f"it holds {unpacked:,} bytes once unpacked, more than the {most:,} that are read")
+    for entry in entries:
+        with archive.open(entry) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(
+                f"{entry.filename[:60]} says that its shape is {shape}, of which {entry.file_size:,} bytes are there"
+            )
 
 
 class Pictures:
@@ -69,7 +90,11 @@ class Pictures:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         try:
+            if not file.is_file():
+                raise OSError("it is no file")
             with Image.open(file) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise OSError(f"it has {picture.width} x {picture.height} pixels")
                 return pil_to_tensor(picture.convert("RGB"))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as a picture: {error}") from None
@@ -86,7 +111,8 @@ def open_folder(folder: Path) -> tuple[Pictures, Tensor, int]:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     listed = folder / "classes.txt"
-    order = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()] if listed.is_file() else names
+    said = read_whole(listed.resolve(), MOST_LIST).decode() if listed.is_file() else ""
+    order = [line.split()[0] for line in said.splitlines() if line.strip()] if listed.is_file() else names
     numbers = {name: index for index, name in enumerate(order)}
     if unknown := [name for name in names if name not in numbers]:
         raise ValueError(

@@ -30,9 +30,9 @@ def transform_of(text: str) -> Transform:
         steps.append((name, int(value)))
 
     def transform(images: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional
-
         for name, pixels in steps:
+            from torchvision.transforms.v2 import functional  # not without a step: a third of the command line's start
+
             if name == "resize":
                 images = functional.resize(images, [pixels], antialias=True)
             elif min(images.shape[-2:]) < pixels:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ensemble_attacks.descent.look import Point
@@ -68,6 +69,11 @@ class Trace:
     def begin(self, fooled_in: Tensor) -> None:
         """Book a call of an attack, which goes on to fill ``fooled_in`` (N,)."""
         self.fooled_in.append(fooled_in)
+
+    def fooled(self, samples: int) -> Tensor | None:
+        """Return which of so many samples the attack saw fooled, (N,) bool; ``None`` where it booked another number."""
+        stages = torch.cat([part.cpu() for part in self.fooled_in]) if self.fooled_in else torch.empty(0)
+        return stages < NEVER if len(stages) == samples else None
 
     def look(self, fooled: Tensor, seen: Sequence[Point]) -> None:
         """Book the looks at some samples before their first stage: at the clean images and, if there is one, at a start."""

@@ -19,12 +19,13 @@ from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
-from ensemble_attacks.models.ask import as_module, check_dtype, classes_of
+from ensemble_attacks.models.ask import as_module, check_dtype
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
 from ensemble_attacks.validation import (
     check_count,
     check_images,
+    check_label_range,
     check_labels,
     check_positive,
     check_radius,
@@ -70,8 +71,8 @@ def diagnose(
     with guarded(model, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
         check_dtype(model, x, "x")
-        classes_of(model, x, y)
         examined = Examination(model, x, y, eps, seed, attack)
+        check_label_range(y, examined.structure.classes, "y")
         checks = [*attempted("structure", of_structure(examined, was_training))]
         checks += attempted("gradients", of_gradients(examined))
         checks += attempted("attacks", of_attacks(examined))

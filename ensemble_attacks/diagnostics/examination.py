@@ -13,7 +13,7 @@ from torchattacks.attack import Attack
 from ensemble_attacks.attacks.apgd import EOTAPGD
 from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.judge import judge
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.gradients import scores_and_gradient
 from ensemble_attacks.models.passes import count_passes
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
@@ -73,17 +73,11 @@ class Examination:
 
     def gradient(self, model: nn.Module, x: Tensor, loss: Any = None) -> Tensor | None:
         """Return the gradient of the negative margin, or of another loss, at images; ``None`` where there is none."""
-        images = x.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            try:
-                scores_NK = ask(model, images)
-            except RuntimeError:  # of an operation that has no gradient, such as numpy's
-                return None
-            if not scores_NK.requires_grad:
-                return None
-            value = -margin(scores_NK, self.y).sum() if loss is None else loss(scores_NK, self.y, reduction="sum")
-            (gradient,) = torch.autograd.grad(value, images, allow_unused=True)
-        return None if gradient is None else gradient.detach()
+
+        def value(scores_NK: Tensor) -> Tensor:
+            return -margin(scores_NK, self.y).sum() if loss is None else loss(scores_NK, self.y, reduction="sum")
+
+        return scores_and_gradient(model, x, value)[1]
 
     def noise(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + seed)

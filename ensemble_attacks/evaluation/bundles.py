@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.data import numbers_of, open_dataset
 from ensemble_attacks.evaluation.chains import Context, run_unit
-from ensemble_attacks.evaluation.external import worst_images
+from ensemble_attacks.evaluation.external import MISSING, worst_images
 from ensemble_attacks.evaluation.ledger import Result
 from ensemble_attacks.evaluation.manifest import data_digest
 from ensemble_attacks.evaluation.origins import check_fit, check_origin, images_of
@@ -133,12 +133,14 @@ def recraft_bundle(manifest: dict[str, Any], images: Tensor, device: str, count:
         (start, stop), results = chain[0].range, []
         context, standing = Context(manifest, chain[0], device, same_code=False), Standing.of(stop - start)
         for unit in chain:
+            if unit.name in manifest.get(MISSING, []):
+                continue
             result = Result(*run_unit(unit, context, standing))
             standing = standing.after(result.tensors["rows"], verdict_of(result))
             results.append(result)
         differ = unequal(images[start:stop], worst_images(results).to(images.dtype))
         what = [f"{differ} of {stop - start} images are not those that the attacks make"] if differ else []
-        name = f"images {start}-{stop}, {attacks} attacks, crafted anew"
+        name = f"images {start}-{stop}, {len(results) - 1} attacks, crafted anew"
         robust = int((standing.right > 0.5).sum())
         findings.append({"unit": name, "n": stop - start, "robust": robust, "differ": differ, "what": what})
     return findings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ensemble_attacks.evaluation.identity import code_version, made_of
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger
 from ensemble_attacks.evaluation.manifest import data_digest, logger
 from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
-from ensemble_attacks.evaluation.runner import Attacked, attack, halving, judged
+from ensemble_attacks.evaluation.runner import Attacked, attack, clean_unit, halving, judged
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
 from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of
@@ -119,7 +119,7 @@ def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str
     x, y, settings, name = context.x, context.y, context.settings, unit.attack
     rows = standing.left if unit.before else torch.arange(len(x))
     if name == CLEAN:
-        done = halving(settings, unit.name, partial(_clean, context))
+        done = clean_unit(context.model, x, y, settings)
     elif len(rows):
         done = attack(context.model, context.twin, x[rows], y[rows], name, settings)
     else:
@@ -144,11 +144,6 @@ def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str
         "torch": torch.__version__,
     }
     return {"x_adv": done.images, **verdict_tensors(unit, rows, y[rows], judgement, stages, standing)}, info
-
-
-def _clean(context: Context, settings: Settings) -> Attacked:
-    x, y = context.x, context.y
-    return Attacked(x, judged(context.model, x, y, x, settings), {}, [], 0, 0, 0.0, settings.batch_size)
 
 
 def verdict_tensors(

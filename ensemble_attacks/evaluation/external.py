@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ensemble_attacks.evaluation.leases import sealed
 from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
-from ensemble_attacks.evaluation.summary import run_digest, summary_of
+from ensemble_attacks.evaluation.report.tables import in_markdown
+from ensemble_attacks.evaluation.summary import called, finished, lacking, run_digest
 from ensemble_attacks.evaluation.units import chain_of, count_chains
 from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
 from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
@@ -26,12 +27,15 @@ from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
 
 IMAGES, ABOUT, TEXT, RUN = "adversarial_images.pt", "model_info.json", "evaluation.md", "run.json"
+MISSING = "missing"  # of ``run.json``: the names of units that were given up
 NOWHERE: dict[str, Any] = {"model_dir": None, "data_dir": "data", "paths": {}}  # the places of a run, for others
 SIGNIFICANT = 0.001  # of robust accuracy, by which an evaluation must be below AutoAttack's to be RobustBench's "external"
 
 
 def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     """Write the bundle of a finished ``evaluate`` run: of every sample, the image that is least often right.
+
+    Attacks that were given up on some images count on the others, and the bundle says so.
 
     Args:
         run: the folder of a finished ``evaluate``.
@@ -44,7 +48,8 @@ def export_robustbench(run: Path, out: Path, *, partial: bool = False) -> Path:
     Raises:
         FileNotFoundError: Where ``run`` holds no run.
         FileExistsError: Where ``out`` is there already.
-        ValueError: Where the run is not finished, of several cells, or not of the whole test set.
+        LedgerError: Where the run is not finished.
+        ValueError: Where it is of several cells, or not of the whole test set.
     """
     ledger = Ledger(run)
     summary, images, accuracy = _finished(ledger)
@@ -70,17 +75,18 @@ def _finished(ledger: Ledger) -> tuple[dict[str, Any], Tensor, float]:
     """Return the summary of a finished run's only cell, the worst case's images, and its accuracy in percent.
 
     Raises:
-        ValueError: Where the run is not finished, or of several cells.
+        LedgerError: Where the run is not finished.
+        ValueError: Where it is of several cells, or clean images were given up.
     """
-    cells = summary_of(ledger.manifest, ledger.read)["cells"]
+    cells = finished(ledger)["cells"]
     if len(cells) > 1:
         raise ValueError(f"{ledger.folder} holds {len(cells)} cells, a bundle is of one: export a run of `evaluate`")
     (summary,) = cells
-    if missing := summary.get("missing"):
-        raise ValueError(f"{ledger.folder} is not finished: {missing[0]} is missing, run it again")
     parts = []
     for index in range(count_chains(ledger.manifest)):
         results = [ledger.read(unit) for unit in chain_of(ledger.manifest, index)]
+        if results[0] is None:
+            raise ValueError(f"{ledger.folder} has not judged all clean images, they were given up: resume it first")
         parts.append(worst_images([result for result in results if result is not None]))
     return summary, torch.cat(parts), 100 * summary["worst_case"]["accuracy"]
 
@@ -102,8 +108,11 @@ def _said(ledger: Ledger, summary: dict[str, Any], accuracy: float) -> dict[str,
     """Return the files of a bundle beside its images, by name."""
     return {
         ABOUT: json.dumps(_model_info(summary, accuracy), indent=2).encode() + b"\n",
-        TEXT: _text(summary, accuracy, run_digest(ledger)).encode(),
-        RUN: sealed(ledger.manifest | {"places": NOWHERE | {"given": ledger.manifest["places"]["given"]}}),
+        TEXT: _text(summary, accuracy, lacking(ledger.manifest, {"cells": [summary]}), run_digest(ledger)).encode(),
+        RUN: sealed(
+            ledger.manifest
+            | {"places": NOWHERE | {"given": ledger.manifest["places"]["given"]}, MISSING: summary.get("missing", [])}
+        ),
     }
 
 
@@ -152,7 +161,9 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     """Return the fields of RobustBench's ``model_info`` that an external evaluation changes, and those that identify it."""
     alone = not summary["cascade"] or next(iter(summary["attacks"])) == "autoattack"
     suite = summary["attacks"].get("autoattack") if alone else None
-    autoattack = None if suite is None or suite.get("failed") else 100 * suite["accuracy"]
+    if suite is not None and (suite.get("failed") or suite["n"] < summary["n"]):
+        suite = None  # it is no AutoAttack's
+    autoattack = None if suite is None else 100 * suite["accuracy"]
     return {
         "name": summary["model"],
         "vote": summary.get("vote"),
@@ -168,12 +179,17 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     }
 
 
-def _text(summary: dict[str, Any], accuracy: float, digest: str) -> str:
-    rows = "\n".join(f"- {name}: {100 * row['accuracy']:.2f}%" for name, row in summary["attacks"].items())
+def _text(summary: dict[str, Any], accuracy: float, absent: Sequence[str], digest: str) -> str:
+    rows = "\n".join(
+        f"- {in_markdown(called(name, row, summary['n']))}: {100 * row['accuracy']:.2f}%"
+        for name, row in summary["attacks"].items()
+    )
+    rows += "".join(f"\n\nNot complete: {in_markdown(line)}." for line in absent)
+    model = in_markdown(summary["model"])
     return (
-        f"# External evaluation of {summary['model']}\n\n"
-        f"Model: {summary['model']} (vote: {summary.get('vote')})\n"
-        f"Leaderboard: {summary['dataset']}, {summary['norm']}, eps = {summary['eps']:g}\n"
+        f"# External evaluation of {model}\n\n"
+        f"Model: {model} (vote: {in_markdown(summary.get('vote'))})\n"
+        f"Leaderboard: {in_markdown(summary['dataset'])}, {summary['norm']}, eps = {summary['eps']:g}\n"
         f"Robust accuracy: {accuracy:.2f}% of {summary['n']} test images, clean: {100 * summary['clean']['accuracy']:.2f}%\n"
         f"Adversarial images: `{IMAGES}`, a float tensor of the first {summary['n']} test images, in their order\n\n"
         f"Method: ensemble-attacks {__version__}, seed {summary['seed']}; per sample, the worst case of\n{rows}\n"

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.leases import lease, lives, sealed
 from ensemble_attacks.evaluation.stored import check_tensors, largest
 from ensemble_attacks.evaluation.units import Unit, canonical
-from ensemble_attacks.files import abandoned, is_file, read_whole, write_whole
+from ensemble_attacks.files import abandoned, is_file, read_whole, tensors_in, write_whole
 from ensemble_attacks.schema import MOST_JSON, Failure, Mark, Record, StoredManifest, UnitInfo, check, parse
 
 logger = logging.getLogger(__name__)
@@ -149,10 +148,7 @@ class Ledger:
         data = read_whole(self._tensors(unit), largest(unit, len(info["stages"])))
         if hashlib.sha256(data).hexdigest() != info["tensors"]:
             raise ValueError("checksum mismatch of the tensors")
-        try:
-            tensors = load(data)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no safetensors ({error})") from None
+        tensors = tensors_in(data)
         check_tensors(tensors, unit, info)
         return Result(tensors, info)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ensemble_attacks.appeal import contradicted
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
@@ -52,7 +53,8 @@ class Attacked:
         seconds: the time that it took.
         batch_size: the batch size with which it fitted into memory.
         outside: the number of images that left the ball, and count as the clean ones.
-        disagreement: the number of images that the attack saw fooled, and the judge finds robust.
+        disagreement: the number of images that the judge finds robust, and that the attack saw fooled, or on which the model
+            answers otherwise when it is asked otherwise (`appeal`).
         failed: by part of a suite that could not be run, why.
     """
 
@@ -115,6 +117,16 @@ def judged(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, settings: Sett
     return judge(model, x, y, x_adv, **given)
 
 
+def in_dispute(model: nn.Module, x_adv: Tensor, judgement: Judgement, settings: Settings) -> Tensor:
+    """Return on which robust images the model answers otherwise when it is asked otherwise, (N,) bool; none if random."""
+    disputed = torch.zeros_like(judgement.robust)
+    rows = torch.nonzero(judgement.robust).squeeze(-1)
+    if settings.draws == 1 and settings.eot_iter is None:
+        images = x_adv[rows.to(x_adv.device)]
+        disputed[rows] = contradicted(model, images, batch_size=settings.batch_size, seed=settings.seed)
+    return disputed
+
+
 def attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
     """Craft on the twin, and judge on the model; try again with half the batch size as often as memory runs out.
 
@@ -158,15 +170,33 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     judgement = judged(model, x, y, crafted.images, settings)
     # of a suite's part, robust are those that its own flags say so, or whose image the judge does not find fooled
     stages = {part: (flags.cpu() | ~judgement.fooled, f, b) for part, (flags, f, b) in crafted.stages.items()}
-    disagreement = 0 if crafted.fooled is None else int((crafted.fooled.cpu() & judgement.robust).sum())
-    if disagreement:
+    disputed = in_dispute(model, crafted.images, judgement, settings)
+    if crafted.fooled is not None:
+        disputed |= crafted.fooled.cpu() & judgement.robust
+    if disagreement := int(disputed.sum()):
         logger.warning(
-            "%s saw %d images fooled that the judge finds robust: the model answers the judge otherwise than the attack",
-            *(name, disagreement),
+            "on %d images of %s, robust for the judge, the model answers the judge otherwise than the attack, or with a "
+            "gradient or one by one",
+            *(disagreement, name),
         )
     passes = counted.forwards, counted.backwards
     cost = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
     return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, failed=crafted.failed)
+
+
+def clean_unit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Attacked:
+    """Judge the clean images, with half the batch size as often as memory runs out."""
+
+    def work(smaller: Settings) -> Attacked:
+        judgement = judged(model, x, y, x, smaller)
+        disputed = int(in_dispute(model, x, judgement, smaller).sum())
+        if disputed:
+            logger.warning(
+                "on %d clean images the model answers the judge otherwise than with a gradient, or one by one", disputed
+            )
+        return Attacked(x, judgement, {}, [], 0, 0, 0.0, smaller.batch_size, disagreement=disputed)
+
+    return halving(settings, CLEAN, work)
 
 
 @differentiable()
@@ -203,8 +233,9 @@ def evaluate(
     model, x, y = as_module(model), ordinary(x), ordinary(y)
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    clean = halving(settings, CLEAN, lambda smaller: judged(model, x, y, x, smaller))
-    report("clean", clean.summary())
+    cleanly = clean_unit(model, x, y, settings)
+    clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
+    report("clean", said_of_clean)
     twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
@@ -227,7 +258,7 @@ def evaluate(
     worst = worst_case(standing)
     report("worst case", worst)
     failed = {"failed": {name: reason(error) for name, error in errors.items()}} if errors else {}
-    return {**asdict(settings), "n": len(x), "clean": clean.summary(), "attacks": rows, "worst_case": worst, **failed}
+    return {**asdict(settings), "n": len(x), "clean": said_of_clean, "attacks": rows, "worst_case": worst, **failed}
 
 
 def _recraft(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.schema import read_toml
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class Sweep(Shared):
             ValueError: Where it is not TOML, or a key is unknown (the message names the nearest one), missing, or of another
                 type.
         """
-        try:
-            given = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
-        return cls.of(given, str(path))
+        return cls.of(read_toml(path), str(path))
 
     @classmethod
     def of(cls, given: dict[str, Any], where: str) -> Sweep:

@@ -17,7 +17,7 @@ from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
-from ensemble_attacks.descent.stages import NEVER, Trace
+from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
@@ -89,7 +89,7 @@ def _ours(version: str) -> Craft:
         assert isinstance(images, Tensor)
         left = {flag.message.split(" is left out")[0]: flag.message for flag in adversary.flags if flag.name in INCOMPLETE}
         stages = {name: (adversary.stages[name], *passes[name]) for name in passes}
-        fooled = ~list(stages.values())[-1][0].bool() if stages else None
+        fooled = ~adversary.robust | adversary.disagreement if stages else None
         return Crafted(images, stages, failed=left | adversary.failed, fooled=fooled)
 
     return run
@@ -118,13 +118,13 @@ def _named(make: Callable[..., Attack]) -> Craft:
             made.trace = trace
         images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
         rows, stages = trace.rows(), {}
-        fooled = torch.cat(trace.fooled_in).cpu() < NEVER if isinstance(made, DescentAttack) and trace.fooled_in else None
+        fooled = trace.fooled(len(x)) if isinstance(made, DescentAttack) else None
         if isinstance(made, MORA) and made.targets:
             descents = len(made.sweep())
             sweep = [row for row in rows if row["stage"] < descents]
             robust = torch.cat(trace.fooled_in).cpu() >= descents
             stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
-        return Crafted(images, stages, rows, fooled=fooled if fooled is not None and len(fooled) == len(x) else None)
+        return Crafted(images, stages, rows, fooled=fooled)
 
     return run
 

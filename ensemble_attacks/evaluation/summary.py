@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble_attacks.evaluation.ledger import SUMMARY, Ledger, Result
-from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, canonical, chain_of, count_chains
+from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.ledger import ATTEMPTS, SUMMARY, Ledger, Result
+from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, canonical, cells_of, chain_of, count_chains
 from ensemble_attacks.files import is_file, read_whole, write_whole
 from ensemble_attacks.judge import Judgement, wilson_interval
 
@@ -128,19 +129,59 @@ def summary_of(manifest: dict[str, Any], read: Read) -> dict[str, Any]:
 def _summary_of(read: Read, chains: list[list[Unit]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     missing: list[str] = []
-    standings = [Standing.of(units[0].range[1] - units[0].range[0]) for units in chains]
+    standings: dict[int, Standing] = {}  # of the ranges of which anything is there
     for units in zip(*chains, strict=True):
         results = [_light(read(unit)) for unit in units]
         missing += [unit.name for unit, result in zip(units, results, strict=True) if result is None]
-        there = [result for result in results if result is not None]
-        if len(there) == len(results):
-            rows[units[0].attack] = _row(there, units[0].cell.cascade)
-            standings = [s.after(r.tensors["rows"], verdict_of(r)) for s, r in zip(standings, there, strict=True)]
-    clean = rows.pop(CLEAN, None)
-    summary: dict[str, Any] = {"clean": clean, "attacks": rows}
-    if rows or clean:
-        summary["worst_case"] = worst_case(Standing.joined(standings))
+        there = {index: result for index, result in enumerate(results) if result is not None}
+        if there:
+            rows[units[0].attack] = _row(list(there.values()), units[0].cell.cascade)
+        for index, result in there.items():
+            start, stop = units[index].range
+            standing = standings.get(index, Standing.of(stop - start))
+            standings[index] = standing.after(result.tensors["rows"], verdict_of(result))
+    summary: dict[str, Any] = {"clean": rows.pop(CLEAN, None), "attacks": rows}
+    if standings:
+        summary["worst_case"] = worst_case(Standing.joined([standings[index] for index in sorted(standings)]))
     return summary | ({"missing": missing} if missing else {})
+
+
+def finished(ledger: Ledger) -> dict[str, Any]:
+    """Return the summary of a run in which nothing is left to do; what was given up is ``missing`` in it (`lacking`).
+
+    Raises:
+        LedgerError: Where there is, or nothing was found at all; the message says what is missing.
+    """
+    summary = summary_of(ledger.manifest, ledger.read)
+    missing = {name for cell in summary["cells"] for name in cell.get("missing", [])}
+    for index in range(count_chains(ledger.manifest)) if missing else ():
+        for unit in chain_of(ledger.manifest, index):
+            if unit.name not in missing:
+                continue
+            if ledger.failures(unit) < ATTEMPTS:
+                raise LedgerError(f"{ledger.folder} is not finished: {unit.name} is missing, run it again")
+            if unit.cell.cascade:
+                break  # what follows depends on it
+    if not any("worst_case" in cell for cell in summary["cells"]):
+        raise LedgerError(f"{ledger.folder} holds nothing: all was given up, run it again (ensemble-attacks resume)")
+    return summary
+
+
+def lacking(manifest: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    """Return a line for each attack of each cell that is not there on all images: on how many it is."""
+    lines = []
+    for cell, shown in zip(cells_of(manifest), summary["cells"], strict=True):
+        rows = {CLEAN: shown["clean"], **shown["attacks"]}
+        for name in (CLEAN, *manifest["sweep"]["attacks"]) if shown.get("missing") else ():
+            if (n := (rows.get(name) or {"n": 0})["n"]) < cell.n:
+                lines.append(f"{cell.title}: {name} is there on {n} of {cell.n} images, it failed on the others")
+    return lines
+
+
+def called(name: str, row: dict[str, Any], n: int) -> str:
+    """Return an attack's name for a table of ``n`` images, with what is lacking: parts of a suite, or images."""
+    parts = f" (without {', '.join(row['failed'])})" if row.get("failed") else ""
+    return name + parts + (f" (on {row['n']} of {n} images)" if row["n"] < n else "")
 
 
 def verdict_of(result: Result) -> Judgement:

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks.attacks.base import tracing
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
-from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.errors import none_completed, out_of_memory, plain, reason
 from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, check_needs, choose, fitting
 from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
-from ensemble_attacks.hosts.run import SEEN, Run
-from ensemble_attacks.hosts.slots import SLOTS, perturb
-from ensemble_attacks.judge import judge
-from ensemble_attacks.models.ask import Asked, as_module, ask, check_dtype, classes_of, device_of
+from ensemble_attacks.hosts.run import Run
+from ensemble_attacks.hosts.slots import SLOTS, is_original, moved, perturb
+from ensemble_attacks.hosts.verdict import clean_accuracy
+from ensemble_attacks.models.ask import Asked, as_module, ask, check_dtype, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import evaluating, in_training, ordinary
 from ensemble_attacks.models.structure import structure_of
@@ -88,6 +89,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         flags (list of Flag): after a run, what speaks against its result.
         stages (dict): after a run, by attack, which samples (N,) were robust when it had finished.
         failed (dict): after a run, by attack that raised, why; what it had found before is kept.
+        disagreement (Tensor): after a run, of which of the robust samples (N,) the model says otherwise to an attack, with a
+            gradient, or one by one, than when it is judged.
         robust (Tensor): after a run, which samples (N,) are robust.
         robust_accuracy (float): after a run, the robust accuracy, in [0, 1]; of a random model, the mean over its draws.
         draws (int): number of predictions by which a random model is judged. (Default: 20)
@@ -158,6 +161,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.flags: list[Flag] = []
         self.stages: dict[str, Tensor] = {}
         self.failed: dict[str, str] = {}
+        self.disagreement = torch.zeros(0, dtype=torch.bool)
         self._ready = True
 
     def get_logits(self, x: Tensor) -> Tensor:
@@ -250,11 +254,14 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_images(x_orig, "x_orig", box=self.box)
         check_labels(y_orig, x_orig, "y_orig")
         with self._untouched():
-            x, y = ordinary(x_orig), ordinary(y_orig).long()
-            random = len(x) and structure_of(self.model, x[:SEEN].to(self.device), seed=self.seed or 0).random
-            room = self.box.diameter("Linf", x[0]) if len(x) else 1.0
-            draws = self.draws if random else 1
-            accuracy = judge(self.model, x, y, x, eps=room, batch_size=bs, draws=draws, box=self.box).accuracy
+            given: dict[str, Any] = {
+                "device": self.device,
+                "seed": self.seed or 0,
+                "draws": self.draws,
+                "batch_size": bs,
+                "box": self.box,
+            }
+            accuracy = clean_accuracy(self.model, ordinary(x_orig), ordinary(y_orig).long(), **given)
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
@@ -281,10 +288,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         evaluating(self.model)
         images, labels = x[:bs].to(self.device), y[:bs].to(self.device)
         check_dtype(self.model, images, "x_orig")
-        classes = classes_of(self.model, images)
-        check_label_range(y, classes, "y_orig")
-        check_needs(self)
         structure = structure_of(self.model, images, seed=self.seed or 0)
+        check_label_range(y, structure.classes, "y_orig")
+        check_needs(self)
         self.random = structure.random or structure.known_draws
         if structure.random and self.version not in ("rand", *LOOKING):
             self._flag("random", 1, "the model is random: use version='adaptive' or, as the original has it, 'rand'")
@@ -297,13 +303,16 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self._say(f"using {self.version} version including {', '.join(chosen)}.")
         return chosen
 
-    def _craft(self, name: Name, x: Tensor, y: Tensor) -> Tensor:
-        """Return what one attack makes of one batch."""
+    def _craft(self, name: Name, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what one attack makes of one batch, and which samples (N,) it saw fooled itself, where it says so."""
         seed = int(self.get_seed())
         if name in SLOTS:
-            return perturb(self, str(name), x, y, seed)
+            images = perturb(self, str(name), x, y, seed)
+            return images, moved(x, images) if is_original(getattr(self, SLOTS[str(name)][0])) else None
         attack = name if isinstance(name, Attack) else self._make(name, len(x), seed)
-        return craft(attack, x, y, seed=seed, batch_size=len(x), eps=self.epsilon, norm=self.norm)
+        with tracing(attack) as trace:
+            images = craft(attack, x, y, seed=seed, batch_size=len(x), eps=self.epsilon, norm=self.norm)
+        return images, None if trace is None else trace.fooled(len(x))
 
     def _make(self, name: str, batch_size: int, seed: int = 0) -> Attack:
         """Return an attack of the registry, made for the twin."""
@@ -316,6 +325,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         logger.warning("%s: %g: %s", name, value, message)
 
     def _say(self, message: str) -> None:
+        message = plain(message)
         if self.verbose:
             click.echo(message)
         if self.log_path is not None:

@@ -122,7 +122,7 @@ def carried_back(adversary: Any, inner: Any, x: Tensor, y: Tensor, seen: Tensor,
 
     What rounding on the way back has made right again is robust: so says the judge, of the model itself.
     """
-    for name in ("flags", "stages", "failed", "robust", "robust_accuracy"):
+    for name in ("flags", "stages", "failed", "robust", "disagreement", "robust_accuracy"):
         setattr(adversary, name, getattr(inner, name))
     eps, scale = (1.0, adversary.epsilon) if isinstance(adversary.epsilon, Tensor) else (adversary.epsilon, None)
     images = x.detach().clone()

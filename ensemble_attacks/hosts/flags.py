@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.models.adopted import false_claims
-from ensemble_attacks.models.ask import ask, device_of
+from ensemble_attacks.models.ask import device_of
+from ensemble_attacks.models.gradients import scores_and_gradient
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.scores import are_probabilities, margin
 
 SQUARE_HELPED = 0.002  # of the accuracy (the original's check_square_sr)
 FAILED, FEW_CLASSES, LEFT_OUT = "failed", "few_classes", "left_out"
+NON_FINITE, DISAGREEMENT = "non_finite", "disagreement"
 INCOMPLETE = (FAILED, FEW_CLASSES, LEFT_OUT)  # flags of attacks that were asked for, and are not in the result
 
 
@@ -24,8 +25,8 @@ class Flag:
 
     Attributes:
         name: ``random``, ``probabilities``, ``zero_gradients``, ``square_helped``, ``outside_ball``, ``non_finite``,
-            ``claim``, ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``, or, of one that
-            raised, ``failed``.
+            ``claim``, ``disagreement``, ``training_mode``; of an attack that did not run ``few_classes`` or ``left_out``,
+            or, of one that raised, ``failed``.
         value: how much, or how many samples.
         message: what it means, and what to do.
     """
@@ -37,17 +38,10 @@ class Flag:
 
 def of_scores(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[Flag]:
     """Yield flags of scores that are probabilities, and of gradients of the margin that are exactly zero."""
-    images = x.detach().clone().requires_grad_()
     with private_random_state(seed, model):
-        try:
-            scores_NK = ask(model, images)
-        except RuntimeError:  # of an operation that has no gradient, such as numpy's
-            scores_NK = ask(model, images.detach())
+        scores_NK, gradient = scores_and_gradient(model, x, lambda scores_NK: margin(scores_NK, y).sum())
     if are_probabilities(scores_NK):
         yield Flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
-    gradient = None
-    if scores_NK.requires_grad:
-        (gradient,) = torch.autograd.grad(margin(scores_NK, y).sum(), images, allow_unused=True)
     vanished = len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
     if vanished:
         message = "of so many images the gradient is zero: attack a surrogate (BPDAIdentity, CrossMaxTransfer)"
@@ -59,6 +53,16 @@ def of_claim(model: nn.Module, x: Tensor, batch_size: int, which: str) -> Iterat
     if count := false_claims(model, x, batch_size, device_of(model, x.device)):
         message = f"of so many {which} the claimed members and vote predict another class: attacks on them are misled"
         yield Flag("claim", count, message)
+
+
+def of_disagreement(count: int) -> Iterator[Flag]:
+    """Yield a flag of images that an attack saw fool a model which is right when it is judged."""
+    if count:
+        message = (
+            "of so many images that are robust when judged, the model says otherwise to the attack, with a gradient, or one "
+            "by one: its robust accuracy is not to be believed"
+        )
+        yield Flag(DISAGREEMENT, count, message)
 
 
 def of_stages(stages: dict[str, Tensor]) -> Iterator[Flag]:

@@ -27,13 +27,12 @@ from ensemble_attacks.hosts.choice import Name
 from ensemble_attacks.hosts.doctor import BROKEN, examine
 from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.state import State
-from ensemble_attacks.judge import judge
+from ensemble_attacks.hosts.verdict import clean_accuracy
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.schema import About, read_json
 from ensemble_attacks.validation import check_choice, check_count, check_device, check_folder_of, check_radius
 
-FEW = 8  # images that tell whether a model is random
 NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
 
 
@@ -113,7 +112,10 @@ def pipeline(
             return cls(state.attacks_to_run, torch.tensor([adversaries[-1].robust_accuracy], dtype=torch.double))
 
     def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 100, device: torch.device | None = None) -> float:
-        return adversaries[-1].robust_accuracy if adversaries else _clean_accuracy(model, x, y, batch_size, seed or 0)
+        if adversaries:
+            return adversaries[-1].robust_accuracy
+        where = device_of(model, x.device)
+        return clean_accuracy(model, x, y, device=where, seed=seed or 0, draws=DRAWS, batch_size=batch_size)
 
     def book(dataset: Any, threat_model: Any, model_name: str, *figures: Any) -> None:
         whole = adversaries and adversaries[-1].version == "standard" and not adversaries[-1].random
@@ -133,13 +135,6 @@ def pipeline(
         vars(evaluation).update(before)
 
 
-def _clean_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int) -> float:
-    """Return the share of right predictions; of a random model, over draws."""
-    few = x[:FEW].to(device_of(model, x.device))
-    draws = DRAWS if structure_of(model, few, seed).random else 1
-    return judge(model, x, y, x, eps=1.0, draws=draws, batch_size=batch_size).accuracy
-
-
 def _book_external(
     dataset: Any, threat_model: Any, name: str, clean: float, robust: float, eps: float, extra: object = None
 ) -> None:
@@ -147,7 +142,7 @@ def _book_external(
     utils: Any = importlib.import_module("robustbench.utils")
     path = Path("model_info") / dataset.value / threat_model.value / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = json.loads(path.read_text()) if path.exists() else asdict(utils.ModelInfo())
+    about = read_json(path, About) if path.exists() else asdict(utils.ModelInfo())
     about |= {"dataset": dataset.value, "eps": eps, "clean_acc": str(round(100 * clean, 2))}
     about |= {"external": str(round(100 * robust, 2))}
     write_whole(path, json.dumps(about, indent=2).encode())

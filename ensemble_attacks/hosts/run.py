@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemble_attacks.appeal import beyond_rounding, contradicted
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.files import digest
 from ensemble_attacks.hosts.choice import Name
-from ensemble_attacks.hosts.flags import FAILED, Flag, of_claim, of_stages
+from ensemble_attacks.hosts.flags import FAILED, NON_FINITE, Flag, of_claim, of_disagreement, of_stages
 from ensemble_attacks.hosts.identity import described, of_slot
 from ensemble_attacks.hosts.slots import SLOTS
 from ensemble_attacks.hosts.state import State
-from ensemble_attacks.hosts.verdict import Verdict, scores, verdict
+from ensemble_attacks.hosts.verdict import SEEN, Verdict, scores, verdict
 from ensemble_attacks.judge import judge, outside
 from ensemble_attacks.norms import NORMS
+from ensemble_attacks.scores import margin
 from ensemble_attacks.version import __version__
-
-SEEN = 8  # images whose scores tell models apart
 
 
 class Run:
@@ -82,10 +82,9 @@ class Run:
         right, predicted, finite = (torch.cat(part) for part in parts)
         if not finite.all():
             count = int((~finite).sum())
-            adversary._flag(
-                "non_finite", count, "so many clean images have NaN or infinite scores: they count as not robust"
-            )
-        state = State(x.detach().clone(), right * finite, predicted, torch.zeros_like(finite), identity=identity, path=path)
+            adversary._flag(NON_FINITE, count, "so many clean images have NaN or infinite scores: they count as not robust")
+        nobody = torch.zeros_like(finite)
+        state = State(x.detach().clone(), right * finite, predicted, nobody, nobody.clone(), identity=identity, path=path)
         adversary._say(f"initial accuracy: {state.robust.double().mean():.2%}")
         state.flags = [astuple(flag) for flag in adversary.flags]
         return state
@@ -102,7 +101,7 @@ class Run:
         adversary, state = self.adversary, self.state
         if called != state.current:
             state.current, state.pending = called, state.robust
-        began, rejected = time.perf_counter(), 0
+        began, rejected, unsound = time.perf_counter(), 0, 0
         if state.failed.pop(called, None):  # in the run that is gone on with
             adversary.flags = [
                 f for f in adversary.flags if f.name != FAILED or not f.message.startswith(f"{called} is left out")
@@ -110,7 +109,9 @@ class Run:
         for rows in torch.nonzero(state.pending).squeeze(-1).split(self.bs) if state.pending.any() else ():
             clean, labels = self.x[rows], self.y[rows]
             try:
-                images = adversary._craft(name, clean.to(adversary.device), labels.to(adversary.device)).detach().to(clean)
+                given = clean.to(adversary.device), labels.to(adversary.device)
+                images, fooled = adversary._craft(name, *given)
+                images = images.detach().to(clean)
                 if images.shape != clean.shape:
                     raise ValueError(f"it returned images of shape {tuple(images.shape)}, not {tuple(clean.shape)}")
             except Exception as error:  # whatever an attack raises: it costs that attack
@@ -121,6 +122,8 @@ class Run:
                 break
             left = outside(clean, images, eps=adversary.epsilon, norm=adversary.norm)
             right, predicted, finite = self._verdict(images, labels)
+            unsound += int((~finite & ~left).sum())
+            state.claimed[rows] |= self._claimed(images, labels, fooled, (right > 0.5) & finite & ~left)
             worse = (right < state.right[rows]) & finite & ~left
             state.x_adv[rows[worse]], state.predicted[rows[worse]] = images[worse], predicted[worse]
             state.right[rows[worse]] = right[worse]
@@ -132,6 +135,12 @@ class Run:
             adversary._flag(
                 "outside_ball", rejected, f"so many images of {called} left the ball or the box, and do not count"
             )
+        if unsound:
+            adversary._flag(
+                NON_FINITE,
+                unsound,
+                f"so many images of {called} have NaN or infinite scores: no success, and not robust either",
+            )
         state.flags = [astuple(flag) for flag in adversary.flags]
         if called in state.failed:
             state.save(now=True)
@@ -141,6 +150,24 @@ class Run:
         adversary.on_attack(called)
         spent = time.perf_counter() - began
         adversary._say(f"robust accuracy after {called.upper()}: {state.robust.double().mean():.2%} ({spent:.1f} s)")
+
+    def _claimed(self, images: Tensor, labels: Tensor, fooled: Tensor | None, robust: Tensor) -> Tensor:
+        """Return which robust images (N, ...) the attack saw fooled, or get another answer if asked otherwise, (N,) bool.
+
+        Of a random model there are none: a draw of its own is no contradiction.
+        """
+        claimed = torch.zeros_like(robust)
+        if self.adversary.random or not robust.any():
+            return claimed
+        rows = torch.nonzero(robust).squeeze(-1)
+        seed = self.adversary.seed or 0
+        claimed[rows] = contradicted(self.adversary.model, images[rows], batch_size=self.bs, seed=seed).to(claimed)
+        if fooled is not None and (seen := robust & fooled.to(robust)).any():
+            answer = scores(self.adversary.model, images[seen], self.adversary.device)
+            claimed[seen] |= beyond_rounding(margin(answer, labels[seen].cpu()), answer).to(
+                claimed
+            )  # a twin rounds otherwise
+        return claimed
 
     def _settled(self) -> bool:
         """Tell whether, in version ``"auto"``, the last two of at least three attacks moved nothing."""
@@ -159,8 +186,9 @@ class Run:
         """Tell the adversary what was found."""
         adversary, state = self.adversary, self.state
         adversary.stages, adversary.robust, adversary.failed = dict(state.stages), state.robust, dict(state.failed)
+        adversary.disagreement = state.claimed & state.robust
         claimed = of_claim(adversary.model, state.x_adv, self.bs, "adversarial images")
-        for flag in (*of_stages(adversary.stages), *claimed):
+        for flag in (*of_stages(adversary.stages), *claimed, *of_disagreement(int(adversary.disagreement.sum()))):
             adversary._flag(*astuple(flag))
         adversary.robust_accuracy = adversary.robust.double().mean().item()
         if adversary.random and NORMS[adversary.norm].attacked:

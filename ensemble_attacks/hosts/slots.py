@@ -26,6 +26,13 @@ def is_original(attack: object) -> bool:
     return type(attack).__module__.partition(".")[0] in PACKAGES
 
 
+def moved(x: Tensor, images: Tensor) -> Tensor:
+    """Return which images (N, ...) one of the original's attacks saw fooled, (N,) bool: others come back as they were."""
+    if images.shape != x.shape:
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    return (images.float() != x.float()).flatten(1).any(1)
+
+
 def perturb(adversary: Any, name: str, x: Tensor, y: Tensor, seed: int) -> Tensor:
     """Return what the original's attack of a name makes of one batch, in the images' type.
 

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ensemble_attacks.files import write_whole
+from ensemble_attacks.files import FLOATING, read_tensors, write_whole
 from ensemble_attacks.hosts.identity import difference
+from ensemble_attacks.schema import StoredState, check, parse
 
 SAVE_EVERY = 60.0  # seconds
-TENSORS = ("x_adv", "right", "predicted", "pending")
+MASKS = (torch.uint8,)
+TENSORS = {  # by name, the types that they can have
+    "x_adv": FLOATING,
+    "right": (torch.float64,),
+    "predicted": (torch.int64,),
+    "pending": MASKS,
+    "claimed": MASKS,
+}
 
 
 @dataclass(eq=False)
@@ -29,6 +36,7 @@ class State:
         x_adv: the images so far, (N, C, H, W): of every sample, the one that is right in the fewest draws.
         right, predicted: the share of right draws, float64, and the last prediction, (N,).
         pending: the samples that the attack called ``current`` has yet to attack, (N,).
+        claimed: the samples of which an attack saw an image fool the model that does not when it is judged, (N,).
         stages: the robust samples after each attack that has finished.
         current: the name of the attack that is running, or ran last.
         identity: what a run must have in common with the stored one.
@@ -42,6 +50,7 @@ class State:
     right: Tensor
     predicted: Tensor
     pending: Tensor
+    claimed: Tensor
     stages: dict[str, Tensor] = field(default_factory=dict)
     current: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -77,20 +86,38 @@ class State:
             ValueError: Where the file is no state, or one of another run.
         """
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["state"])
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-            x_adv, right, predicted, pending = (tensors[name] for name in TENSORS)
-            stored = dict(about["identity"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"state_path {str(path)!r} holds no state of this AutoAttack: choose another") from error
+            tensors, about = _read(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"state_path {str(path)!r} holds no state of this AutoAttack ({error}): choose another"
+            ) from error
         asked = json.loads(json.dumps(identity))
-        if found := difference({key: stored.get(key) for key in asked}, asked):
+        if found := difference({key: about["identity"].get(key) for key in asked}, asked):
             key, value, wanted = found
             raise ValueError(
                 f"state_path {str(path)!r} is of a run with {key} = {value!r}, not {wanted!r}: choose another, or delete it"
             )
-        stages = {name: tensors[f"stage {name}"].bool() for name in about["stages"]}
-        state = cls(x_adv, right, predicted, pending.bool(), stages, about["current"], identity, path)
-        state.flags, state.failed = about["flags"], about.get("failed", {})
+        tensors = {name: (t.bool() if t.dtype in MASKS else t).to(device) for name, t in tensors.items()}
+        stages = {name: tensors[f"stage {name}"] for name in about["stages"]}
+        x_adv, right, predicted, pending, claimed = (tensors[name] for name in TENSORS)
+        state = cls(x_adv, right, predicted, pending, claimed, stages, about["current"], identity, path)
+        state.flags, state.failed = about["flags"], about["failed"]
         return state
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a state and what it says of itself; raise a `ValueError` where they are none."""
+    mapped, beside = read_tensors(path)
+    about = parse(beside.get("state", "").encode())
+    check(about, StoredState)
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # whatever becomes of the file
+    expected = TENSORS | {f"stage {name}": MASKS for name in about["stages"]}
+    if differing := sorted(set(expected) ^ set(tensors)):
+        raise ValueError(f"the tensor {differing[0][:60]!r} is {'missing' if differing[0] in expected else 'unknown'}")
+    images = len(tensors["pending"])
+    for name, kinds in expected.items():
+        tensor = tensors[name]
+        fits = len(tensor) == images and tensor.dim() == 1 if name != "x_adv" else tensor.dim() > 1 and len(tensor) == images
+        if not fits or tensor.dtype not in kinds:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {kinds[0]} of {images} images")
+    return tensors, about

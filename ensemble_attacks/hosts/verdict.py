@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.judge import judge
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.models.structure import structure_of
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import decided
 
+SEEN = 8  # images whose scores tell models apart, and whether one is random
 JUDGING_SEED = 2**31 - 2  # of the draws of a random model, none of which an attack saw
 
 
@@ -46,3 +50,21 @@ def scores(model: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
     """Return the model's scores of some images (N, K), on the processor, by which models are told apart."""
     with private_random_state(0, model):
         return ask(model, x.to(device)).cpu()
+
+
+def clean_accuracy(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    device: torch.device | str,
+    seed: int,
+    draws: int,
+    batch_size: int,
+    box: Box = UNIT,
+) -> float:
+    """Return the share of right predictions on images (N, ...), in [0, 1]; of a random model, the mean over ``draws``."""
+    random = len(x) and structure_of(model, x[:SEEN].to(device), seed=seed).random
+    room = box.diameter("Linf", x[0]) if len(x) else 1.0
+    given: dict[str, Any] = {"eps": room, "batch_size": batch_size, "draws": draws if random else 1, "box": box}
+    return judge(model, x, y, x, **given).accuracy

@@ -16,6 +16,7 @@ from ensemble_attacks.errors import AggregateMismatchError
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
 from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
 from ensemble_attacks.models.ensembles import Ensemble, member_probabilities
+from ensemble_attacks.models.gradients import scores_and_gradient
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.models.softening import scores_of
 from ensemble_attacks.models.votes import OWN, VOTES, Aggregate, Vote, as_vote, vote_of, weighted
@@ -143,16 +144,13 @@ class AdoptedEnsemble(Ensemble):
 
 def has_gradient(model: nn.Module, x: Tensor) -> bool:
     """Tell whether the model's scores of some images (N, ...) change with these, as far as autograd knows."""
-    x = x.detach().clone().requires_grad_()
-    with private_random_state(0, model), torch.enable_grad():
-        try:
-            scores_NK = ask(model, x)
-        except RuntimeError:  # of an operation that has no gradient, such as numpy's
-            return False
-        if not scores_NK.requires_grad:
-            return False
+
+    def lead(scores_NK: Tensor) -> Tensor:
         top_N2 = scores_NK.topk(2, -1).values
-        (gradient,) = torch.autograd.grad((top_N2[:, 0] - top_N2[:, 1]).sum(), x, allow_unused=True)
+        return (top_N2[:, 0] - top_N2[:, 1]).sum()
+
+    with private_random_state(0, model):
+        _, gradient = scores_and_gradient(model, x, lead)
     return gradient is not None and bool((gradient != 0).any())
 
 

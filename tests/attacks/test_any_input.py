@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ensemble_attacks import A3, APGD, MORA, PGD, Box, BPDAIdentity, CrossMaxTransfer, Ensemble, OutOfBallError, judge
 
 SHAPES = {"rows": (20,), "signals": (2, 15), "odd images": (3, 6, 8), "video": (3, 2, 4, 4)}
+KINDS = ("unit", "[-1, 1]", "bytes", "features")  # of boxes
 N = 24
 
 
@@ -64,9 +65,16 @@ ATTACKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["unit", "[-1, 1]", "bytes", "features"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ATTACKS)
+# every two of attack, shape and box meet in the default run, all three with -m slow
+LATIN = [
+    pytest.param(name, shape, kind, marks=[] if (i + j + k) % 4 == 0 else pytest.mark.slow)
+    for i, name in enumerate(ATTACKS)
+    for j, shape in enumerate(SHAPES)
+    for k, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "kind"), LATIN)
 def test_the_worst_case_of_a_linear_model(name: str, shape: str, kind: str) -> None:
     box = boxes(SHAPES[shape])[kind]
     model, x, y = inputs(SHAPES[shape], box)

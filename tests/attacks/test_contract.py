@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,20 @@ def behind_a_front_end(model: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(frontend=nn.Identity(), backbone=model)).train(model.training)
 
 
+def caa(model: nn.Module, norm: str) -> CAA:
+    attack = CAA(model, norm=norm, eps=EPS)
+    attack.steps = 15
+    return attack
+
+
 ATTACKS = {
-    "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8),
-    "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=40, betas=(0.5, 0.0), targets=3),
+    "mora": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=8, betas=(0.5, 0.0, 1.0)),
+    "mora-mt": lambda model, norm: MORA(model, norm=norm, eps=EPS, steps=40, betas=(0.5,), targets=1),
     "pgd": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2),
     "cw": lambda model, norm: PGD(model, norm=norm, eps=EPS, steps=8, n_restarts=2, loss="margin"),
     "lafeat": lambda model, norm: LAFEAT(model, norm=norm, eps=EPS, steps=8),
     "a3": lambda model, norm: A3(model, norm=norm, eps=EPS, n_restarts=3),
-    "caa": lambda model, norm: CAA(model, norm=norm, eps=EPS),
+    "caa": caa,
     "apgd-ce": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, n_restarts=2),
     "apgd-dlr": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=12, loss="dlr"),
     "apgd-t": lambda model, norm: APGD(model, norm=norm, eps=EPS, steps=6, loss="dlr-targeted", targets=3),
@@ -58,7 +65,17 @@ ATTACKS = {
         model, attack=APGD, refine=APGD, refine_steps=5, norm=norm, eps=EPS, steps=12
     ),
 }
-pytestmark = [pytest.mark.parametrize("name", ATTACKS), pytest.mark.parametrize("norm", ["Linf", "L2"])]
+NORMS = ("Linf", "L2")
+in_both_norms = pytest.mark.parametrize(("name", "norm"), list(product(ATTACKS, NORMS)))
+# what has nothing to do with the ball: every attack in one norm, half of them in each; the other with -m slow
+in_either_norm = pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        pytest.param(name, norm, marks=[] if index % 2 == NORMS.index(norm) else pytest.mark.slow)
+        for index, name in enumerate(ATTACKS)
+        for norm in NORMS
+    ],
+)
 
 
 def size(images: Tensor, adversarial: Tensor, norm: str) -> Tensor:
@@ -66,6 +83,7 @@ def size(images: Tensor, adversarial: Tensor, norm: str) -> Tensor:
     return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
 
 
+@in_both_norms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_are_in_ball_and_box(name: str, norm: str, dtype: torch.dtype, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch[0].to(dtype), batch[1]
@@ -85,11 +103,12 @@ def test_images_are_in_ball_and_box(name: str, norm: str, dtype: torch.dtype, ba
     assert 0.2 < fooled.float().mean() < 1  # it attacks, and leaves room to compare
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@in_either_norm
+@pytest.mark.parametrize("batch_size", [1, 3, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_batch_size(
     name: str, norm: str, batch_size: int, batch: tuple[Tensor, Tensor]
 ) -> None:
-    images, labels = batch[0][:20], batch[1][:20]
+    images, labels = batch[0][46:50], batch[1][46:50]  # one of them stays robust, and goes through every stage
     model = make_ensemble()
     whole = ATTACKS[name](model, norm)(images, labels)
     attack = ATTACKS[name](model, norm)
@@ -100,6 +119,7 @@ def test_the_result_does_not_depend_on_batch_size(
     torch.testing.assert_close(inside(images, labels), whole, rtol=0, atol=ROUNDING)
 
 
+@in_either_norm
 def test_the_result_does_not_depend_on_order(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     attack = ATTACKS[name](make_ensemble(), norm)
@@ -108,6 +128,7 @@ def test_the_result_does_not_depend_on_order(name: str, norm: str, batch: tuple[
     torch.testing.assert_close(permuted, attack(images, labels)[order], rtol=0, atol=ROUNDING)
 
 
+@in_either_norm
 def test_the_seed_decides(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     model = make_ensemble()
@@ -168,6 +189,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@in_either_norm
 @pytest.mark.parametrize("training_mode", [False, True])
 @pytest.mark.parametrize("after", [10**6, 1])
 def test_nothing_is_touched(name: str, norm: str, after: int, training_mode: bool, batch: tuple[Tensor, Tensor]) -> None:
@@ -189,6 +211,7 @@ def test_nothing_is_touched(name: str, norm: str, after: int, training_mode: boo
     assert attack._normalization_applied is True
 
 
+@in_either_norm
 def test_callers_without_gradients(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     attack = ATTACKS[name](make_ensemble(), norm)
@@ -199,6 +222,7 @@ def test_callers_without_gradients(name: str, norm: str, batch: tuple[Tensor, Te
         assert torch.equal(attack(images, labels), reference)
 
 
+@in_either_norm
 def test_an_empty_batch_and_a_batch_already_wrong(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     attack = ATTACKS[name](make_ensemble(), norm)
@@ -207,6 +231,7 @@ def test_an_empty_batch_and_a_batch_already_wrong(name: str, norm: str, batch: t
     assert torch.equal(attack(images, wrong), images)
 
 
+@in_either_norm
 def test_a_model_of_nan_fools_nobody(name: str, norm: str, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     model = make_ensemble()

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.helpers import slow_but
+
 MEASURE = """
 import resource, torch
 from torch import nn
@@ -38,7 +40,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", slow_but(["judge", "mora"], CALLS))
 def test_memory_follows_batch_size(name: str) -> None:
     """At most once more the images, which an attack returns, and half of them for the allocator's sake."""
     done = subprocess.run(

@@ -8,7 +8,9 @@ perturbation of size r member m's margin is k_m - r * g_m (two classes; g_m the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks import A3, APGD, CAA, MORA, PGD, Ensemble
 from ensemble_attacks.models.preserve import private_random_state
+from tests.helpers import VOTES, slow_but
 
 PIXELS, SAMPLES = 48, 60
 
@@ -94,6 +97,12 @@ def check(
     assert not fooled[beyond].any()
 
 
+def either(attacks: Iterable[str], kinds: tuple[str, ...]) -> list[Any]:
+    """Return all pairs, of which MORA's and one of every other attack, in turn, are not marked slow."""
+    kept = {(name, kinds[index % len(kinds)]) for index, name in enumerate(attacks)} | {("mora", kind) for kind in kinds}
+    return slow_but(kept, product(attacks, kinds))
+
+
 BINARY_ATTACKS = {
     "mora": lambda model, eps: MORA(model, eps=eps, steps=100),
     "mora-mt": lambda model, eps: MORA(model, eps=eps, steps=100, betas=(0.5,), targets=1),
@@ -106,8 +115,7 @@ BINARY_ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("attack", BINARY_ATTACKS)
-@pytest.mark.parametrize("vote", ["softmax", "voting", "logits"])
+@pytest.mark.parametrize(("attack", "vote"), either(BINARY_ATTACKS, VOTES))
 def test_disjoint_binary_members(vote: str, attack: str) -> None:
     images, members = images_inside_the_box(), disjoint_binary_members()
     ensemble = Ensemble(members, vote)
@@ -141,8 +149,7 @@ def linear_problem(norm: str) -> tuple[Ensemble, Tensor, Tensor, Tensor]:
     return ensemble, images, labels, distance.scatter(1, labels.unsqueeze(1), torch.inf).amin(1)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("attack", MANY_CLASS_ATTACKS)
+@pytest.mark.parametrize(("attack", "norm"), either(MANY_CLASS_ATTACKS, ("Linf", "L2")))
 def test_mean_logits_of_five_classes(attack: str, norm: str) -> None:
     ensemble, images, labels, optimum = linear_problem(norm)
     check(ensemble, MANY_CLASS_ATTACKS[attack](norm), images, labels, optimum, float(optimum.median()))

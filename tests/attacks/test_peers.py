@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
 
 from ensemble_attacks import A3, CAA, PGD, Ensemble
+from tests.helpers import VOTES, slow_but
 
 EPS = 0.12
 
@@ -15,6 +17,7 @@ def left(model: nn.Module, attack: nn.Module, images: Tensor, labels: Tensor) ->
     return int((model(attack(images, labels)).argmax(1) == labels).sum())
 
 
+@pytest.mark.parametrize("digits_model", slow_but(["softmax"], VOTES), indirect=True)
 def test_pgd_does_what_torchattacks_does(digits_model: Ensemble, digits: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     theirs = left(digits_model, torchattacks.PGD(digits_model, eps=EPS, alpha=EPS / 4, steps=40), *digits)
@@ -23,6 +26,7 @@ def test_pgd_does_what_torchattacks_does(digits_model: Ensemble, digits: tuple[T
     assert left(digits_model, PGD(digits_model, eps=EPS, steps=40, n_restarts=5), *digits) <= theirs
 
 
+@pytest.mark.parametrize("digits_model", slow_but(["voting"], VOTES), indirect=True)
 def test_a3_and_caa_leave_no_more_than_one_restart_of_cw(digits_model: Ensemble, digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits[0][:30], digits[1][:30]
     plain = left(digits_model, PGD(digits_model, eps=EPS, steps=40, n_restarts=1, loss="margin"), images, labels)

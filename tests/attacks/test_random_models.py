@@ -72,6 +72,7 @@ def test_square_on_the_expectation_is_not_taken_in_by_lucky_draws(images: tuple[
         Expected(Flipping(), draws=0)
 
 
+@pytest.mark.slow
 def test_gradient_free_controls(batch: tuple[Tensor, Tensor]) -> None:
     model = make_randomized()
     x, y = agreed(model, batch)

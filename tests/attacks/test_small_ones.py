@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from ensemble_attacks import APGD
+from ensemble_attacks import APGD, CAA
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.descent.stages import Trace
 from tests.helpers import make_ensemble
@@ -23,6 +23,13 @@ def test_a_trace_can_be_pickled() -> None:
     assert all(map(torch.equal, again.fooled_in, attack.trace.fooled_in))
     again.add(0, 99, 0, 1, 1, 0.0)
     assert len(again.rows()) == len(attack.trace.rows()) + 1
+
+
+def test_caas_descents_are_those_of_the_policy_or_in_their_proportion() -> None:
+    attack = CAA(make_ensemble())
+    assert [stage.steps or attack.steps for stage in attack._stages(4)] == [50] * 3 + [25] * 3 + [125]
+    attack.steps = 2
+    assert [stage.steps or attack.steps for stage in attack._stages(3)] == [1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["MultiAttack", "LGV"])

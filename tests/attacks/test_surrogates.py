@@ -31,7 +31,7 @@ from ensemble_attacks import (
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import NotAnEnsembleError, PartError
 from ensemble_attacks.models.parts import premise, straight_through
-from tests.helpers import make_ensemble, make_member
+from tests.helpers import make_ensemble, make_member, slow_but
 
 EPS = 0.1
 
@@ -216,9 +216,7 @@ def masked(digits: tuple[Tensor, Tensor]) -> tuple[CrossMax, Tensor, Tensor]:
     return model, digits[0][right], digits[1][right]
 
 
-@pytest.mark.parametrize(
-    "attack", [APGD, EOTAPGD, MORA, torchattacks.PGD], ids=["apgd", "eotapgd", "mora", "torchattacks-pgd"]
-)
+@pytest.mark.parametrize("attack", slow_but([APGD, torchattacks.PGD], [APGD, EOTAPGD, MORA, torchattacks.PGD]))
 def test_crossmax_transfer(attack: type, masked: tuple[CrossMax, Tensor, Tensor]) -> None:
     model, x, y = masked
     arguments: dict[str, Any] = {"eps": 0.12, "steps": 20} | ({"eot_iter": None} if attack is EOTAPGD else {})

@@ -15,6 +15,7 @@ from defenses.adp import adp_loss, ensemble_entropy, log_ensemble_diversity
 from defenses.zoo.load import SHIPPED
 from ensemble_attacks import WeightsError, judge
 from ensemble_attacks.data import load_dataset
+from tests.helpers import slow_but
 
 
 def card_of(dataset: str, name: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def test_random_models_have_about_the_clean_accuracy_of_their_cards(name: str) -
     assert accuracy == pytest.approx(card_of("digits", name)["clean_accuracy"]["crossmax"], abs=4)
 
 
-@pytest.mark.parametrize("name", list_models("cifar10"))
+@pytest.mark.parametrize("name", slow_but(["gal_resnet20_3"], list_models("cifar10")))
 def test_cifar10_models_have_about_the_clean_accuracy_of_their_cards(name: str, cifar10_dir: Path) -> None:
     x, y = load_dataset("cifar10", data_dir=cifar10_dir, n=500)
     model = load_model(name)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from defenses.training import Batch, Plan, train
 from defenses.training.trainer import augment
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks.data import load_dataset
+from tests.helpers import slow_but
 
 
 class Killed(Exception):
@@ -56,6 +58,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert len((tmp_path / "killed" / "train.log").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_was_shot_ends_with_the_same_weights(tmp_path: Path) -> None:
     """The real thing: ``kill -9`` of the command, and the same command again."""
 
@@ -109,8 +112,10 @@ def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in kept["ensemble"].values())
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("amp", [False, True])
+ONE_PRECISION = {(name, index % 2 == 1) for index, name in enumerate(RECIPES)}  # every recipe in one; the other with -m slow
+
+
+@pytest.mark.parametrize(("name", "amp"), slow_but(ONE_PRECISION, product(RECIPES, (False, True))))
 def test_every_recipe_trains_reproducibly(name: str, amp: bool) -> None:
     images, labels = load_dataset("digits", "train", n=16)
 
@@ -220,6 +225,7 @@ def test_augmentation_shifts_and_mirrors() -> None:
     assert set(shifted.flatten().tolist()) <= set(images.flatten().tolist()) | {0.0}
 
 
+@pytest.mark.slow
 def test_random_models_train_reproducibly(tmp_path: Path) -> None:
     """Their draws are part of the run."""
     cards = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.group import main
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
+from ensemble_attacks.diagnostics.findings import Diagnosis
+from tests.helpers import slow_but
 
 EPS = 0.1
 
@@ -139,6 +141,9 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+FAST = ("quantised", "shattered", "random crop", "detached member", "hard votes", "nan corner", "crossmax", "front end")
+
+
 @pytest.fixture(scope="module")
 def images(digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return digits[0][:64], digits[1][:64]
@@ -149,16 +154,22 @@ def prepared(make: Callable[[], Any]) -> Any:
     return model if make is in_training_mode else model.eval()
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_a_broken_defense_raises_its_own_flag(name: str, images: tuple[Tensor, Tensor]) -> None:
-    make, expected = ZOO[name]
-    found = diagnose(prepared(make), *images, eps=EPS)
+@cache
+def diagnosed(name: str) -> Diagnosis:
+    """Return the diagnosis of a model of the zoo, which several tests read."""
+    x, y = load_dataset("digits", n=64)
+    return diagnose(prepared(ZOO[name][0]), x, y, eps=EPS)
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, ZOO))
+def test_a_broken_defense_raises_its_own_flag(name: str) -> None:
+    found, expected = diagnosed(name), ZOO[name][1]
     assert expected in found.flags, found.flags
     assert all(attack in registered() or attack in ("apgd-ce", "apgd-t", "fab-t", "square") for attack in found.attacks)
     assert found.attacks
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", slow_but(["softmax", "adversarially trained"], HONEST))
 def test_an_honest_model_raises_none(name: str, images: tuple[Tensor, Tensor]) -> None:
     assert diagnose(prepared(HONEST[name]), *images, eps=EPS).flags == []
 
@@ -197,13 +208,20 @@ FAILURES: dict[str, tuple[Callable[[nn.Module, float], Attack], str, str | None]
 }
 
 
+@pytest.fixture(scope="module")
+def working(images: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The indicators of an attack that works."""
+    return indicators(sound, prepared(HONEST["one network"]), images[0][:8], images[1][:8], eps=EPS).means()
+
+
 @pytest.mark.parametrize("indicator", FAILURES)
-def test_the_six_indicators_of_attack_failure(indicator: str, images: tuple[Tensor, Tensor]) -> None:
+def test_the_six_indicators_of_attack_failure(
+    indicator: str, working: dict[str, float], images: tuple[Tensor, Tensor]
+) -> None:
     attack, name, target = FAILURES[indicator]
     models = {**HONEST, **{broken: make for broken, (make, _) in ZOO.items()}}
     other = prepared(models[target]) if target else None
     failing = indicators(attack, prepared(models[name]), images[0][:8], images[1][:8], eps=EPS, target=other).means()
-    working = indicators(sound, prepared(HONEST["one network"]), images[0][:8], images[1][:8], eps=EPS).means()
     assert failing[indicator] > 0.1 > working[indicator]
 
 
@@ -234,8 +252,8 @@ class Locked(nn.Module):
 
 
 def test_what_cannot_be_tested_is_a_note(images: tuple[Tensor, Tensor]) -> None:
-    for model in (Locked().eval(), RandomCrop().eval()):
-        (check,) = [check for check in diagnose(model, *images, eps=EPS).checks if check.name == "binarization"]
+    for found in (diagnose(Locked().eval(), *images, eps=EPS), diagnosed("random crop")):
+        (check,) = [check for check in found.checks if check.name == "binarization"]
         assert check.verdict == "note"
         assert "no binarization test" in check.meaning
     raising = lambda net, eps: PGD(net, eps=-1)  # noqa: E731
@@ -243,6 +261,7 @@ def test_what_cannot_be_tested_is_a_note(images: tuple[Tensor, Tensor]) -> None:
     assert found.flags == ["attack"]
 
 
+@pytest.mark.slow
 def test_honest_on_cifar10_too(cifar10_dir: Path) -> None:
     x, y = load_dataset("cifar10", data_dir=cifar10_dir, n=16)
     found = diagnose(load_model("dverge_at_resnet20_3"), x, y, eps=0.03)
@@ -267,11 +286,10 @@ def test_the_binarization_test_tells_an_attack_that_works_from_one_that_does_not
         binarization(pgd, nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), images[0][:4], eps=EPS)
 
 
-def test_what_is_recommended(images: tuple[Tensor, Tensor]) -> None:
-    crossmax = diagnose(CrossMax(list(standard().members)).eval(), *images, eps=EPS)
-    assert crossmax.attacks[:2] == ["mora", "crossmax-transfer"]
-    assert diagnose(front_ended().eval(), *images, eps=EPS).attacks[0] == "bpda"
-    assert "eot-apgd" in diagnose(RandomCrop().eval(), *images, eps=EPS).attacks
+def test_what_is_recommended() -> None:
+    assert diagnosed("crossmax").attacks[:2] == ["mora", "crossmax-transfer"]
+    assert diagnosed("front end").attacks[0] == "bpda"
+    assert "eot-apgd" in diagnosed("random crop").attacks
 
 
 def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
@@ -288,7 +306,7 @@ def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
 
 def test_auto_runs_what_the_diagnosis_asks_for(images: tuple[Tensor, Tensor], capsys: Any) -> None:
     model = load_model("gal_convnet_3", dataset="digits", vote="voting")
-    x, y = images[0][:20], images[1][:20]
+    x, y = images[0][:10], images[1][:10]
     adversary = AutoAttack(model, eps=0.12, seed=0, version="auto")
     adversary.square.n_queries = 50
     adversary.run_standard_evaluation(x, y)

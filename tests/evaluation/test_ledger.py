@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from defenses import load_model
 from ensemble_attacks import LedgerError
+from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.group import main
 from ensemble_attacks.evaluation import chains, runner
 from ensemble_attacks.evaluation import manifest as manifests
 from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
-from ensemble_attacks.evaluation.ledger import Ledger, difference
+from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger, difference
 from ensemble_attacks.evaluation.ledger import Result as Stored
 from ensemble_attacks.evaluation.manifest import manifest_of
 from ensemble_attacks.evaluation.settings import Sweep
@@ -32,6 +33,7 @@ from ensemble_attacks.evaluation.summary import _until, merged
 from ensemble_attacks.evaluation.units import Unit, chains_of
 from ensemble_attacks.models import providers
 from tests.attacks.test_random_models import Flipping
+from tests.helpers import slow_but
 
 SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
 
@@ -171,7 +173,7 @@ def test_folders_that_are_refused(tmp_path: Path, finished: Path) -> None:
         ledger_in(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 12), (7, 5)])
+@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 6), (4, 5)])
 def test_batches_and_shards_change_nothing(
     batch_size: int, shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +185,8 @@ def test_batches_and_shards_change_nothing(
         monkeypatch.setattr(module, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
     attacks = ("mora", "ea-apgd-ce")
     rows = []
-    for index, (batch, shard) in enumerate([(12, 12), (batch_size, shard_size)]):
-        ledger = ledger_in(tmp_path / str(index), attacks=attacks, batch_size=batch, shard_size=shard)
+    for index, (batch, shard) in enumerate([(6, 6), (batch_size, shard_size)]):
+        ledger = ledger_in(tmp_path / str(index), attacks=attacks, n=6, batch_size=batch, shard_size=shard)
         rows.append(but_for_passes(run(ledger)["cells"][0]))
         flags = [read(ledger, unit).tensors["robust"] for chain in chains_of(ledger.manifest) for unit in chain[1:2]]
         rows[-1]["flags"] = torch.cat(flags).tolist()
@@ -197,7 +199,7 @@ def test_several_processes_give_the_same(finished: Path, tmp_path: Path) -> None
 
 
 def test_what_an_attack_fooled_is_not_attacked_again(tmp_path: Path) -> None:
-    attacks = ("torchattacks:FGSM", "mora")
+    attacks = ("torchattacks:FGSM", "ea-apgd-ce")
     ledger = ledger_in(tmp_path / "run", attacks=attacks, cascade=True)
     (cell,) = run(ledger)["cells"]
     first, second = (cell["attacks"][name] for name in attacks)
@@ -249,7 +251,8 @@ def test_other_code_may_verify(finished: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "what is computed now may differ" in caplog.text
 
 
-def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_and_run_again(kills: int, finished: Path, tmp_path: Path) -> None:
     """kill -9 at several instants of a run in a process of its own."""
     folder = tmp_path / "run"
     command = [
@@ -265,7 +268,7 @@ def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
         "12",
     ]
     command += ["--shard-size", "6", "--attacks", "ea-apgd-ce,torchattacks:FGSM", "--out", str(folder)]
-    for _ in range(8):
+    for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         units = len(list(folder.glob("units/*.json")))
         while process.poll() is None and len(list(folder.glob("units/*.json"))) == units:
@@ -278,7 +281,10 @@ def test_killed_and_run_again(finished: Path, tmp_path: Path) -> None:
     assert not Ledger(folder).quarantined()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+
+
+@pytest.mark.parametrize(("number", "code"), slow_but(SIGNALS[1:2], SIGNALS))
 def test_stopped_at_once_by_a_signal(number: int, code: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ensemble_attacks", "evaluate", "--model", "dverge_at_convnet_3", "--eps", "0.1"]
@@ -338,17 +344,38 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
     assert but_for_passes(cell) == but_for_passes(expected)
 
 
-def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path) -> None:
-    """The attack of another package, in every worker: it kills the process, three times for each range."""
-    (tmp_path / "suicidal.py").write_text(
+def write_suicidal(folder: Path) -> None:
+    """Install another package, whose attack kills the process that runs it."""
+    (folder / "suicidal.py").write_text(
         "import os\nfrom torchattacks.attack import Attack\n\n\nclass Suicidal(Attack):\n"
         "    def __init__(self, model):\n        super().__init__('Suicidal', model)\n\n"
         "    def forward(self, images, labels):\n        os._exit(9)\n"
     )
-    info = tmp_path / "suicidal-1.dist-info"
+    info = folder / "suicidal-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Name: suicidal\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[ensemble_attacks.attacks]\nsuicidal = suicidal:Suicidal\n")
+
+
+def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_suicidal(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    registered.cache_clear()
+    try:
+        ledger = ledger_in(tmp_path / "run", attacks=("suicidal", "torchattacks:FGSM"), n=4, shard_size=4)
+        for _ in range(ATTEMPTS - 1):
+            ledger.fail(chains_of(ledger.manifest)[0][1], "an earlier try")
+        run(ledger, workers=2)
+    finally:
+        registered.cache_clear()
+    found = progress(ledger)
+    assert found["done"] == 2
+    assert "the process died" in found["failed"][0]["error"]
+
+
+@pytest.mark.slow
+def test_a_unit_whose_workers_die_three_times_is_given_up(tmp_path: Path) -> None:
+    write_suicidal(tmp_path)
     command = [sys.executable, "-m", "ensemble_attacks", "evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "6"]
     command += ["--attacks", "suicidal,torchattacks:FGSM", "--workers", "2", "--out", str(tmp_path / "run")]
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,15 +1,14 @@
-"""Folders, bundles, cards and weights of strangers: each is refused in one line, nothing is run, written or waited for."""
+"""Folders, bundles, cards and weights of strangers: each is refused in one line, nothing is run, written or waited for.
+
+How long each takes, and how much memory, is measured by ``benchmarks/malformed.py``.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load, save
-from torch import Tensor, nn
 
 from defenses import load_model
-from defenses.zoo.load import SHIPPED
+from defenses.training import trainer
 from ensemble_attacks import WeightsError
 from ensemble_attacks.cli.group import main
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.external import export_robustbench
-from ensemble_attacks.evaluation.leases import sealed
+from ensemble_attacks.files import read_tensors
+from ensemble_attacks.hosts.state import State
+from tests.evaluation.malformed import CARD, RAW, bundles, cards, folders, named_files
 from tests.evaluation.test_ledger import ledger_in
-
-GIGABYTES = 3 << 30
-Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -67,97 +64,6 @@ def refused(arguments: list[str], folder: Path, codes: tuple[int, ...] = (2,)) -
     return "" if content_of(folder) == before else "the folder was written"
 
 
-def sparse(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(GIGABYTES)
-
-
-def linked(path: Path) -> None:
-    target = path.with_name("target")
-    path.rename(target)
-    path.symlink_to(target)
-
-
-def to_a_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def moved(path: Path) -> None:
-    path.rename(path.with_name("away"))
-    path.symlink_to("away")
-
-
-def no_folder(path: Path) -> None:
-    shutil.rmtree(path)
-    path.write_text("")
-
-
-def piped(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def halved(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-RAW: dict[str, Damage] = {
-    "empty": lambda path: path.write_bytes(b""),
-    "half": halved,
-    "noise": lambda path: path.write_bytes(bytes(range(256)) * 8),
-    "brackets": lambda path: path.write_bytes(b"[" * 200_000),
-    "objects": lambda path: path.write_bytes(b'{"a":' * 200_000),
-    "a list": lambda path: path.write_bytes(b"[1, 2]"),
-    "null": lambda path: path.write_bytes(b"null"),
-    "a long number": lambda path: path.write_bytes(b"1" * 6000),
-    "sparse": sparse,
-    "a link": linked,
-    "a link to a device": to_a_device,
-    "a pipe": piped,
-    "a folder": a_folder,
-}
-VALUES: tuple[Any, ...] = (None, [], {}, -1, 0, 10**12, 10**400, 1e300, "1e9999999")
-
-
-def resealed(path: Path, *keys: str, value: Any) -> None:
-    """Change one value of sealed JSON, and seal it again."""
-    content = json.loads(path.read_text())
-    content.pop("sha256")
-    inner = content
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    path.write_bytes(sealed(content))
-
-
-def folders(run: Path) -> dict[str, tuple[Path, Damage]]:
-    """Return the damages of a run's folder, by name, each with the file that it is done to."""
-    manifest = run / "manifest.json"
-    info = next(iter(sorted(run.glob("units/*.json"))))
-    tensors = info.with_suffix(".safetensors")
-    found: dict[str, tuple[Path, Damage]] = {}
-    for path in (manifest, info, tensors):
-        found |= {f"{path.suffix} {path.parent.name} {how}": (path, damage) for how, damage in RAW.items()}
-    for key in ("models", "eps", "attacks", "seeds", "n", "shard_size", "draws", "batch_size", "dataset"):
-        for value in VALUES:
-            name = f"manifest {key} = {str(value)[:20]}"
-            found[name] = (manifest, _at(("sweep", key), value))
-    for part in ("units", "failed", "running", "quarantine"):
-        found[f"{part} is a link"] = (run / part, moved)
-        found[f"{part} is a file"] = (run / part, no_folder)
-    return found
-
-
-def _at(keys: tuple[str, ...], value: Any) -> Damage:
-    return lambda path: resealed(path, *keys, value=value)
-
-
 HARMLESS = ("failed", "running", "quarantine")  # refused, or passed by
 
 
@@ -176,53 +82,9 @@ def test_malformed_folders(finished: Path, tmp_path: Path) -> None:
     assert not wrong, [f"{name}: {told}" for name, told in wrong.items()]
 
 
-class Sub(Tensor):
-    pass
-
-
-def bundle_tensors() -> dict[str, Any]:
-    x = torch.rand(4, 1, 8, 8)
-    return {
-        "expanded": torch.zeros(1, 1, 8, 8).expand(10**7, 1, 8, 8),
-        "expanded everywhere": torch.zeros(()).expand(10**5, 3, 1000, 1000),
-        "sparse": x.to_sparse(),
-        "meta": torch.empty(10**6, 3, 32, 32, device="meta"),
-        "quantised": torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
-        "a subclass": x.as_subclass(Sub),
-        "complex": x.to(torch.complex64),
-        "integers": (255 * x).to(torch.uint8),
-        "float8": x.to(torch.float8_e4m3fn),
-        "NaN": x * torch.nan,
-        "255": 255 * x,
-        "three dimensions": x[0],
-        "no images": x[:0],
-        "of another size": torch.rand(4, 3, 32, 32),
-        "a list": [x],
-        "a dictionary": {"images": x},
-        "code": {"x": nn.Linear(2, 2)},
-        "a number": 1,
-        "nested": nested(100),
-    }
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 @pytest.mark.filterwarnings("ignore")  # torch's, of quantised tensors
 def test_malformed_bundles(finished: Path, tmp_path: Path) -> None:
-    bundle = export_robustbench(finished, tmp_path / "bundle", partial=True)
-    damages: dict[str, Damage] = {}
-    for how, tensor in bundle_tensors().items():
-        damages[f"images are {how}"] = partial(_save, tensor)
-    for how, damage in RAW.items():
-        damages[f"images: {how}"] = _in("adversarial_images.pt", damage)
-        damages[f"about: {how}"] = _in("model_info.json", damage)
-    for key, value in (("eps", "1e9999999"), ("eps", "9" * 401), ("eps", -1), ("draws", 10**12), ("dataset", ["x"])):
-        damages[f"about {key} = {str(value)[:20]}"] = partial(_say, key, value)
+    bundle, damages = export_robustbench(finished, tmp_path / "bundle", partial=True), bundles()
     wrong = {}
     assert len(damages) >= 40
     for name, damage in damages.items():
@@ -234,65 +96,91 @@ def test_malformed_bundles(finished: Path, tmp_path: Path) -> None:
     assert not wrong, [f"{name}: {told}" for name, told in wrong.items()]
 
 
-def _in(name: str, damage: Damage) -> Damage:
-    return lambda folder: damage(folder / name)
-
-
-def _save(tensor: Any, folder: Path) -> None:
-    torch.save(tensor, folder / "adversarial_images.pt")
-
-
-def _say(key: str, value: Any, folder: Path) -> None:
-    path = folder / "model_info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-
-
 def test_malformed_cards_and_weights(tmp_path: Path) -> None:
-    name = "gal_convnet_3"
-    home = SHIPPED / "digits" / "Linf"
-    card, weights = json.loads((home / f"{name}.json").read_text()), load((home / f"{name}.safetensors").read_bytes())
-    key = next(key for key, value in weights.items() if value.dim() > 1)
-    folder = tmp_path / "digits" / "Linf"
-    folder.mkdir(parents=True)
-    about, path = folder / f"{name}.json", folder / f"{name}.safetensors"
-
-    def put(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        data = save(tensors)
-        path.write_bytes(data)
-        about.write_text(json.dumps(content | {"sha256": sha256(data).hexdigest()}))
-
-    cards: list[dict[str, Any]] = [
-        *({"members": value} for value in (10**9, 0, -1, 1.5, True, "3", 900)),
-        *({"num_classes": value} for value in (10**12, 1, "ten")),
-        *({"negative_slope": value} for value in (-1, 1e300, "x")),
-        *({"normalization": value} for value in ([], [[0.5]], [[0.5], [0.0]], "cifar10", [["a"], ["b"]])),
-        *({"architecture": value} for value in ("", "resnet999999", 3, "../../x")),
-    ]
-    changed: list[dict[str, Tensor]] = [
-        weights | {key: weights[key].to(torch.int8)},
-        weights | {key: weights[key].to(torch.float8_e4m3fn)},
-        weights | {key: weights[key][:1]},
-        weights | {"more": torch.zeros(1)},
-        {k: v for k, v in weights.items() if k != key},
-        {},
-    ]
-
-    def damaged(place: Path, damage: Damage) -> None:
-        put(card, weights)
-        damage(place)
-
-    cases: list[Callable[[], object]] = [partial(put, card | change, weights) for change in cards]
-    cases += [partial(put, card, tensors) for tensors in changed]
-    cases += [partial(damaged, place, damage) for damage in RAW.values() for place in (about, path)]
-    assert len(cases) >= 30
-    put(card, weights)
-    load_model(name, tmp_path, "digits")
-    for case in cases:
-        for place in (about, path, about.with_name("target")):
-            shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+    made = cards(tmp_path)
+    load_model(CARD, tmp_path, "digits")
+    assert len(made) >= 30
+    for case in made.values():
         case()
         held = megabytes()
         with pytest.raises((WeightsError, ValueError)) as error:
-            load_model(name, tmp_path, "digits")
+            load_model(CARD, tmp_path, "digits")
         assert len(str(error.value).splitlines()) <= 3 or "does not fit" in str(error.value)
         assert megabytes() - held < 500
+
+
+def test_malformed_files_that_a_user_names(tmp_path: Path) -> None:
+    wrong = {}
+    for name, (make, arguments) in named_files(tmp_path).items():
+        make()
+        if told := refused(arguments, tmp_path):
+            wrong[name] = told
+    assert not wrong, [f"{name}: {told}" for name, told in wrong.items()]
+
+
+def test_malformed_states_of_autoattack(tmp_path: Path) -> None:
+    path, images = tmp_path / "state", torch.rand(4, 1, 8, 8)
+    nobody = torch.zeros(4, dtype=torch.bool)
+    state = State(images, torch.ones(4).double(), torch.zeros(4).long(), nobody, nobody.clone(), {"mora": nobody}, path=path)
+    state.save(now=True)
+    sound, device = path.read_bytes(), torch.device("cpu")
+    assert torch.equal(State.load(path, {}, device).x_adv, images)
+    tensors, about = load(sound), read_tensors(path)[1]["state"]
+    changes = {
+        "x_adv": (images[:3], images.to(torch.int8), torch.zeros(4)),
+        "right": (torch.ones(4), torch.ones(3).double(), torch.ones(4, 4).double()),
+        "predicted": (torch.zeros(4), torch.zeros(5).long()),
+        "pending": (torch.zeros(4), torch.zeros(0, dtype=torch.uint8)),
+        "stage mora": (torch.zeros(4), torch.zeros(1, dtype=torch.uint8)),
+        "more": (torch.zeros(4),),
+    }
+    damaged = [save(tensors | {name: tensor}, {"state": about}) for name, others in changes.items() for tensor in others]
+    damaged += [save({k: v for k, v in tensors.items() if k != name}, {"state": about}) for name in tensors]
+    for key, value in {"identity": [], "current": 1, "flags": [["x"]], "failed": {"x": 1}, "stages": ["other"]}.items():
+        damaged.append(save(tensors, {"state": json.dumps(json.loads(about) | {key: value})}))
+    damaged += [save(tensors, {"state": text}) for text in ("", "[" * 10**5, "null", "1" * 5000)] + [save(tensors)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="holds no state of this AutoAttack"):
+            State.load(path, {}, device)
+    for damage in RAW.values():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        path.write_bytes(sound)
+        damage(path)
+        with pytest.raises(ValueError, match="holds no state of this AutoAttack"):
+            State.load(path, {}, device)
+
+
+def test_malformed_checkpoints_of_a_training(tmp_path: Path) -> None:
+    path, run = tmp_path / "checkpoint.pt", {"recipe": "standard"}
+    sound = {
+        "run": run,
+        "ensemble": {"w": torch.ones(2)},
+        "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": []},
+    }
+    sound |= {"schedule": {"last_epoch": 1}, "epoch": 1, "seconds": 2.0, "loss": 0.5, "rounds": 1}
+    torch.save(sound, path)
+    state = trainer._checked(path, run)
+    assert state is not None
+    assert state["epoch"] == 1
+    values = dict.fromkeys(sound, ("x", None, -1)) | {"loss": ("x", None), "rounds": ("x", -1)}
+    bad: list[Any] = [sound | {key: value} for key, others in values.items() for value in others]
+    bad += [{key: value for key, value in sound.items() if key != name} for name in sound if name != "rounds"]
+    tensors = (
+        torch.zeros(1).expand(10**9),
+        torch.zeros(2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        torch.zeros(2).to(torch.cfloat),
+    )
+    bad += [sound | {"ensemble": {"w": tensor}} for tensor in tensors]
+    bad += [sound | {"optimizer": {"state": {0: {"m": tensor}}}} for tensor in tensors]
+    for content in (*bad, [sound], 1):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"checkpoint.pt' (is no checkpoint|cannot be read)"):
+            trainer._checked(path, run)
+    for damage in RAW.values():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        torch.save(sound, path)
+        damage(path)
+        with pytest.raises(ValueError, match="cannot be read"):
+            trainer._checked(path, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
 def test_transforms_that_cannot_be(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         transform_of(text)
+
+
+def test_without_a_transform_torchvision_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    assert torch.equal(transform_of("")(X), X)
 
 
 def test_a_crop_that_is_too_large() -> None:

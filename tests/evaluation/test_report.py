@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what
 
 def test_a_report_of_a_run(tmp_path: Path) -> None:
     sizes = dict(n=6, shard_size=3)  # of a range of fewer than a diagnosis needs
-    run(ledger_in(tmp_path / "run", eps=(0.05, 0.12), attacks=("mora", "torchattacks:FGSM"), **sizes))
+    run(ledger_in(tmp_path / "run", eps=(0.12, 0.3), attacks=("mora", "torchattacks:FGSM"), **sizes))
     result = CliRunner().invoke(main, ["report", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     folder = tmp_path / "run" / "report"

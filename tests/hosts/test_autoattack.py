@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ensemble_attacks.attacks import registry
 from ensemble_attacks.diagnostics.advice import adaptive_attacks
 from ensemble_attacks.models.structure import structure_of
 from tests.attacks.test_random_models import Flipping
-from tests.helpers import make_ensemble, make_member
+from tests.helpers import make_ensemble, make_member, slow_but
 
 EPS = 0.12
 
@@ -58,8 +59,10 @@ class Linear(nn.Module):
         return self.layer(x.flatten(1))
 
 
-@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-@pytest.mark.parametrize("kind", ["ensemble", "linear"])
+FAST = [("ensemble", "standard"), ("linear", "standard"), ("linear", "plus"), ("linear", "rand")]
+
+
+@pytest.mark.parametrize(("kind", "version"), slow_but(FAST, product(("ensemble", "linear"), ("standard", "plus", "rand"))))
 def test_the_numbers_of_the_original(kind: str, version: str, digits: tuple[Tensor, Tensor]) -> None:
     """Bit for bit, for the same seed and batch size."""
     model = load_model("gal_convnet_3", dataset="digits") if kind == "ensemble" else Linear().eval()
@@ -175,7 +178,7 @@ def test_a_stop_within_an_attack_is_resumed_at_the_next_batch(
     whole = ours(model, attacks_to_run=["mora"]).run_standard_evaluation(x, y, bs=8)
     crafted: list[int] = []
 
-    def craft(name: Any, *batch: Tensor) -> Tensor:
+    def craft(name: Any, *batch: Tensor) -> tuple[Tensor, Tensor | None]:
         if stopped and len(crafted) == 2:
             raise KeyboardInterrupt
         crafted.append(len(batch[0]))
@@ -208,6 +211,7 @@ def test_fewer_than_ten_classes(classes: int, digits: tuple[Tensor, Tensor]) -> 
     assert adversary.robust_accuracy < 1
 
 
+@pytest.mark.slow
 def test_of_a_random_model_the_images_that_are_right_in_the_fewest_draws_are_kept(digits: tuple[Tensor, Tensor]) -> None:
     """Also where most draws are still right: what an attack of the suite leaves, the suite leaves no more of."""
     model = RandomizedEnsemble(load_model("dverge_convnet_3", dataset="digits").members, seed=0).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch import nn
 
 from ensemble_attacks import AutoAttack, Box, Ensemble, judge
-from tests.attacks.test_any_input import SHAPES, N, boxes, inputs, least_margin
+from tests.attacks.test_any_input import KINDS, SHAPES, N, boxes, inputs, least_margin
+from tests.helpers import slow_but
 
 
-@pytest.mark.parametrize("kind", ["unit", "[-1, 1]", "bytes", "features"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind"), slow_but(list(zip(SHAPES, KINDS, strict=True)), product(SHAPES, KINDS)))
 def test_the_worst_case_of_a_linear_model(shape: str, kind: str) -> None:
     box = boxes(SHAPES[shape])[kind]
     model, x, y = inputs(SHAPES[shape], box)

@@ -182,7 +182,7 @@ class Purified(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("version", ["adaptive", "auto"])
+@pytest.mark.parametrize("version", ["adaptive", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_attack_that_we_chose_never_ends_the_run(version: str) -> None:
     model, x = Purified(), images(8)
     adversary = quick(AutoAttack(model, eps=EPS, seed=0, verbose=False, version=version))

@@ -27,6 +27,7 @@ from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.models.preserve import evaluating, in_training
 from ensemble_attacks.models.structure import structure_of
 from ensemble_attacks.models.twins import prepare
+from tests.helpers import slow_but
 
 EPS = 0.12
 
@@ -211,7 +212,7 @@ def test_ties_broken_otherwise_are_no_success(members: int, few: tuple[Tensor, T
     assert named <= exact + 1 / len(x)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", slow_but([torch.inference_mode], [torch.no_grad, torch.inference_mode]))
 def test_diagnoses_do_not_depend_on_the_callers_mode(
     mode: Callable, nets: list[nn.Module], few: tuple[Tensor, Tensor]
 ) -> None:

@@ -67,7 +67,8 @@ def _curves(ledger: Ledger) -> list[Picture]:
         rows: list[tuple[Any, ...]] = []
         for units in list(zip(*own, strict=True))[1:]:
             name = units[0].attack
-            points = _curve([info for unit in units if (info := ledger.info(unit))], own[0][0].cell.n)
+            there = [(unit, info) for unit in units if (info := ledger.info(unit))]
+            points = _curve([info for _, info in there], sum(unit.range[1] - unit.range[0] for unit, _ in there))
             if len(points) > 1:
                 passes, robust = zip(*points, strict=True)
                 axes.step(passes, robust, where="post", label=name)
@@ -83,7 +84,7 @@ def _curves(ledger: Ledger) -> list[Picture]:
 
 def _curve(infos: list[dict[str, Any]], n: int) -> list[tuple[float, float]]:
     """Return points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
-    if not all(info["trace"] for info in infos):
+    if not infos or not all(info["trace"] for info in infos):
         return []
     moments: dict[tuple[int, int], tuple[float, float]] = {}
     for info in infos:
@@ -102,6 +103,8 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     """Draw the worst case against the radius, where a run has several."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in summary["cells"]:
+        if cell["clean"] is None or "worst_case" not in cell:
+            continue
         at = (cell["eps"], 100 * cell["worst_case"]["accuracy"])
         lines.setdefault(
             f"{cell['model']}, {cell['vote']}{seed_said(cell['seed'])}", [(0.0, 100 * cell["clean"]["accuracy"])]
@@ -118,8 +121,11 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
 
 
 def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:
-    best = min(chain[1:], key=lambda unit: float(_read(ledger, unit)["right"].sum()))
-    tensors = _read(ledger, best)
+    there = {unit: result.tensors for unit in chain[1:] if (result := ledger.read(unit)) is not None}
+    if not there:  # all given up
+        return []
+    best = min(there, key=lambda unit: float(there[unit]["right"].sum()))
+    tensors = there[best]
     index = cells_of(ledger.manifest).index(best.cell)
     pictures = [_gallery(context, tensors, best, index)]
     linf = context.settings.norm == "Linf"
@@ -130,12 +136,6 @@ def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Pictu
         if linf:
             pictures.append(_transfer(context, best, index))
     return [picture for picture in pictures if picture]
-
-
-def _read(ledger: Ledger, unit: Unit) -> dict[str, Tensor]:
-    result = ledger.read(unit)
-    assert result is not None
-    return result.tensors
 
 
 def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: int) -> Picture | None:

@@ -11,14 +11,13 @@ from tabulate import tabulate
 
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import FEWEST_DIAGNOSED, Diagnosis, diagnose
-from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
 from ensemble_attacks.evaluation.origins import images_of, placed_anew
 from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
 from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
-from ensemble_attacks.evaluation.summary import run_digest, seconds_of, summary_of
+from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains, shards_of
 from ensemble_attacks.models.preserve import private_random_state
 
@@ -30,6 +29,7 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, ``report.md``, ``table.csv`` and ``figures/`` into ``out``; return the page's path.
 
+    Where units were given up, it is of what is there, and says on how many images each attack is.
     Nothing is written into the run, unless ``out`` lies there.
 
     Args:
@@ -44,9 +44,8 @@ def write_report(
     """
     ledger = run if isinstance(run, Ledger) else Ledger(run)
     ledger.manifest = placed_anew(ledger.manifest, model, dataset)
-    summary = summary_of(ledger.manifest, ledger.read)
-    if missing := [name for cell in summary["cells"] for name in cell.get("missing", [])]:
-        raise LedgerError(f"{ledger.folder} is not finished: {missing[0]} is missing, run it again")
+    summary = finished(ledger)
+    absent = lacking(ledger.manifest, summary)
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder (--out)")
     warn_of_code(ledger)
@@ -65,9 +64,9 @@ def write_report(
         (out / "figures").mkdir()
         for picture in pictures:
             picture.save(out / "figures")
-        page = _page(ledger, rows, diagnoses, [(picture, picture.png()) for picture in pictures])
+        page = _page(ledger, rows, absent, diagnoses, [(picture, picture.png()) for picture in pictures])
     (out / "report.html").write_text(page)
-    (out / "report.md").write_text(_markdown(ledger, rows, diagnoses, pictures))
+    (out / "report.md").write_text(_markdown(ledger, rows, absent, diagnoses, pictures))
     write_csv(out / "table.csv", COLUMNS, rows)
     return out / "report.html"
 
@@ -98,22 +97,28 @@ def render_page(template: Path, **content: Any) -> str:
     return environment.get_template(template.name).render(**content)
 
 
-def _page(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Any]) -> str:
+def _page(
+    ledger: Ledger, rows: list[tuple[Any, ...]], absent: list[str], diagnoses: dict[str, Diagnosis], pictures: list[Any]
+) -> str:
     return render_page(
         TEMPLATES / "report.html.jinja",
         title=_name(ledger),
         columns=COLUMNS,
         rows=rows,
+        absent=absent,
         diagnoses=diagnoses,
         pictures=pictures,
         manifest=_manifest(ledger),
     )
 
 
-def _markdown(ledger: Ledger, rows: list[tuple[Any, ...]], diagnoses: dict[str, Diagnosis], pictures: list[Picture]) -> str:
+def _markdown(
+    ledger: Ledger, rows: list[tuple[Any, ...]], absent: list[str], diagnoses: dict[str, Diagnosis], pictures: list[Picture]
+) -> str:
     text = [index for index, column in enumerate(COLUMNS) if column in ("model", "vote", "attack")]
     shown = [[in_markdown(value) for value in row] for row in rows]
     parts = [f"# {in_markdown(_name(ledger))}", tabulate(shown, COLUMNS, tablefmt="github", disable_numparse=text)]
+    parts += [f"Not complete: {in_markdown(line)}." for line in absent]
     for name, diagnosis in diagnoses.items():
         table = [
             (c.name, c.verdict, f"{c.figure:.2f}", in_markdown(c.meaning), in_markdown(c.source)) for c in diagnosis.checks

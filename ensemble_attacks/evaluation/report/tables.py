@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ensemble_attacks.evaluation.summary import called
 from ensemble_attacks.evaluation.units import CLEAN
 
 COLUMNS = (
@@ -21,14 +22,15 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
     rows: list[tuple[Any, ...]] = []
     for cell in summary["cells"]:
         start = tuple(cell[key] for key in ("model", "vote", "eps", "seed"))
-        for name, row in {CLEAN: cell["clean"], **cell["attacks"], "worst case": cell["worst_case"]}.items():
+        for name, row in {CLEAN: cell["clean"], **cell["attacks"], "worst case": cell.get("worst_case")}.items():
+            if row is None:  # given up on all images
+                continue
             low, high = row["interval"]
             passes = row.get("forwards_per_image", 0) + row.get("backwards_per_image", 0)
             spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
             figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
             cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
-            called = f"{name} (without {', '.join(row['failed'])})" if row.get("failed") else name
-            rows.append((*start, called, *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
+            rows.append((*start, called(name, row, cell["n"]), *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
     return rows
 
 
