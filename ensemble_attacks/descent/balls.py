@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ensemble_attacks.devices import at_hand
 from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import per_sample
 
@@ -126,7 +127,7 @@ class L2Ball(Ball, norm="L2"):
         for _ in range(ROUNDINGS):
             rounded = self._shrunk(x.double(), clean, within).to(x.dtype)
             size = l2_norm(self._units(rounded.double() - clean))
-            if not (size > self.eps).any():
+            if at_hand(size) and not (size > self.eps).any():
                 return rounded
             within = torch.where(size > self.eps, within * (self.eps / size) * (1 - torch.finfo(x.dtype).eps), within)
         safe = self._shrunk(x, self.clean, x.new_full((len(x),), self.radius))

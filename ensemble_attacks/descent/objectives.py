@@ -64,7 +64,7 @@ class Goal:
         assert self.reach is not None
         return replace(self, leave=torch.where(self.leave == self.reach, best_other(clean_NK, self.reach), self.leave))
 
-    def select(self, rows: Tensor) -> Goal:
+    def select(self, rows: Tensor | slice) -> Goal:
         """Return the goal of some of the samples."""
         reach, direction, ranked = (None if t is None else t[rows] for t in (self.reach, self.direction, self.ranked))
         return replace(self, leave=self.leave[rows], reach=reach, direction=direction, ranked=ranked)
