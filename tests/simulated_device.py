@@ -36,12 +36,15 @@ DEVICE = torch.device("cpu")
 
 
 class Backend:
-    """What PyTorch asks of a device's module."""
+    """What PyTorch asks of a device's module. It is there within `simulated` alone: others look for any accelerator."""
+
+    there = False
 
     def is_initialized(self) -> bool:
         return True
 
-    is_available = is_initialized
+    def is_available(self) -> bool:
+        return self.there
 
     def current_device(self) -> int:
         return 0
@@ -74,8 +77,9 @@ def in_bfloat16(operation: Any, *args: Any) -> Any:
         return operation(*(a.to(torch.bfloat16) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
 
+BACKEND = Backend()
 if SETUP is not None:
-    SETUP(rename=NAME, backend_module=Backend())
+    SETUP(rename=NAME, backend_module=BACKEND)
     DEVICE = torch.device(NAME, 0)
     LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     LIBRARIES[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -318,5 +322,5 @@ def simulated() -> Iterator[Waits]:
         def synchronize(self) -> None:
             waits.arrive(self.copies)
 
-    with patch("torch.Event", Event), Functions(), Operations(waits):
+    with patch.object(BACKEND, "there", True), patch("torch.Event", Event), Functions(), Operations(waits):
         yield waits

@@ -87,9 +87,9 @@ class ClimbingSteps(StepRule):
         return F.one_hot(member, self.fooled.shape[1]).bool()
 
     def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        if self.climb.wrong.shape[1] == len(rows):
+        if self.climb.wrong.shape[1] == len(self.fooled):  # seen in this descent
             self.climb.wrong = self.climb.wrong[:, rows]
+        super().select(rows)
 
     def move(
         self, step: int, ball: Ball, previous: Tensor, x: Tensor, gradient: Tensor, loss: Tensor, margin: Tensor

@@ -104,10 +104,12 @@ class MALT(APGD):
         with torch.enable_grad():
             scores_NK = self.outputs(x).scores_NK
             likeliest_NK = mask_class(scores_NK.detach(), labels).argsort(dim=-1, descending=True, stable=True)
+            if not scores_NK.requires_grad:  # the descent says so
+                return likeliest_NK
             distances_NC = []
             for candidates_N in likeliest_NK[:, : min(self.candidates, scores_NK.shape[1] - 1)].unbind(1):
                 lead_N = gather(scores_NK, labels) - gather(scores_NK, candidates_N)
-                (slope,) = torch.autograd.grad(lead_N.sum(), x, retain_graph=True)
+                (slope,) = torch.autograd.grad(lead_N.sum(), x, retain_graph=True, materialize_grads=True)
                 distances_NC.append(lead_N.detach() / NORMS[self.norm].dual_size(slope))
         order_NC = torch.stack(distances_NC, 1).nan_to_num(nan=torch.inf).argsort(dim=-1, stable=True)
         nearest_NC = likeliest_NK.gather(1, order_NC)
