@@ -56,9 +56,11 @@ def resident() -> float:
 
 def in_process(arguments: list[str], place: Path) -> Ended:
     """Run a command in a fork of this process, which is killed if it hangs."""
-    told, held, began = place / "told", resident(), time.monotonic()
+    told, began = place / "told", time.monotonic()
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writing, str(resident()).encode())  # less than its parent's, of which files that are mapped are no part
         output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -70,6 +72,9 @@ def in_process(arguments: list[str], place: Path) -> Ended:
             os.write(2, f"Traceback: {error!r}".encode())
             os._exit(99)
         os._exit(0)
+    held = float(os.read(reading, 100))
+    os.close(reading)
+    os.close(writing)
     clock = threading.Timer(HANGS, os.kill, (child, signal.SIGKILL))
     clock.start()
     _, status, used = os.wait4(child, 0)

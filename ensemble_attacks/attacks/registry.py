@@ -9,20 +9,24 @@ it is given those that it has as parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
-from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
+from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, MINIMAL, PROBABILITIES, NamedAttack
 from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.names import split_options
 
 if TYPE_CHECKING:
     from torch import nn
     from torchattacks.attack import Attack
 
 GROUP = "ensemble_attacks.attacks"
+LOOK = 1e-3  # how far zero-order attacks look along each direction, as a share of the box's width
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
@@ -35,27 +39,72 @@ def _class(name: str) -> Any:
     return getattr(import_module(f"ensemble_attacks.attacks.{module}"), attack)
 
 
-def _ours(name: str, /, **arguments: Any) -> Callable[..., Attack]:
-    def make(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-        made: Any = _class(name)(model, **settings, **arguments)
-        made.eot_iter = eot_iter
-        return made
+@dataclass(frozen=True)
+class _Maker:
+    """A function that makes an attack; its signature is that of a class, whose arguments may be options (`with_options`).
 
-    return make
+    Attributes:
+        name: the class, ``module.Class``; it is imported when the signature is asked for.
+        make: the function.
+    """
+
+    name: str
+    make: Callable[..., Attack]
+
+    def __call__(self, model: nn.Module, **settings: Any) -> Attack:
+        return self.make(model, **settings)
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(_class(self.name))
 
 
+def _made(
+    name: str, arguments: dict[str, Any], model: nn.Module, /, *, eot_iter: int | None = None, **settings: Any
+) -> Attack:
+    """Return the attack of a class with these arguments, unless the settings say others."""
+    made: Any = _class(name)(model, **arguments | settings)
+    made.eot_iter = eot_iter
+    return made
+
+
+def _ours(name: str, /, **arguments: Any) -> _Maker:
+    return _Maker(name, partial(_made, name, arguments))
+
+
+@partial(_Maker, "bpda.BPDAIdentity")
 def _bpda_mora(model: nn.Module, **settings: Any) -> Attack:
-    return _ours("bpda.BPDAIdentity", attack=_class("mora.MORA"))(model, **settings)
+    return _made("bpda.BPDAIdentity", {"attack": _class("mora.MORA")}, model, **settings)
 
 
+@partial(_Maker, "apgd.EOTAPGD")
 def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
     return _class("apgd.EOTAPGD")(model, eot_iter=eot_iter or EOT_ITER, **settings)
 
 
-def _zero_order(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-    from ensemble_attacks.models.surrogates import ZeroOrder
+def _soft(name: str, surrogate: str, /, **arguments: Any) -> Callable[..., Attack]:
+    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
 
-    return _ours("pgd.PGD")(ZeroOrder(model), eot_iter=eot_iter, steps=20, n_restarts=1, **settings)
+    def make(model: nn.Module, **settings: Any) -> Attack:
+        from ensemble_attacks.models.surrogates import Surrogate
+
+        return _made(name, {"loss": "margin", **arguments}, Surrogate(model, surrogate), **settings)
+
+    return make
+
+
+def _expected(model: nn.Module, **settings: Any) -> Attack:
+    return _eot(model, loss="log-expected", **settings)
+
+
+def _zero_order(model: nn.Module, **settings: Any) -> Attack:
+    import torch
+
+    from ensemble_attacks.models.surrogates import ZeroOrder
+    from ensemble_attacks.norms import UNIT
+
+    width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
+    return _made("pgd.PGD", {"steps": 20, "n_restarts": 1}, ZeroOrder(model, sigma=LOOK * width), **settings)
 
 
 RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
@@ -73,6 +122,12 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=1000,
         source="Athalye et al., ICML 2018",
     ),
+    "expected-apgd": NamedAttack(
+        "EOTAPGD on the logarithm of the expected probability, 100 steps",
+        _expected,
+        cost=200,
+        source="Dbouk & Shanbhag, ICML 2023",
+    ),
     "mora": NamedAttack(
         "MORA: beta 0.5 (28 steps from the clean image, six times 12 at single classes), 0, 0.25, 0.75, 1 (100 each)",
         _ours("mora.MORA"),
@@ -87,6 +142,29 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         cost=2800,
         source="Yu et al., NeurIPS 2022",
     ),
+    "lca": NamedAttack(
+        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
+        _ours("lca.LCA"),
+        needs=(MEMBERS, PROBABILITIES),
+        source="arXiv:2307.10788",
+    ),
+    **{
+        f"{prefix}-{name}": NamedAttack(
+            f"{name.upper()} on the margin of {what}, 100 steps, judged on the vote itself",
+            _soft(attack, surrogate, **options),
+            needs=(MEMBERS,),
+            cost=200,
+            source=source,
+        )
+        for prefix, surrogate, what in (
+            ("soft", "probability", "the members' mean probability"),
+            ("votes", "votes", "soft votes, each member's at its own gap"),
+        )
+        for name, attack, options, source in (
+            ("pgd", "pgd.PGD", {"n_restarts": 1}, "Madry et al., ICLR 2018"),
+            ("apgd", "apgd.APGD", {}, CROCE),
+        )
+    },
     "crossmax-transfer": NamedAttack(
         "CrossMaxTransfer: APGD on the mean of the members' logits, refined on the model itself",
         _ours("crossmax_transfer.CrossMaxTransfer"),
@@ -116,7 +194,7 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         source="Yu et al., CVPR 2021",
     ),
     "arc": NamedAttack(
-        "ARC, 20 rounds over the members of a randomized ensemble",
+        "ARC, 20 rounds over the members of a randomized ensemble and all their boundaries",
         _ours("arc.ARC"),
         needs=(MEMBERS, PROBABILITIES),
         source="Dbouk & Shanbhag, ICML 2022",
@@ -145,6 +223,19 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
         fewest_classes=4,
         cost=1800,
         source=CROCE,
+    ),
+    "pma": NamedAttack(
+        "PMA: the margin of probabilities, 2 x 100 steps, of which the first half climb one of its terms",
+        _ours("pma.PMA"),
+        cost=400,
+        source="Xie et al., CVPR 2025",
+    ),
+    "malt": NamedAttack(
+        "MALT: targeted APGD on DLR, 9 targets x 100 steps, nearest first where the model is linear",
+        _ours("malt.MALT"),
+        fewest_classes=4,
+        cost=1800,
+        source="Melamed et al., NeurIPS 2024",
     ),
     "front-end-reversal": NamedAttack(
         "APGD on what lies behind the part called frontend, carried back through it",
@@ -217,17 +308,27 @@ def registered() -> dict[str, NamedAttack]:
 
 
 def find_attack(name: str) -> NamedAttack:
-    """Return the attack of a name.
+    """Return the attack of a name, which may have options: ``mora?steps=10`` (`options.with_options`).
+
+    ``minimal:NAME`` searches for the smallest radius at which another succeeds.
 
     Raises:
-        ValueError: Where the name is unknown; the message names the nearest one.
+        ValueError: Where the name, or an option, is unknown; the message names the nearest one.
     """
+    if name.startswith(MINIMAL):
+        from ensemble_attacks.attacks.minimal import minimal
+
+        return minimal(find_attack(name.removeprefix(MINIMAL)), name.removeprefix(MINIMAL))
     if name.startswith(PEER):
         return peer(name)
-    known = registered()
-    if name not in known:
-        raise unknown_name("attack", name, known)
-    return known[name]
+    known, (body, query) = registered(), split_options(name)
+    if body not in known:
+        raise unknown_name("attack", body, known)
+    if not query:
+        return known[body]
+    from ensemble_attacks.attacks.options import with_options
+
+    return with_options(known[body], body, query)
 
 
 def find_maker(name: str) -> Callable[..., Attack]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from ensemble_attacks.attacks.peers import PEER
-from ensemble_attacks.attacks.record import PAPERS, NamedAttack
+from ensemble_attacks.attacks.record import MINIMAL, PAPERS, NamedAttack
 from ensemble_attacks.attacks.registry import RECORDS, registered
 
+SEARCH = "for each image the smallest radius up to eps at which another attack succeeds: minimal:mora (`evaluate --curve`)"
 PEERS = "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002"
 PAGE = """# Attacks
 
@@ -15,7 +16,8 @@ PAGE = """# Attacks
 
 Names for `--attacks`, `evaluate(attacks=...)` and `AutoAttack(attacks_to_run=...)`, in the order in which it pays to run
 them. *Members* are the networks that an ensemble is made of. *Passes* counts the forward and backward passes of an image
-that holds out to the end, at the most; of a random model, times its draws. Images that are fooled cost less.
+that holds out to the end, at the most; of a random model, times its draws. Images that are fooled cost less. Options follow
+the name, as in `mora?steps=10&targets=3`: of this package's attacks their arguments, of AutoAttack's and pipelines `steps`.
 
 | name | what it does | norms | needs | passes | paper |
 |---|---|---|---|---|---|
@@ -41,6 +43,7 @@ def attacks(markdown: bool) -> None:
     for name, record in registered().items():
         meaning = record.summary + (f" ({record.source})" if record.source else "")
         table.add_row(name, escape(meaning), *_facts(record))
+    table.add_row(f"{MINIMAL}NAME", SEARCH)
     table.add_row(f"{PEER}NAME", PEERS)
     console.print(table)
 
@@ -58,5 +61,6 @@ def page() -> str:
         link = PAPERS.get(record.source)
         paper = f"[{record.source}]({link})" if link else record.source
         rows.append(" | ".join((f"| `{name}`", record.summary, *_facts(record), f"{paper} |")))
+    rows.append(f"| `{MINIMAL}NAME` | {SEARCH} | Linf, L2 | | | |")
     rows.append(f"| `{PEER}NAME` | {PEERS} | | | | [Kim, 2020](https://arxiv.org/abs/2010.01950) |")
     return PAGE + "\n".join(rows) + "\n"

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from ensemble_attacks.cli.console import WIDE, console, shown
 from ensemble_attacks.cli.options import key_value
 from ensemble_attacks.errors import plain
+from ensemble_attacks.evaluation.curves import SHARES, Curve, curves_of
 from ensemble_attacks.evaluation.engines import run, unfinished
 from ensemble_attacks.evaluation.estimate import Plan, plan_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import run_identity
 from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
-from ensemble_attacks.evaluation.units import CLEAN, chain_of, count_chains, seed_said
+from ensemble_attacks.evaluation.units import CLEAN, chain_of, count_chains, radius_said, seed_said
 
 SMALL = 64  # pixels a side of images whose networks are too small for several threads
 
@@ -69,6 +70,9 @@ def drive(
         console.print(table_of(cell, spent))
     if len(summary["cells"]) > 1:
         console.print(_overview(summary["cells"]))
+    if not any("missing" in cell for cell in summary["cells"]):
+        for own, curves, _ in curves_of(ledger):
+            console.print(_curve_table(own.title, curves))
     console.print(f"Stored in {plain(ledger.folder)}", **WIDE)
     console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():
@@ -115,7 +119,7 @@ TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands 
 
 def table_of(cell: dict[str, Any], spent: dict[str, float]) -> Table:
     """Return the table of one cell of a summary: a row for each attack."""
-    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {cell['norm']} {cell['eps']:g}, {cell['n']} images"
+    title = f"{cell['model']}, {cell['vote']}, {cell['dataset']}, {radius_said(cell)}, {cell['n']} images"
     table = Table(title=shown(title + seed_said(cell["seed"])))
     columns = ("attack", "robust %", "95% interval", "invalid", "forwards / image", "backwards / image", "seconds")
     for column in columns:
@@ -130,6 +134,8 @@ def table_of(cell: dict[str, Any], spent: dict[str, float]) -> Table:
             table.add_row(f"  after {shown(stage)}", share, "", "", *passes(so_far), style="dim")
         low, high = row["interval"]
         told = "".join(f" ({row[kind]} {word})" for kind, word in TOLD.items() if row.get(kind))
+        if "worst_of_draws" in row:
+            told += f" ({100 * row['worst_of_draws']:.1f} in the worst of {row['draws']} draws)"
         key = " ".join(str(cell[part]) for part in ("model", "vote", "eps", "seed")) + f" {name}"
         seconds = f"{spent[key]:.1f}" if key in spent and name != CLEAN else ""
         table.add_row(
@@ -159,6 +165,18 @@ def _overview(cells: list[dict[str, Any]]) -> Table:
     for cell in cells:
         rows = (cell["clean"], *(cell["attacks"].get(name) for name in attacks), cell.get("worst_case"))
         figures = ("" if row is None else f"{100 * row['accuracy']:.1f}" for row in rows)
-        ball = f"{cell['norm']} {cell['eps']:g}{seed_said(cell['seed'])}"
+        ball = f"{radius_said(cell)}{seed_said(cell['seed'])}"
         table.add_row(*map(shown, (cell["model"], cell["vote"], ball)), *figures)
+    return table
+
+
+def _curve_table(title: str, curves: list[Curve]) -> Table:
+    """Return the radii at which robust accuracy has fallen to some shares."""
+    table = Table(title=shown(f"{title}: the radius at which so many are robust at most"))
+    table.add_column("attack", overflow="fold")
+    for share in SHARES:
+        table.add_column(f"{100 * share:.0f}%", justify="right")
+    for curve in curves:
+        radii = [curve.radius(share) for share in SHARES]
+        table.add_row(shown(curve.attack), *(f"{radius:.4f}" if radius < float("inf") else "more" for radius in radii))
     return table

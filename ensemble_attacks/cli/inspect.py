@@ -13,7 +13,7 @@ from click import get_current_context
 from click.core import ParameterSource
 
 from ensemble_attacks.cli import choices
-from ensemble_attacks.cli.options import NAMED, check_out, elsewhere, images, places
+from ensemble_attacks.cli.options import EPS, NAMED, check_out, elsewhere, images, places, within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help=NAMED, shell_complete=choices.models)
 @click.option("--vote", default="softmax", help="softmax, voting or logits.", shell_complete=choices.votes)
 @images(64)
-@click.option("--eps", type=float, required=True, help="Linf radius, in pixel units of [0, 1].")
+@click.option("--eps", required=True, help=EPS)
+@within
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
 @click.option(
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def diagnose(
     model: str,
     vote: str,
-    eps: float,
+    eps: str,
     seed: int,
     device: str,
     attack: str | None,
@@ -57,6 +58,7 @@ def diagnose(
     from ensemble_attacks.evaluation.manifest import subjects_of
     from ensemble_attacks.evaluation.settings import Sweep
     from ensemble_attacks.evaluation.suite import check_fit
+    from ensemble_attacks.evaluation.units import radius_said
     from ensemble_attacks.files import write_whole
     from ensemble_attacks.models.structure import structure_of
     from ensemble_attacks.validation import check_device
@@ -68,7 +70,11 @@ def diagnose(
     if chosen["sample"] is not None and get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
         chosen["n"] = None
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
-    subjects = subjects_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
+    sweep = Sweep.of(given, "the command")
+    settings = sweep.settings(sweep.eps[0], seed, sweep.threat)
+    if settings.mask is not None:
+        raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
+    subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
     x, y = subjects.opened.take(subjects.numbers)
     net = subjects.models[model].to(device)
     make = None
@@ -80,8 +86,9 @@ def diagnose(
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
     with console.status(f"Running the checks on {len(x)} images ..."):
-        found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
-    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
+        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, attack=make, box=settings.box)
+    ball = radius_said({"norm": "Linf", "eps": sweep.eps[0], "within": sweep.threat.said(sweep.eps[0])})
+    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left", overflow="fold")
     colours = {"flag": "red", "ok": "green", "note": "dim"}

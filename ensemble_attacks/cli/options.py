@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import reduce
 from inspect import signature
@@ -50,6 +49,20 @@ def images(n: int | None) -> Callable[[Callable[..., None]], Callable[..., None]
         click.option("--only-correct", is_flag=True, help="Pass images by that the model gets wrong."),
     ]
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+EPS = "Radius of the ball, in the inputs' own units: 0.03, 8/255, or a .npy file with one for each feature."
+
+
+def within(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say where inputs may go, beside the ball."""
+    options = [
+        click.option(
+            "--box", help="The values that inputs can take: -1,1, or an .npz file of low and high.  [default: 0,1]"
+        ),
+        click.option("--movable", help="A .npy file of truth values: which features may move.  [default: all]"),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 def planned(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,22 +129,3 @@ def check_out(out: Path | None) -> None:
     """Raise a `ValueError` where a folder to write is named by nothing, or by what no folder can be called."""
     if (out is not None and str(out) in ("", ".")) or "\0" in str(out):
         raise ValueError(f"--out {str(out)!r}: name a folder, such as --out runs/first")
-
-
-RADIUS = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?(/[0-9.]{1,30})?", re.IGNORECASE)
-
-
-def radius(text: object) -> float:
-    """Return the number that a text stands for, also as a fraction such as RobustBench's ``8/255``.
-
-    Raises:
-        ValueError: Where it is no number, or too long to be one.
-    """
-    compact = str(text)[:100].replace(" ", "")
-    above, _, below = compact.partition("/")
-    try:
-        if not RADIUS.fullmatch(compact):
-            raise ValueError
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"eps {str(text)[:60]!r} is no number: write it as 0.03 or 8/255") from None

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ensemble_attacks.attacks.record import MINIMAL
 from ensemble_attacks.attacks.registry import RECORDS
 from ensemble_attacks.cli import choices
 from ensemble_attacks.cli.options import (
+    EPS,
     NAMED,
     check_machine,
     check_out,
@@ -18,7 +21,10 @@ from ensemble_attacks.cli.options import (
     machines,
     places,
     planned,
+    within,
 )
+
+CURVE_ATTACKS = "mora"  # whose radius is searched, where the user does not say
 
 
 class ListsAttacks(click.Command):
@@ -34,11 +40,17 @@ class ListsAttacks(click.Command):
 @click.option("--vote", default="softmax", help="softmax, voting or logits.", shell_complete=choices.votes)
 @images(None)
 @click.option("--norm", default="Linf", help="Linf or L2.", shell_complete=choices.norms)
-@click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units of [0, 1].")
+@click.option("--eps", required=True, help=EPS)
+@within
+@click.option(
+    "--curve",
+    is_flag=True,
+    help=f"For each image the smallest radius up to --eps at which an attack succeeds.  [attacks: {CURVE_ATTACKS}]",
+)
 @click.option(
     "--attacks",
     default="autoattack,mora",
-    help="Comma-separated: those below, and torchattacks:PGD?steps=50.",
+    help="Comma-separated: those below, or torchattacks:PGD; with options, as mora?steps=50.",
     shell_complete=choices.attacks,
 )
 @click.option("--cascade", is_flag=True, help="An image that an attack has fooled is not attacked by the next.")
@@ -55,7 +67,8 @@ class ListsAttacks(click.Command):
 def evaluate(
     model: str,
     vote: str,
-    eps: float,
+    eps: str,
+    curve: bool,
     attacks: str,
     seed: int,
     out: Path | None,
@@ -75,9 +88,12 @@ def evaluate(
     from ensemble_attacks.evaluation.manifest import manifest_of
     from ensemble_attacks.evaluation.settings import Sweep
 
+    if curve and click.get_current_context().get_parameter_source("attacks") is ParameterSource.DEFAULT:
+        attacks = CURVE_ATTACKS
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
+    names = [MINIMAL * (curve and not name.startswith(MINIMAL)) + name for name in names]
     check_machine(engine, workers, device, options, threads)
     check_out(out)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}

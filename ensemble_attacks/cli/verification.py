@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_attacks.cli.console import console, shown
-from ensemble_attacks.cli.options import RECRAFTED, radius
+from ensemble_attacks.cli.options import RECRAFTED
 from ensemble_attacks.evaluation import audit, bundles
 from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
+from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.extras import extra
 from ensemble_attacks.models import providers
+from ensemble_attacks.threat import number
 from ensemble_attacks.validation import check_count, check_device
 
 WIDE: Any = {"highlight": False, "soft_wrap": True}
@@ -93,8 +95,8 @@ def _examine(
     path: Path, places: dict[str, Any], claimed: dict[str, Any], recraft: int, seed: int, device: str
 ) -> tuple[list[audit.Finding], list[str]]:
     """Return what is found of a bundle, and of what it holds nothing, after printing the judge's verdict."""
-    images, about = read_bundle(path)
     manifest = run_of(path)
+    images, about = read_bundle(path, threat_of(manifest or {}).box)
     if manifest is not None:
         manifest["places"] |= places
         manifest = placed_anew(manifest, claimed["model"], claimed["dataset"])
@@ -108,7 +110,7 @@ def _examine(
     for key in ("model", "dataset", "eps"):
         if chosen[key] is None:
             raise ValueError(f"{path} does not say its {key}: pass --{key}")
-    chosen["eps"] = radius(chosen["eps"])
+    chosen["eps"] = number(chosen["eps"])
     claim = bundles.Claim(**chosen)
     model = providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote).to(device)
     verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"])

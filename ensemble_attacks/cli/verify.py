@@ -20,7 +20,7 @@ from ensemble_attacks.cli.options import RECRAFTED
 @click.option("--transform", help="Of a bundle: as of evaluate.  [default: its run's]")
 @click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
-@click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
+@click.option("--eps", help="In the inputs' own units, such as 8/255.  [default: the bundle's]")
 @click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: the bundle's, or 1]")
 @click.option("--recraft", type=int, help=f"Units to craft anew, and compare.  [default: 0; of a bundle {RECRAFTED}]")
 @click.option("--seed", type=int, default=0, help="Of the choice of these units.")

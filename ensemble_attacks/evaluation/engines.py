@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ensemble_attacks.errors import said
 from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
@@ -177,7 +178,11 @@ def ray(
         library: Any = importlib.import_module("ray")
     started = not library.is_initialized()
     if started:
-        library.init(address=address, log_to_driver=False, configure_logging=False)
+        try:
+            library.init(address=address, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray raises it as it is
+            where = f"reached at {address!r}" if address else "started"
+            raise ConnectionError(f"Ray cannot be {where} ({said(error)}): what is done is kept, run it again") from error
     try:
         task = library.remote(num_cpus=cpus, num_gpus=gpus, max_retries=10, retry_exceptions=False)(run_chain)
         folder = str(ledger.folder.resolve())

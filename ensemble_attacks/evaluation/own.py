@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
@@ -95,9 +95,11 @@ def evaluate(
     model: nn.Module | str | PathLike[str],
     data: Any,
     *,
-    eps: float | Sequence[float],
+    eps: Any,
     attacks: str | Sequence[str] = "auto",
     norm: str = "Linf",
+    box: Any = None,
+    movable: Any = None,
     out: str | PathLike[str] | None = None,
     name: str | None = None,
     transform: str = "",
@@ -115,13 +117,18 @@ def evaluate(
     or data are the program's own. The model is left as it was.
 
     Args:
-        model: a module, images (N, C, H, W) in [0, 1] -> scores (N, K), which is attacked where it lies; or the name of one,
-            as ``evaluate --model`` takes it. Attacks that look inside want an `Ensemble`, or `as_ensemble`'s.
-        data: images (N, C, H, W) in [0, 1], or bytes, and labels (N,), as a pair of tensors or arrays; a torch ``Dataset``
+        model: a module, inputs (N, ...) in the box, such as images (N, C, H, W), -> scores (N, K), which is attacked where
+            it lies; or the name of one, as ``evaluate --model`` takes it. Attacks that look inside want an `Ensemble`, or
+            `as_ensemble`'s.
+        data: inputs (N, ...) in the box, or bytes, and labels (N,), as a pair of tensors or arrays; a torch ``Dataset``
             or ``DataLoader``; or the name of a dataset, file, folder or function, as ``evaluate --data`` takes it.
-        eps: the radius of the ball, in pixel units of [0, 1], or several.
+        eps: the radius of the ball, in the inputs' own units: a number, ``"8/255"``, an array or file with a radius for each
+            feature; or a list of several of these.
         attacks: names (``ensemble-attacks attacks``), as a list or separated by commas; ``"auto"`` looks at the model first.
         norm: the norm of the ball.
+        box: the values that inputs can take: a `Box`, a pair of numbers or arrays, or a file of ``low`` and ``high``;
+            ``None``: [0, 1]. Bytes span it.
+        movable: which features may move: an array of truth values, of one input, or a file of one; ``None``: all.
         out: the run's folder; ``None``: one of its own in ``runs``.
         name: what the run calls the model; ``None``: its class's name.
         transform: what is done to every image, as ``"resize=256,crop=224"``.
@@ -148,8 +155,8 @@ def evaluate(
             "function that makes it, as evaluate('nets.py:make', 'images.npz', ...)"
         )
     where = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu"))
-    names = [part.strip() for part in attacks.split(",") if part.strip()] if isinstance(attacks, str) else list(attacks)
-    sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": names, "norm": norm, **settings}
+    sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": _names(attacks), "norm": norm, **settings}
+    sweep |= {"box": box, "movable": movable}
     with given(own_model, own_images):
         manifest = manifest_of(
             Sweep.of(sweep | {"transform": transform}, "evaluate"), model_dir=model_dir, data_dir=data_dir, download=download
@@ -196,6 +203,25 @@ def verify(
         return audit.verify(
             ledger, where, model_dir=model_dir, data_dir=data_dir, model=names["model"], dataset=names["dataset"]
         )
+
+
+def _names(attacks: Any) -> list[str]:
+    """Return the names of attacks, of a list or separated by commas.
+
+    Raises:
+        TypeError: Where one is no name.
+    """
+    if isinstance(attacks, str):
+        return [part.strip() for part in attacks.split(",") if part.strip()]
+    given = list(attacks) if isinstance(attacks, Iterable) else [attacks]
+    for one in given:
+        if not isinstance(one, str):
+            kind = one if isinstance(one, type) else type(one)
+            raise TypeError(
+                f"attacks holds {kind.__name__}, no name: a run makes its attacks anew, in any process, by names such as "
+                "'mora' or 'torchattacks:PGD?steps=50'; AutoAttack(attacks_to_run=[...]) takes instances"
+            )
+    return given
 
 
 def _own_model(model: Any, name: str | None) -> Given:

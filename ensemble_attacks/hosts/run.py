@@ -72,7 +72,7 @@ class Run:
             "eot_iter": adversary.eot_iter,
             "model": digest(*adversary.model.state_dict().values(), scores(adversary.model, x[:SEEN], adversary.device)),
             "package": __version__,
-        }
+        } | ({} if adversary.steps is None else {"steps": adversary.steps})
         if path is not None and path.exists():
             state = State.load(path, identity, x.device)
             adversary.flags = [Flag(*flag) for flag in state.flags]
@@ -164,7 +164,7 @@ class Run:
         claimed[rows] = contradicted(self.adversary.model, images[rows], batch_size=self.bs, seed=seed).to(claimed)
         if fooled is not None and (seen := robust & fooled.to(robust)).any():
             answer = scores(self.adversary.model, images[seen], self.adversary.device)
-            claimed[seen] |= beyond_rounding(margin(answer, labels[seen].cpu()), answer).to(
+            claimed[seen] |= beyond_rounding(margin(answer, labels[seen].cpu()).abs(), answer).to(
                 claimed
             )  # a twin rounds otherwise
         return claimed

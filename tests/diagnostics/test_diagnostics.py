@@ -306,7 +306,7 @@ def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
 
 def test_auto_runs_what_the_diagnosis_asks_for(images: tuple[Tensor, Tensor], capsys: Any) -> None:
     model = load_model("gal_convnet_3", dataset="digits", vote="voting")
-    x, y = images[0][:10], images[1][:10]
+    x, y = images[0][:20], images[1][:20]
     adversary = AutoAttack(model, eps=0.12, seed=0, version="auto")
     adversary.square.n_queries = 50
     adversary.run_standard_evaluation(x, y)

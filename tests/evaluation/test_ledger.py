@@ -21,10 +21,12 @@ from defenses import load_model
 from ensemble_attacks import LedgerError
 from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.group import main
+from ensemble_attacks.data import Opened
 from ensemble_attacks.evaluation import chains, runner
 from ensemble_attacks.evaluation import manifest as manifests
 from ensemble_attacks.evaluation.audit import progress, verify
 from ensemble_attacks.evaluation.engines import run
+from ensemble_attacks.evaluation.identity import code_version
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger, difference
 from ensemble_attacks.evaluation.ledger import Result as Stored
 from ensemble_attacks.evaluation.manifest import manifest_of
@@ -180,9 +182,13 @@ def test_batches_and_shards_change_nothing(
     """In float64, bit for bit; but for the backward passes of a batch that is fooled as a whole, which are not run."""
     load = providers.load_model
     monkeypatch.setattr(providers, "load_model", lambda *args, **kw: load(*args, **kw).double())
-    images = chains.load_dataset
-    for module in (chains, manifests):
-        monkeypatch.setattr(module, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
+    take = Opened.take
+
+    def doubled(opened: Opened, rows: Any) -> tuple[Tensor, Tensor]:
+        images, labels = take(opened, rows)
+        return images.double(), labels
+
+    monkeypatch.setattr(Opened, "take", doubled)
     attacks = ("mora", "ea-apgd-ce")
     rows = []
     for index, (batch, shard) in enumerate([(6, 6), (batch_size, shard_size)]):
@@ -357,17 +363,22 @@ def write_suicidal(folder: Path) -> None:
     (info / "entry_points.txt").write_text("[ensemble_attacks.attacks]\nsuicidal = suicidal:Suicidal\n")
 
 
+def forget_plug_ins() -> None:
+    registered.cache_clear()
+    code_version.cache_clear()
+
+
 def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_suicidal(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    registered.cache_clear()
+    forget_plug_ins()
     try:
         ledger = ledger_in(tmp_path / "run", attacks=("suicidal", "torchattacks:FGSM"), n=4, shard_size=4)
         for _ in range(ATTEMPTS - 1):
             ledger.fail(chains_of(ledger.manifest)[0][1], "an earlier try")
         run(ledger, workers=2)
     finally:
-        registered.cache_clear()
+        forget_plug_ins()
     found = progress(ledger)
     assert found["done"] == 2
     assert "the process died" in found["failed"][0]["error"]
