@@ -1,4 +1,4 @@
-"""Every table of README.md and of this folder's README, and where its figures come from.
+"""Every table of README.md, of this folder's README and of docs, and where its figures come from.
 
     python -m benchmarks.printed
 
@@ -21,17 +21,33 @@ from benchmarks import reach, table1
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE1 = ROOT / "benchmarks" / "results" / "table1"
+IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
+    (
+        "model",
+        "vote",
+        "eps",
+        "seed",
+        "attack",
+    ): "what the lines of Python above it print: run them, as tests/test_docs.py does",
     ("defense", "vote", "clean", "AutoAttack", "MORA"): "what `make demo` prints: run it",
     ("model", "clean", "AutoAttack rand, by its own flags"): "measured before records were kept: run the command above it",
     ("model", "transfer (%)"): "measured before records were kept: run benchmarks/transfer.py",
     ("backbone", "DnCNN"): "throw-away trainings, of which benchmarks/results/masks has a part",
     ("", "3 x ResNet-20"): "times, which no other machine repeats: run benchmarks/speed.py",
 }
-NO_FIGURES = (("name", "attack"), ("recipe", "defense"))  # tables of words
+NO_FIGURES = (  # tables of words
+    ("name", "what it does"),
+    ("recipe", "defense"),
+    ("flag", "what was seen"),
+    ("`--model`",),
+    ("`--data`",),
+    ("", "on the command line, in TOML, in Python"),
+    ("", "what you see"),
+)
 HALF = 0.05 + 1e-6  # of the last digit that is printed
 CELL = re.compile(r"`(?:table1\.py --cells |\.\.\.)(\w+):(\w+):([0-9.]+)`")
 
@@ -133,6 +149,23 @@ def of_claims(table: Table, row: list[str]) -> list[str] | None:
     return [claim, row[1], ours, f"{found['n']}, 0", *row[4:]]
 
 
+VOTES = {"hard votes": "voting", "mean probability": "softmax", "mean logits": "logits"}
+ATTACKS = {"APGD-CE": "apgd-ce?steps=5", "MORA": "mora", "MORA-mt": "mora-mt?steps=5&betas=0.5&targets=1"}
+
+
+def of_imagenet(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of ImageNet, from its record; a vote stands in the first of its rows."""
+    above = table.rows[: 1 + next(number for number, other in enumerate(table.rows) if other is row)]
+    vote = VOTES[[cells[0] for cells in above if cells[0]][-1]]
+    (found,) = [
+        cell["found"]
+        for cell in json.loads(IMAGENET.read_text())
+        if (cell["vote"], f"{cell['eps x 255']:g}") == (vote, row[1])
+    ]
+    figures = [found[ATTACKS[name]] for name in table.head[2:]]
+    return row[:2] + [f"{100 * sum(of['robust']) / len(of['robust']):.1f} ({of['passes']:.1f})" for of in figures]
+
+
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
@@ -142,6 +175,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("defense (3 members)", "vote", "APGD-CE leaves"): of_reach,
     ("dataset", "model", "clean accuracy of the members (%)"): of_cards,
     ("claim", "theirs", "ours"): of_claims,
+    ("vote", "eps x 255"): of_imagenet,
 }
 
 

@@ -1,4 +1,4 @@
-"""Every figure that the READMEs print in a table is the one that its record holds, or is listed as one without a record."""
+"""Every figure in a table of the READMEs or docs is the one that its record holds, or is listed as one without a record."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _said(plan: Plan, manifest: dict[str, Any], workers: int) -> str:
     most += f", and those of {', '.join(plan.unknown)}" if plan.unknown else ""
     if plan.per_second:
         time = duration(plan.passes / plan.per_second / max(1, min(workers, plan.tasks)))
-        most += f": {time} at {plan.per_second:,.0f} a second"
+        most += f": {time} at {plan.per_second:,.0f} a second{', without these' if plan.unknown else ''}"
     return "\n".join([*lines, f"{most}; fooled images cost less"])
 
 
