@@ -27,6 +27,7 @@ from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
 from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains
+from ensemble_attacks.extras import extra
 from ensemble_attacks.files import machine
 from ensemble_attacks.validation import check_choice
 
@@ -173,10 +174,8 @@ def ray(
     Args:
         cpus, gpus: what every task takes; fractions share a GPU.
     """
-    try:
+    with extra("ray", "the engine 'ray'"):
         library: Any = importlib.import_module("ray")
-    except ImportError as error:
-        raise ImportError("the engine 'ray' needs Ray: pip install 'ensemble-attacks[ray]'") from error
     started = not library.is_initialized()
     if started:
         try:
@@ -223,10 +222,8 @@ def slurm(
         minutes, cpus, gpus: what every job takes.
         at_once: the number of jobs of the array that may run at the same time.
     """
-    try:
+    with extra("slurm", "the engine 'slurm'"):
         import submitit
-    except ImportError as error:
-        raise ImportError("the engine 'slurm' needs submitit: pip install 'ensemble-attacks[slurm]'") from error
     folder = ledger.folder.resolve()
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, slurm_max_num_timeout=20)
     settings: dict[str, Any] = dict(timeout_min=minutes, cpus_per_task=cpus, name="ensemble-attacks")

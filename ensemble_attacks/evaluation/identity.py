@@ -32,7 +32,6 @@ STANDS_ON = (  # the packages whose version may change a result
     "robustbench",
     "timm",
     "numpy",
-    "scikit-learn",
 )
 
 

@@ -20,10 +20,10 @@ from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
 from ensemble_attacks.evaluation.origins import given
-from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import seconds_of
+from ensemble_attacks.extras import extra
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.validation import check_count
 
@@ -78,7 +78,10 @@ class Evaluation:
 
         Raises:
             FileExistsError: Where it is there already.
+            MissingExtraError: Where what draws and renders it is not installed.
         """
+        with extra("report", "a report"):
+            from ensemble_attacks.evaluation.report.pages import write_report
         with given(self._model, self._images):
             return write_report(self.folder, Path(out or self.folder / "report"), device=self._device)
 

@@ -163,7 +163,9 @@ def halving(settings: Settings, name: str, work: Callable[[Settings], Done]) -> 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
     craft = crafting(name)
     logger.info("running %s on %d images", name, len(x))
-    with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+    cost = find_attack(name).cost
+    most = None if cost is None else cost * len(x) * (settings.eot_iter or 1)  # if nothing is fooled
+    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
         counted = count_passes(twin, bar.update)
         began = time.perf_counter()
         crafted = craft(counted, x, y, settings)
@@ -183,8 +185,8 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
             *(disagreement, name),
         )
     passes = counted.forwards, counted.backwards
-    cost = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, failed=crafted.failed)
+    spent = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *spent, failed=crafted.failed)
 
 
 def clean_unit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Attacked:

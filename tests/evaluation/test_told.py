@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from ensemble_attacks import judge
+from ensemble_attacks.cli.console import shown
 from ensemble_attacks.cli.group import main
-from ensemble_attacks.cli.options import shown
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import out_of_memory
 from ensemble_attacks.evaluation.engines import run
