@@ -1,4 +1,4 @@
-"""Every table of README.md and of this folder's README, and where its figures come from.
+"""Every table of README.md, of the pages of results and models, and of this folder's README, and where its figures come from.
 
     python -m benchmarks.printed
 
@@ -21,17 +21,20 @@ from benchmarks import reach, table1
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/results.md", "docs/models.md", "docs/masks.md", "benchmarks/README.md")
+)
 TABLE1 = ROOT / "benchmarks" / "results" / "table1"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
     ("defense", "vote", "clean", "AutoAttack", "MORA"): "what `make demo` prints: run it",
+    ("model", "vote", "eps", "seed", "attack", "robust %"): "what the page's ten lines print: run them",
     ("model", "clean", "AutoAttack rand, by its own flags"): "measured before records were kept: run the command above it",
     ("model", "transfer (%)"): "measured before records were kept: run benchmarks/transfer.py",
     ("backbone", "DnCNN"): "throw-away trainings, of which benchmarks/results/masks has a part",
     ("", "3 x ResNet-20"): "times, which no other machine repeats: run benchmarks/speed.py",
 }
-NO_FIGURES = (("name", "attack"), ("recipe", "defense"))  # tables of words
+NO_FIGURES = (("recipe", "defense"),)  # tables of words
 HALF = 0.05 + 1e-6  # of the last digit that is printed
 CELL = re.compile(r"`(?:table1\.py --cells |\.\.\.)(\w+):(\w+):([0-9.]+)`")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ensemble_attacks import evaluate
-from ensemble_attacks.cli import run as cli
+from ensemble_attacks.evaluation import manifest
 from ensemble_attacks.evaluation.curves import ALL, Curve, curves_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.report.figures import _by_distance
@@ -56,7 +56,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         sweeps.append(sweep)
         raise ValueError("as far as here")
 
-    monkeypatch.setattr(cli, "manifest_of", stop)
+    monkeypatch.setattr(manifest, "manifest_of", stop)
     for options in ((), ("--attacks", "cw,minimal:pgd")):
         assert invoke("evaluate", "--model", "standard_convnet_3", "--eps", "0.5", "--curve", *options).exit_code
     assert [sweep.attacks for sweep in sweeps] == [("minimal:mora",), ("minimal:cw", "minimal:pgd")]
