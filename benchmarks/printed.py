@@ -1,4 +1,4 @@
-"""Every table of README.md, of the pages of results and models, and of this folder's README, and where its figures come from.
+"""Every table of the pages that print figures (`PAGES`), and where its figures come from.
 
     python -m benchmarks.printed
 
