@@ -1,4 +1,4 @@
-"""Every table of README.md, of this folder's README and of docs, and where its figures come from.
+"""Every table of the pages that print figures (`PAGES`), and where its figures come from.
 
     python -m benchmarks.printed
 
@@ -26,13 +26,7 @@ TABLE1 = ROOT / "benchmarks" / "results" / "table1"
 IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
-    (
-        "model",
-        "vote",
-        "eps",
-        "seed",
-        "attack",
-    ): "what the lines of Python above it print: run them, as tests/test_docs.py does",
+    ("model", "vote", "eps", "seed", "attack"): "what the page's ten lines print: run them (tests/test_docs.py)",
     ("defense", "vote", "clean", "AutoAttack", "MORA"): "what `make demo` prints: run it",
     ("model", "clean", "AutoAttack rand, by its own flags"): "measured before records were kept: run the command above it",
     ("model", "transfer (%)"): "measured before records were kept: run benchmarks/transfer.py",

@@ -5,7 +5,6 @@ What holds at one radius is the robust accuracy there; the distances of these im
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import DescentAttack
 from ensemble_attacks.attacks.composed import ComposedAttack
-from ensemble_attacks.attacks.record import MINIMAL, NamedAttack
 from ensemble_attacks.descent.stages import NEVER, Trace
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.norms import NORMS
@@ -141,21 +139,3 @@ class MinimalNorm(ComposedAttack):
         parts = images.split(getattr(self, "batch_size", None) or len(images))
         answers = torch.cat([ask(self.model, self._as_taken(part)).argmax(1) for part in parts])
         return answers != labels if targets is None else answers == targets
-
-
-def minimal(record: NamedAttack, name: str) -> NamedAttack:
-    """Return the record of a search over the radius of a named attack.
-
-    Raises:
-        ValueError: Where the attack cannot be made by itself.
-    """
-    make = record.make
-    if make is None:
-        raise ValueError(
-            f"attack {MINIMAL + name!r}: {name} is a pipeline, or AutoAttack's own, and has no radius to search"
-        )
-
-    def made(model: nn.Module, **settings: Any) -> Attack:
-        return MinimalNorm(make(model, **settings))
-
-    return replace(record, summary=f"the smallest radius of each image at which {name} succeeds", make=made, cost=None)

@@ -39,9 +39,12 @@ def with_options(record: NamedAttack, name: str, query: str) -> NamedAttack:
 
 def _arguments(make: Any) -> dict[str, Any]:
     """Return the arguments that may be options, with their defaults."""
+    while isinstance(make, partial):
+        make = make.func
+    attack = getattr(make, "attack", lambda: make)()  # of this package, whose makers take any argument
     return {
         key: parameter.default
-        for key, parameter in signature(make).parameters.items()
+        for key, parameter in signature(attack).parameters.items()
         if key not in OF_THE_RUN and parameter.default is not Parameter.empty
     }
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torchattacks.attack import Attack
 
-MINIMAL = "minimal:"  # before the name of the attack whose smallest radius is searched (`minimal.MinimalNorm`)
 SMALLEST = 5  # pixels a side that AutoAttack's Square divides into windows
 MEMBERS, FRONTEND, PROBABILITIES = "members", "a part called frontend", "the probabilities of its members"
 PAPERS = {  # where the sources of the records are to be read
@@ -24,14 +23,14 @@ PAPERS = {  # where the sources of the records are to be read
     "Carlini & Wagner, S&P 2017": "https://arxiv.org/abs/1608.04644",
     "Yu et al., CVPR 2021": "https://arxiv.org/abs/2104.09284",
     "Dbouk & Shanbhag, ICML 2022": "https://arxiv.org/abs/2206.06737",
-    "Dbouk & Shanbhag, ICML 2023": "https://arxiv.org/abs/2302.01375",
-    "arXiv:2307.10788": "https://arxiv.org/abs/2307.10788",
     "Liu et al., CVPR 2022": "https://arxiv.org/abs/2203.05154",
     "Mao et al., AAAI 2021": "https://arxiv.org/abs/2012.05434",
     "Croce & Hein, ICML 2020": "https://arxiv.org/abs/2003.01690",
+    "arXiv:2402.17018": "https://arxiv.org/abs/2402.17018",
+    "Dbouk & Shanbhag, ICML 2023": "https://arxiv.org/abs/2302.01375",
+    "arXiv:2307.10788": "https://arxiv.org/abs/2307.10788",
     "Xie et al., CVPR 2025": "https://arxiv.org/abs/2411.15210",
     "Melamed et al., NeurIPS 2024": "https://arxiv.org/abs/2407.02240",
-    "arXiv:2402.17018": "https://arxiv.org/abs/2402.17018",
     "Spall, IEEE TAC 1992": "https://doi.org/10.1109/9.119632",
 }
 

@@ -9,15 +9,14 @@ it is given those that it has as parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
-from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, MINIMAL, PROBABILITIES, NamedAttack
+from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import split_options
 
@@ -25,7 +24,10 @@ if TYPE_CHECKING:
     from torch import nn
     from torchattacks.attack import Attack
 
+Maker = Callable[..., "Attack"]
+
 GROUP = "ensemble_attacks.attacks"
+MINIMAL = "minimal:"  # before the name of the attack whose radius is searched
 LOOK = 1e-3  # how far zero-order attacks look along each direction, as a share of the box's width
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 ALL_NORMS = ("Linf", "L2", "L1")
@@ -39,64 +41,54 @@ def _class(name: str) -> Any:
     return getattr(import_module(f"ensemble_attacks.attacks.{module}"), attack)
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """A function that makes an attack; its signature is that of a class, whose arguments may be options (`with_options`).
+def _as(name: str) -> Callable[[Maker], Maker]:
+    """Say whose arguments the options of an attack are (`options.with_options`)."""
 
-    Attributes:
-        name: the class, ``module.Class``; it is imported when the signature is asked for.
-        make: the function.
-    """
+    def mark(make: Maker) -> Maker:
+        vars(make)["attack"] = partial(_class, name)
+        return make
 
-    name: str
-    make: Callable[..., Attack]
-
-    def __call__(self, model: nn.Module, **settings: Any) -> Attack:
-        return self.make(model, **settings)
-
-    @property
-    def __signature__(self) -> Signature:
-        return signature(_class(self.name))
+    return mark
 
 
-def _made(
-    name: str, arguments: dict[str, Any], model: nn.Module, /, *, eot_iter: int | None = None, **settings: Any
-) -> Attack:
-    """Return the attack of a class with these arguments, unless the settings say others."""
-    made: Any = _class(name)(model, **arguments | settings)
-    made.eot_iter = eot_iter
-    return made
-
-
-def _ours(name: str, /, **arguments: Any) -> _Maker:
-    return _Maker(name, partial(_made, name, arguments))
-
-
-@partial(_Maker, "bpda.BPDAIdentity")
-def _bpda_mora(model: nn.Module, **settings: Any) -> Attack:
-    return _made("bpda.BPDAIdentity", {"attack": _class("mora.MORA")}, model, **settings)
-
-
-@partial(_Maker, "apgd.EOTAPGD")
-def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-    return _class("apgd.EOTAPGD")(model, eot_iter=eot_iter or EOT_ITER, **settings)
-
-
-def _soft(name: str, surrogate: str, /, **arguments: Any) -> Callable[..., Attack]:
-    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
-
-    def make(model: nn.Module, **settings: Any) -> Attack:
-        from ensemble_attacks.models.surrogates import Surrogate
-
-        return _made(name, {"loss": "margin", **arguments}, Surrogate(model, surrogate), **settings)
+def _ours(name: str, /, **arguments: Any) -> Maker:
+    @_as(name)
+    def make(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
+        made: Any = _class(name)(model, **arguments | settings)
+        made.eot_iter = eot_iter
+        return made
 
     return make
 
 
+@_as("bpda.BPDAIdentity")
+def _bpda_mora(model: nn.Module, **settings: Any) -> Attack:
+    return _ours("bpda.BPDAIdentity", attack=_class("mora.MORA"))(model, **settings)
+
+
+@_as("apgd.EOTAPGD")
+def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
+    return _class("apgd.EOTAPGD")(model, eot_iter=eot_iter or EOT_ITER, **settings)
+
+
+def _soft(name: str, surrogate: str, /, **arguments: Any) -> Maker:
+    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
+
+    @_as(name)
+    def make(model: nn.Module, **settings: Any) -> Attack:
+        from ensemble_attacks.models.surrogates import Surrogate
+
+        return _ours(name, loss="margin", **arguments)(Surrogate(model, surrogate), **settings)
+
+    return make
+
+
+@_as("apgd.EOTAPGD")
 def _expected(model: nn.Module, **settings: Any) -> Attack:
-    return _eot(model, loss="log-expected", **settings)
+    return _eot(model, **{"loss": "log-expected"} | settings)
 
 
+@_as("pgd.PGD")
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
     import torch
 
@@ -104,7 +96,7 @@ def _zero_order(model: nn.Module, **settings: Any) -> Attack:
     from ensemble_attacks.norms import UNIT
 
     width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
-    return _made("pgd.PGD", {"steps": 20, "n_restarts": 1}, ZeroOrder(model, sigma=LOOK * width), **settings)
+    return _ours("pgd.PGD", steps=20, n_restarts=1)(ZeroOrder(model, sigma=LOOK * width), **settings)
 
 
 RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
@@ -316,9 +308,7 @@ def find_attack(name: str) -> NamedAttack:
         ValueError: Where the name, or an option, is unknown; the message names the nearest one.
     """
     if name.startswith(MINIMAL):
-        from ensemble_attacks.attacks.minimal import minimal
-
-        return minimal(find_attack(name.removeprefix(MINIMAL)), name.removeprefix(MINIMAL))
+        return _minimal(name.removeprefix(MINIMAL))
     if name.startswith(PEER):
         return peer(name)
     known, (body, query) = registered(), split_options(name)
@@ -329,6 +319,21 @@ def find_attack(name: str) -> NamedAttack:
     from ensemble_attacks.attacks.options import with_options
 
     return with_options(known[body], body, query)
+
+
+def _minimal(name: str) -> NamedAttack:
+    """Return the record of a search over the radius of a named attack."""
+    record = find_attack(name)
+    attack = record.make
+    if attack is None:
+        raise ValueError(
+            f"attack {MINIMAL + name!r}: {name} is a pipeline, or AutoAttack's own, and has no radius to search"
+        )
+
+    def make(model: nn.Module, **settings: Any) -> Attack:
+        return _class("minimal.MinimalNorm")(attack(model, **settings))
+
+    return replace(record, summary=f"the smallest radius of each image at which {name} succeeds", make=make, cost=None)
 
 
 def find_maker(name: str) -> Callable[..., Attack]:

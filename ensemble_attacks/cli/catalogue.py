@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ensemble_attacks.attacks.peers import PEER
-from ensemble_attacks.attacks.record import MINIMAL, PAPERS, NamedAttack
-from ensemble_attacks.attacks.registry import RECORDS, registered
+from ensemble_attacks.attacks.record import PAPERS, NamedAttack
+from ensemble_attacks.attacks.registry import MINIMAL, RECORDS, registered
 
 SEARCH = "for each image the smallest radius up to eps at which another attack succeeds: minimal:mora (`evaluate --curve`)"
 PEERS = "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002"

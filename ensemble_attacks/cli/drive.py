@@ -68,11 +68,11 @@ def drive(
     spent = seconds_of(ledger)
     for cell in summary["cells"]:
         console.print(table_of(cell, spent))
-    if len(summary["cells"]) > 1:
-        console.print(_overview(summary["cells"]))
     if not any("missing" in cell for cell in summary["cells"]):
         for own, curves, _ in curves_of(ledger):
             console.print(_curve_table(own.title, curves))
+    if len(summary["cells"]) > 1:
+        console.print(_overview(summary["cells"]))
     console.print(f"Stored in {plain(ledger.folder)}", **WIDE)
     console.print(f"digest {run_digest(ledger)}", **WIDE)
     if quarantined := ledger.quarantined():

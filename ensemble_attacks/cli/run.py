@@ -8,8 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ensemble_attacks.attacks.record import MINIMAL
-from ensemble_attacks.attacks.registry import RECORDS
+from ensemble_attacks.attacks.registry import MINIMAL, RECORDS
 from ensemble_attacks.cli import choices
 from ensemble_attacks.cli.options import (
     EPS,
@@ -50,7 +49,7 @@ class ListsAttacks(click.Command):
 @click.option(
     "--attacks",
     default="autoattack,mora",
-    help="Comma-separated: those below, or torchattacks:PGD; with options, as mora?steps=50.",
+    help="Comma-separated: those below, and torchattacks:PGD; with options, as mora?steps=50.",
     shell_complete=choices.attacks,
 )
 @click.option("--cascade", is_flag=True, help="An image that an attack has fooled is not attacked by the next.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ensemble_attacks.attacks.record import MINIMAL
+from ensemble_attacks.attacks.registry import MINIMAL
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import images_of

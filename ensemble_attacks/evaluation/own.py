@@ -53,7 +53,8 @@ class Evaluation:
     @property
     def table(self) -> str:
         """Return the table as text."""
-        return tabulate([list(row.values()) for row in self.rows], COLUMNS, tablefmt="github")
+        told = [column for column in COLUMNS if any(row[column] != "" for row in self.rows)]
+        return tabulate([[row[column] for column in told] for row in self.rows], told, tablefmt="github")
 
     def __str__(self) -> str:
         return self.table
