@@ -11,7 +11,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --disable-pip-version-check -q -e '.[dev]'
+	$(VENV)/bin/pip install --disable-pip-version-check -q -e '.[dev,all]'
 	-$(VENV)/bin/ensemble-attacks doctor
 	touch $(STAMP)
 

@@ -18,6 +18,7 @@ import click
 import torch
 
 from benchmarks.options import named
+from benchmarks.records import as_flags, save
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.identity import code_version
@@ -129,9 +130,7 @@ def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if left.trace:
         write_whole(folder / f"{folder.name.partition('_')[2]}.trace.json", json.dumps(left.trace).encode() + b"\n")
-    flags = "".join("01"[robust] for robust in left.judgement.robust.tolist())
-    content = found | {"seconds": round(left.seconds, 1), "flags": flags}
-    write_whole(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
+    save(folder / "summary.json", found | {"seconds": round(left.seconds, 1), "flags": as_flags(left.judgement.robust)})
 
 
 def _keep(left: list[Attacked], name: str, attacked: Attacked) -> None:

@@ -16,9 +16,8 @@ import torch
 import torchattacks
 from torch import nn
 
-from benchmarks.options import image_options, named
+from benchmarks.options import image_options, members_of, named
 from benchmarks.tables import save_table
-from defenses import load_model
 from defenses.crossmax import CrossMax
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, judge
 from ensemble_attacks.data import load_dataset
@@ -57,7 +56,7 @@ def main(
     chosen = named(attacks, ATTACKS, "--attacks")
     torch.manual_seed(seed)  # for torchattacks' random classes
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    members = [member for name in models.split(",") for member in load_model(name, model_dir, dataset).members]
+    members = members_of(models, model_dir, dataset)
     model, mean = CrossMax(members).eval(), Ensemble(members, "logits").eval()
     twin = prepare(model, x[:8])
     rows: list[dict[str, Any]] = []

@@ -17,11 +17,13 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.options import EPS as RADIUS
+from benchmarks.options import data_option, file_name
 from benchmarks.tables import save_table
-from defenses import load_model
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import attack
 from ensemble_attacks.evaluation.suite import Settings
+from ensemble_attacks.models.providers import load_model
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.models.votes import VOTES
 
@@ -41,15 +43,18 @@ def flags(model: Any, x: Tensor, y: Tensor, name: str, settings: Settings, devic
 @click.command()
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--attacks", default=ATTACKS, show_default=True)
-@click.option("--dataset", default="digits", show_default=True)
+@data_option("digits")
+@click.option("--eps", type=RADIUS, help="Linf radius.  [default: 0.12 of digits, 0.01]")
 @click.option("--data-dir", default="data", show_default=True)
 @click.option("--n", default=100, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/devices"), show_default=True)
-def main(models: str, attacks: str, dataset: str, data_dir: str, n: int, seed: int, device: str, out: Path) -> None:
+def main(
+    models: str, attacks: str, dataset: str, eps: float | None, data_dir: str, n: int, seed: int, device: str, out: Path
+) -> None:
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    settings = Settings(EPS[dataset], seed=seed)
+    settings = Settings(eps or EPS.get(dataset, EPS["cifar10"]), seed=seed)
     rows = []
     for name, vote, chosen in product(models.split(","), VOTES, attacks.split(",")):
         here, seconds, passes = flags(load_model(name, dataset=dataset, vote=vote), x, y, chosen, settings, "cpu")
@@ -63,7 +68,7 @@ def main(models: str, attacks: str, dataset: str, data_dir: str, n: int, seed: i
             row |= {f"seconds{label}": round(seconds, 1), f"passes{label}": passes}
         rows.append(row)
         click.echo(row, err=True)
-    click.echo(save_table(rows, out / f"{dataset}_{torch.device(device).type}"))
+    click.echo(save_table(rows, out / f"{file_name(dataset)}_{torch.device(device).type}"))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from typing import Any
 
 import click
 
-from benchmarks.options import image_options
+from benchmarks.options import file_name, image_options, members_of
 from benchmarks.tables import save_table
-from defenses import load_model
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import evaluate
@@ -49,7 +48,7 @@ def main(
     out: Path,
 ) -> None:
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    members = load_model(name, model_dir, dataset).members
+    members = members_of(name, model_dir, dataset, "--model")
     cells: dict[str, tuple[Any, tuple[str, ...], Settings]] = {
         "one network": (members[0], SINGLE, Settings(eps, seed=seed)),
         "randomized": (
@@ -68,7 +67,7 @@ def main(
             passes = passes_per_image(row) if "forwards_per_image" in row else None
             rows.append({"model": kind, "attack": attack, "robust": 100 * row["accuracy"], "low": low, "high": high})
             rows[-1]["passes / image"] = passes
-    click.echo(save_table(rows, out / f"{name}_{dataset}"))
+    click.echo(save_table(rows, out / f"{file_name(name)}_{file_name(dataset)}"))
 
 
 if __name__ == "__main__":

@@ -1,46 +1,55 @@
 """What a GPU is needed for: correctness and speed there, and trainings that take a CPU days.
 
-    python benchmarks/gpu.py pack parts/ --data-dir DIR      # CIFAR-10 in parts small enough to carry
+    python benchmarks/gpu.py run --data-dir DIR --out runs/gpu       # all stages, those of most worth first
+    python benchmarks/gpu.py run speed cells --data-dir DIR          # some
+    python benchmarks/gpu.py run --dry --out runs/dry                # the same stages in minutes, on digits, on a CPU
+    python benchmarks/gpu.py pack parts/ --data-dir DIR              # CIFAR-10 in parts small enough to carry
     python benchmarks/gpu.py unpack parts/*.tar --data-dir DIR
-    python benchmarks/gpu.py run check speed eight mixed --data-dir DIR --out runs/gpu --minutes 9
 
-A stage is a few chains of jobs; the chains run side by side, as one small network leaves most of a GPU idle, the jobs of a
-chain one after another. Every job resumes from what lies in ``--out``, so that a run that was cut off goes on with the same
-command. ``--toy`` runs the same stages on digits on a CPU, in seconds.
+A stage is a few chains of jobs, and takes under ten minutes on an H100 or H200; the chains run side by side, as one small
+network leaves most of a GPU idle, the jobs of a chain one after another. What still runs after ``--minutes`` is stopped.
+The same command again goes on: a job that is done is not run again, and the others resume from what lies in ``--out``.
+``records.json`` there holds every job: its stage, command, seconds, device, and the tables that it wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import lzma
-import pickle
+import json
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+import torch
 
-FILES = [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]
-META = "batches.meta"
-WIDE = 10  # images side by side in a packed picture
-PIECE = 1000  # images of a packed picture
+from benchmarks.carry import pack, unpack
+from defenses import list_models
+
 HERE = Path(__file__).parent
+SHARING = ("table1.py", "masks.py")  # whose runs go on in one folder
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where jobs run; ``toy``: in seconds, on digits."""
+    """Where jobs run; ``dry``: in seconds, on digits."""
 
-    models: Path
+    out: Path
     data_dir: str
     device: str
-    toy: bool
+    dry: bool
+
+    @property
+    def models(self) -> Path:
+        return self.out / "models"
+
+    def has(self, model: str) -> bool:
+        """Tell whether a model has been trained here, or ships."""
+        return any(self.models.rglob(f"{model}.json")) or model in list_models("digits" if self.dry else "cifar10")
 
 
 @dataclass(frozen=True)
@@ -55,19 +64,19 @@ class Training:
     max_lr: float | None = None
 
     def name(self, recipe: str, network: str, members: int, place: Place) -> str:
-        return f"{recipe}_{'convnet' if place.toy else network}_{members}"
+        return f"{recipe}_{'convnet' if place.dry else network}_{members}"
 
     def waits(self, place: Place) -> bool:
-        return self.start_from is not None and not any(place.models.rglob(f"{self.name(*self.start_from, place)}.json"))
+        return self.start_from is not None and not place.has(self.name(*self.start_from, place))
 
     def command(self, place: Place) -> list[str]:
         own = self.name(self.recipe, self.network, self.members, place)
         options: dict[str, Any] = {
-            "dataset": "digits" if place.toy else "cifar10",
-            "architecture": "convnet" if place.toy else self.network,
+            "dataset": "digits" if place.dry else "cifar10",
+            "architecture": "convnet" if place.dry else self.network,
             "members": self.members,
-            "minutes": self.minutes / 300 if place.toy else self.minutes,
-            "amp": not place.toy,
+            "minutes": self.minutes / 300 if place.dry else self.minutes,
+            "amp": not place.dry,
             "start_from": None if self.start_from is None else self.name(*self.start_from, place),
             "max_lr": self.max_lr,
             "data_dir": place.data_dir,
@@ -81,78 +90,176 @@ class Training:
 
 @dataclass(frozen=True)
 class Script:
-    """One benchmark: its file, arguments, those of the toy, and whether it reads images."""
+    """One benchmark, or ``evaluate`` of the command line: its arguments, those of the dry run, the model that it waits for,
+    and whether it reads images."""
 
     file: str
     arguments: str
-    toy_arguments: str
+    dry_arguments: str
+    needs: str | None = None
     reads: bool = True
 
     def waits(self, place: Place) -> bool:
-        return False
+        return self.needs is not None and not place.dry and not place.has(self.needs)
 
     def command(self, place: Place) -> list[str]:
-        arguments = (self.toy_arguments if place.toy else self.arguments).format(models=place.models).split()
-        where = ["--device", place.device, "--out", str(place.models.parent / Path(self.file).stem)]
-        where += ["--data-dir", place.data_dir] if self.reads else []
-        return [sys.executable, str(HERE / self.file), *arguments, *where]
+        arguments = (self.dry_arguments if place.dry else self.arguments).format(models=place.models).split()
+        of_package = self.file == "evaluate"
+        out = place.out / Path(self.file).stem
+        if self.file not in SHARING:
+            out /= hashlib.md5(" ".join(arguments).encode()).hexdigest()[:8]
+        where = ["--device", place.device, "--out", str(out)] + (["--data-dir", place.data_dir] if self.reads else [])
+        run = ["-m", "ensemble_attacks", "evaluate"] if of_package else [str(HERE / self.file)]
+        return [sys.executable, *run, *arguments, *where]
 
 
-TOY_MASKS = (
+Job = Training | Script
+DRY_MASKS = (
     "--backbone standard_convnet_3 --dataset digits --depth 4 --width 8 --rates 1e-4 --checkpoints 2 --n 4 --pgd-steps 1"
 )
-TOY_CELLS = "--n 250 --attacks pgd --table-only"
+DRY_CELLS = "--n 250 --attacks pgd --table-only"
+DRY_SPEED = "--models resnet20*1 --n 2 --steps 1 --repetitions 1"
+DRY_RANDOM = "--model multiresolution_convnet_1 --dataset digits --n 1 --eps 0.05 --attacks torchattacks:FGSM --draws 2"
 MIXED = "--backbone standard_mixed_3"
-TOY_SPEED = "--models resnet20*2 --n 2 --steps 1 --repetitions 1"
-EIGHT, THREE = ("standard", "resnet20", 8), ("standard", "mixed", 3)
-STAGES: dict[str, list[list[Training | Script]]] = {
-    "check": [
-        [Script("devices.py", "", "--models gal_convnet_3 --attacks mora --n 10")],
-    ],
+EIGHT, THREE, EVERYWHERE = ("standard", "resnet20", 8), ("standard", "mixed", 3), "multiresolution_resnet18_1"
+RANDOM = f"--model {EVERYWHERE} --eps {8 / 255} --draws 10 --eot-iter 20 --batch-size 100 --n 100"
+
+
+def cells(*names: str) -> Script:
+    """The columns of Table 1 that take a CPU days, of some of its cells, at 500 images."""
+    arguments = f"--n 500 --attacks autoattack,a3 --model-dir {{models}} --cells {','.join(names)}"
+    return Script("table1.py", arguments, DRY_CELLS, needs=names[0].partition(":")[0])
+
+
+def speed(arguments: str) -> Script:
+    return Script("speed.py", f"--n 250 {arguments}", DRY_SPEED, reads=False)
+
+
+STAGES: dict[str, list[list[Job]]] = {  # what no CPU has reached, that of most worth first
+    "check": [[Script("devices.py", "--n 100", "--models gal_convnet_3 --attacks mora --n 10")]],
     "speed": [
         [
-            Script("speed.py", "--n 250", TOY_SPEED, reads=False),
-            Script("speed.py", "--models wrn28x10*1 --n 250 --steps 5 --repetitions 3", TOY_SPEED, reads=False),
+            speed("--models resnet20*3"),
+            speed("--models resnet20*8 --repetitions 3"),
+            speed("--models wrn28x10*1 --steps 5 --repetitions 3"),
+            speed("--models timm/vit_base_patch16_224 --steps 3 --repetitions 2"),
         ]
     ],
+    "dverge_at": [[Training("dverge_at", 9, start_from=EIGHT, max_lr=0.05)]],
+    "everywhere_rand": [
+        [Script("evaluate", f"{RANDOM} --attacks {attacks}", DRY_RANDOM, needs=EVERYWHERE)]
+        for attacks in ("autoattack-rand", "eot-apgd,crossmax-transfer")
+    ],
+    "everywhere_at": [[Training("multiresolution_at", 9, 1, "resnet18", max_lr=5e-4)]],
+    "mixed_masks": [
+        [Script("masks.py", f"{MIXED} --member {index} --rates 1e-5,3e-5 --amp", DRY_MASKS, needs="standard_mixed_3")]
+        for index in range(3)
+    ],
+    "cells": [
+        [cells("standard_resnet20_8:voting:0.01", "standard_resnet20_8:softmax:0.01", "adp_resnet20_8:softmax:0.01")],
+        [cells("gal_resnet20_8:softmax:0.01", "gal_resnet20_8:voting:0.01")],
+        [cells("trs_resnet20_8:voting:0.01", "trs_resnet20_8:softmax:0.01")],
+        [cells("dverge_resnet20_8:voting:0.01", "dverge_resnet20_8:softmax:0.01")],
+    ],
+    "cells_at": [[cells("dverge_at_resnet20_8:softmax:0.03", "dverge_at_resnet20_8:voting:0.03")]],
+}
+REACHED: dict[str, list[list[Job]]] = {  # whose results are kept already; run where they are named
     "eight": [
         [Training("standard", 2.2), Training("gal", 6, start_from=EIGHT, max_lr=2e-3)],
         [Training("adp", 5)],
         [Training("trs", 6, start_from=EIGHT, max_lr=2e-3)],
         [Training("dverge", 6.9, start_from=EIGHT, max_lr=0.05)],
-        [Training("dverge_at", 12.5, start_from=EIGHT, max_lr=0.05)],
     ],
     "mixed": [
         [
-            Training("standard", 2.5, 3, "mixed", max_lr=0.1),
-            Training("each_at", 12, 3, "mixed", start_from=THREE, max_lr=0.1),
+            Training("standard", 2, 3, "mixed", max_lr=0.1),
+            Training("each_at", 6.5, 3, "mixed", start_from=THREE, max_lr=0.1),
         ],
     ],
+    "everywhere": [[Training("multiresolution", 9, 3, "resnet18", max_lr=5e-4)]],
     "masks": [
-        [Script("masks.py", "--rates 1e-5,3e-5,3e-6,1e-4 --amp", TOY_MASKS)],
-        [Script("masks.py", "--rates 3e-5,1e-5 --no-norm --amp", f"{TOY_MASKS} --no-norm")],
-        [Script("masks.py", "--rates 3e-5,1e-5 --temperature 0.2 --amp", f"{TOY_MASKS} --temperature 0.2")],
-    ],
-    "mixed_masks": [
-        [Script("masks.py", f"{MIXED} --member {index} --rates 1e-5,3e-5 --amp --model-dir {{models}}", TOY_MASKS)]
-        for index in range(3)
-    ],
-    "everywhere": [
-        [Training("multiresolution", 9, 3, "resnet18", max_lr=5e-4)],
-    ],
-    "everywhere_at": [
-        [Training("multiresolution_at", 6, 1, "resnet18", max_lr=5e-4)],
-    ],
-    "cells": [
-        [Script("table1.py", f"--n 250 --attacks autoattack --model-dir {{models}} --cells {cells}", TOY_CELLS)]
-        for cells in (
-            "standard_resnet20_8:voting:0.01,standard_resnet20_8:softmax:0.01,adp_resnet20_8:softmax:0.01",
-            "gal_resnet20_8:softmax:0.01,gal_resnet20_8:voting:0.01",
-            "trs_resnet20_8:voting:0.01,trs_resnet20_8:softmax:0.01",
-            "dverge_resnet20_8:voting:0.01,dverge_resnet20_8:softmax:0.01",
-        )
+        [Script("masks.py", "--rates 1e-5,3e-5,3e-6,1e-4 --amp", DRY_MASKS)],
+        [Script("masks.py", "--rates 3e-5,1e-5 --no-norm --amp", f"{DRY_MASKS} --no-norm")],
+        [Script("masks.py", "--rates 3e-5,1e-5 --temperature 0.2 --amp", f"{DRY_MASKS} --temperature 0.2")],
     ],
 }
+ALL = STAGES | REACHED
+
+
+class Records:
+    """What has become of every job so far, in a file that is written anew with each."""
+
+    def __init__(self, place: Place) -> None:
+        self.path, self.device = place.out / "records.json", named(place.device)
+        self.jobs: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def done(self, key: str) -> bool:
+        return self.jobs.get(key, {}).get("outcome") == "done"
+
+    def book(self, key: str, stage: str, command: Sequence[str], outcome: str, seconds: float) -> None:
+        before = self.jobs.get(key, {}).get("seconds", 0.0)
+        row = {"stage": stage, "outcome": outcome, "seconds": round(before + seconds, 1), "device": self.device}
+        folder = Path(command[command.index("--out") + 1]) if "--out" in command else None
+        tables = sorted(str(path.relative_to(self.path.parent)) for path in folder.rglob("*.json")) if folder else []
+        self.jobs[key] = {**row, "command": " ".join(command), "tables": tables}
+        self.path.write_text(json.dumps(self.jobs, indent=1) + "\n")
+
+
+def named(device: str) -> str:
+    """Return what a device calls itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+class Chain:
+    """Jobs of a stage, one after another."""
+
+    def __init__(self, stage: str, jobs: Sequence[Job], place: Place, records: Records) -> None:
+        self.stage, self.place, self.records = stage, place, records
+        keyed = {self._key(job): job for job in jobs}  # dry, several may be the same
+        self.jobs = [job for key, job in keyed.items() if not records.done(key)]
+        self.running: subprocess.Popen[bytes] | None = None
+        self.failed = False
+
+    def _key(self, job: Job) -> str:
+        return hashlib.md5(" ".join([self.stage, *job.command(self.place)]).encode()).hexdigest()[:8]
+
+    def _log(self) -> Path:
+        return self.place.out / "logs" / f"{self._key(self.jobs[0])}.log"
+
+    def turn(self) -> bool:
+        """Start what is next; is there anything left to wait for?"""
+        if self.running is not None:
+            if self.running.poll() is None:
+                return True
+            self._book("failed" if self.running.returncode else "done")
+        if self.failed or not self.jobs:
+            return False
+        if self.jobs[0].waits(self.place):
+            return True
+        command = self.jobs[0].command(self.place)
+        with self._log().open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            self.began = time.monotonic()
+            self.running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return True
+
+    def stop(self) -> None:
+        """Stop what still runs."""
+        if self.running is not None and self.running.poll() is None:
+            self.running.kill()
+            self.running.wait()
+            self._book("stopped")
+
+    def _book(self, outcome: str) -> None:
+        job = self.jobs[0]
+        self.records.book(self._key(job), self.stage, job.command(self.place), outcome, time.monotonic() - self.began)
+        click.echo(f"{self.stage}: {outcome}: {self._log()}")
+        if outcome == "failed":
+            click.echo("\n".join(self._log().read_text().splitlines()[-12:]))
+        self.failed, self.running = outcome == "failed", None
+        if outcome == "done":
+            self.jobs.pop(0)
 
 
 @click.group()
@@ -160,131 +267,35 @@ def main() -> None:
     pass
 
 
-def _squeezed(pixels: np.ndarray) -> bytes:
-    """Images (N, 3072), as one lossless picture."""
-    from PIL import Image
-
-    tiles = pixels.reshape(-1, WIDE, 3, 32, 32).transpose(0, 3, 1, 4, 2)
-    file = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(tiles.reshape(len(tiles) * 32, WIDE * 32, 3)))
-    picture.save(file, "webp", lossless=True, quality=80, method=4, exact=True)
-    return file.getvalue()
-
-
-def _unsqueezed(content: bytes) -> np.ndarray:
-    from PIL import Image
-
-    picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    tiles = picture.reshape(-1, 32, WIDE, 32, 3).transpose(0, 2, 4, 1, 3)
-    return tiles.reshape(-1, 3072)
+main.add_command(pack)
+main.add_command(unpack)
 
 
 @main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--data-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--parts", default=3, show_default=True)
-def pack(out: Path, data_dir: Path, parts: int) -> None:
-    """CIFAR-10's official files as lossless pictures, about half as large, in tar files from which `unpack` makes them
-    again, byte for byte.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for index in range(parts):
-        with tarfile.open(out / f"{index}.tar", "w") as tar:
-
-            def add(name: str, content: bytes, tar: tarfile.TarFile = tar) -> None:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-            for name in FILES[index::parts]:
-                raw = (data_dir / "cifar-10-batches-py" / name).read_bytes()
-                images = pickle.loads(raw, encoding="bytes")[b"data"]  # noqa: S301 - the official file, checked by unpack
-                at = raw.index(images.tobytes())
-                add(f"{name}.md5", hashlib.md5(raw).hexdigest().encode())
-                add(f"{name}.head", lzma.compress(raw[:at]))
-                add(f"{name}.tail", lzma.compress(raw[at + images.nbytes :]))
-                for piece in range(len(images) // PIECE):
-                    add(f"{name}.{piece}.webp", _squeezed(images[piece * PIECE : (piece + 1) * PIECE]))
-            if not index:
-                add(META, (data_dir / "cifar-10-batches-py" / META).read_bytes())
-
-
-@main.command()
-@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--data-dir", type=click.Path(path_type=Path), required=True)
-def unpack(parts: tuple[Path, ...], data_dir: Path) -> None:
-    """Make the official files of what `pack` made."""
-    out = data_dir / "cifar-10-batches-py"
-    out.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        with tarfile.open(part) as tar:
-            held = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        for name in FILES:
-            if f"{name}.md5" not in held:
-                continue
-            pieces = [held[f"{name}.{piece}.webp"] for piece in range(10_000 // PIECE)]
-            pixels = b"".join(_unsqueezed(piece).tobytes() for piece in pieces)
-            raw = lzma.decompress(held[f"{name}.head"]) + pixels + lzma.decompress(held[f"{name}.tail"])
-            if hashlib.md5(raw).hexdigest().encode() != held[f"{name}.md5"]:
-                raise click.ClickException(f"{name} of {part} is damaged: pack it again")
-            (out / name).write_bytes(raw)
-        if META in held:
-            (out / META).write_bytes(held[META])
-
-
-class Chain:
-    """Jobs one after another."""
-
-    def __init__(self, jobs: list[Training | Script], place: Place, logs: Path) -> None:
-        self.jobs, self.place, self.logs = list(jobs), place, logs
-        self.running: subprocess.Popen[bytes] | None = None
-        self.log, self.failed = logs, False
-
-    def turn(self) -> bool:
-        """Start what is next; is there anything left to wait for?"""
-        if self.running is not None and self.running.poll() is None:
-            return True
-        self.failed = self.running is not None and self.running.returncode != 0
-        if self.failed or not self.jobs:
-            return False
-        if self.jobs[0].waits(self.place):
-            return True
-        command = self.jobs.pop(0).command(self.place)
-        self.log = self.logs / f"{hashlib.md5(' '.join(command).encode()).hexdigest()[:8]}.log"
-        with self.log.open("ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
-            log.flush()
-            self.running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        return True
-
-    def stop(self) -> None:
-        if self.running is not None and self.running.poll() is None:
-            self.running.kill()
-            self.running.wait()
-            click.echo(f"{self.log.stem}: stopped, goes on with the same command")
-        elif self.failed:
-            click.echo(f"{self.log.stem} failed:\n" + "\n".join(self.log.read_text().splitlines()[-12:]))
-
-
-@main.command()
-@click.argument("stages", nargs=-1, required=True)
+@click.argument("stages", nargs=-1)
 @click.option("--data-dir", default="data", show_default=True)
-@click.option("--device", default="cuda", show_default=True)
+@click.option("--device", default=None, help="[default: cuda; of a dry run, cpu]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
 @click.option("--minutes", default=9.5, show_default=True, help="After which what still runs is stopped, to go on later.")
-@click.option("--toy", is_flag=True, help="On digits, in seconds.")
-def run(stages: tuple[str, ...], data_dir: str, device: str, out: Path, minutes: float, toy: bool) -> None:
-    """Run stages, side by side."""
-    place = Place(out / "models", data_dir, device, toy)
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    place.models.mkdir(exist_ok=True)
-    began = time.monotonic()
-    chains = [Chain(jobs, place, logs) for stage in stages for jobs in STAGES[stage]]
-    while sum(chain.turn() for chain in chains) and time.monotonic() - began < 60 * minutes:
-        time.sleep(0.5)
-    for chain in chains:
-        chain.stop()
+@click.option("--dry", is_flag=True, help="On digits, in seconds.")
+def run(stages: tuple[str, ...], data_dir: str, device: str | None, out: Path, minutes: float, dry: bool) -> None:
+    """Run stages, one after another: all that no CPU has reached, where none is named."""
+    if unknown := [stage for stage in stages if stage not in ALL]:
+        raise click.BadParameter(f"{unknown[0]!r}: choose from {', '.join(ALL)}", param_hint="STAGES")
+    place = Place(out, data_dir, device or ("cpu" if dry else "cuda"), dry)
+    for folder in (place.models, out / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    records, began, left = Records(place), time.monotonic(), []
+    for stage in stages or STAGES:
+        chains = [Chain(stage, jobs, place, records) for jobs in ALL[stage]]
+        while time.monotonic() - began < 60 * minutes and sum(chain.turn() for chain in chains):
+            if all(chain.running is None for chain in chains):
+                break  # they wait for models of stages that have not been run
+            time.sleep(0.5)
+        for chain in chains:
+            chain.stop()
+        left += [stage] if any(chain.jobs for chain in chains) else []
+    click.echo(f"to be done: {', '.join(left)}" if left else "all done")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ RANDOM = ("multiresolution",)  # defenses that draw at random, and have an aggre
 FRONT_ENDED = "frontend"
 AUTO = "auto"
 SUITES = {False: "autoattack", True: "autoattack-rand"}
-ATTACKS = {False: ("cw", "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
+ATTACKS = {False: ("cw", SOFT, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
 RULES = (
@@ -38,7 +39,9 @@ RULES = (
     "ball are refused. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
     "Wilson's 95% interval over images; auto is what --attacks auto leaves, which is not told which attack that is. "
     f"Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
-    "accuracy is the share of right draws, and one lucky draw is no success. An empty field was not run."
+    "accuracy is the share of right draws, and one lucky draw is no success; worst of draws is the share of images that "
+    "are right in all of them. Soft APGD is the plain baseline, APGD on the "
+    "margin of the members' mean probability, judged on the vote itself. An empty field was not run."
 )
 
 
@@ -100,9 +103,11 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "n": first["n"],
         "clean": 100 * first["clean"]["accuracy"],
         "AutoAttack": 100 * rows[suite]["accuracy"] if suite in rows else None,
+        "soft APGD": 100 * rows[SOFT]["accuracy"] if SOFT in rows else None,
         "best known": 100 * rows[best]["accuracy"],
         "low": 100 * low,
         "high": 100 * high,
+        "worst of draws": 100 * rows[best]["worst_of_draws"] if "worst_of_draws" in rows[best] else None,
         "found by": best,
         "passes / image": passes_per_image(rows[best]),
         "auto": 100 * rows[AUTO]["accuracy"] if AUTO in rows else None,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.options import image_options
 from benchmarks.tables import save_table
-from defenses import load_model
 from ensemble_attacks import EOTAPGD, CrossMaxTransfer, Surrogate, judge
 from ensemble_attacks.data import load_dataset
+from ensemble_attacks.models.providers import load_model
 from ensemble_attacks.models.twins import prepare
 
 LOOKS = (1, 2, 5, 10)  # draws of each step, in the second table

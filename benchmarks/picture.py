@@ -13,8 +13,13 @@ import click
 from matplotlib import style
 from matplotlib.figure import Figure
 
-ATTACKS = {"PGD": "PGD-500", "CW": "CW-500", "AutoAttack": "AutoAttack", "MORA-mt": "MORA-mt"}
-WIDTH = 0.2
+ATTACKS = {
+    "PGD": "PGD-500",
+    "CW": "CW-500",
+    "AutoAttack": "AutoAttack",
+    "soft-APGD": "APGD, soft vote",
+    "MORA-mt": "MORA-mt",
+}
 TITLES = {"voting": "hard votes", "softmax": "mean probability", "logits": "mean logits"}
 
 
@@ -28,14 +33,17 @@ def main(table: Path, vote: str, out: Path) -> None:
         raise click.BadParameter(f"{table} has no row of {vote!r}", param_hint="--vote")
     with style.context("tableau-colorblind10"):
         axes = (figure := Figure(figsize=(7.5, 3.4), layout="constrained")).subplots()
-        for turn, (column, label) in enumerate(ATTACKS.items()):
-            at = [index + (turn - 1.5) * WIDTH for index in range(len(rows))]
-            bars = axes.bar(at, [row[column] or 0 for row in rows], WIDTH, label=label)
-            axes.bar_label(bars, ["-" if row[column] is None else f"{row[column]:.0f}" for row in rows], fontsize=8)
+        shown = {column: label for column, label in ATTACKS.items() if any(row.get(column) is not None for row in rows)}
+        width = 0.8 / len(shown)
+        for turn, (column, label) in enumerate(shown.items()):
+            at = [index + (turn - (len(shown) - 1) / 2) * width for index in range(len(rows))]
+            values = [row.get(column) for row in rows]
+            bars = axes.bar(at, [value or 0 for value in values], width, label=label)
+            axes.bar_label(bars, ["-" if value is None else f"{value:.0f}" for value in values], fontsize=7)
         names = [f"{row['defense']}\nLinf {row['eps']:g}" for row in rows]
         axes.set(xticks=range(len(rows)), xticklabels=names, ylabel="robust accuracy (%)")
         axes.set_title(f"CIFAR-10, three ResNet-20, {TITLES[vote]}, first {rows[0]['n']} test images", fontsize=10)
-        axes.legend(ncols=4, frameon=False)
+        axes.legend(ncols=len(shown), frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(out, dpi=130)
 

@@ -17,14 +17,15 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import named
+from benchmarks.options import data_option, named
 from benchmarks.tables import save_table
-from defenses import load_model
 from ensemble_attacks import AutoAttack, judge
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.passes import CountingModel, count_passes
+from ensemble_attacks.models.providers import load_model
 from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.threat import number
 
 RUNS = ("original", "standard", "ensemble", "adaptive")
 
@@ -68,7 +69,7 @@ def run(version: str, model: CountingModel, x: Tensor, y: Tensor, eps: float, ba
 @click.command()
 @click.option("--models", required=True, help="Comma-separated model:vote:eps.")
 @click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
+@data_option()
 @click.option("--data-dir", default="data", show_default=True)
 @click.option("--n", default=100, show_default=True, help="Test images.")
 @click.option("--batch-size", default=100, show_default=True)
@@ -78,12 +79,13 @@ def main(
     models: str, model_dir: str | None, dataset: str, data_dir: str, n: int, batch_size: int, runs: str, out: Path
 ) -> None:
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    if wrong := [cell for cell in models.split(",") if cell.count(":") != 2]:
+    if wrong := [cell for cell in models.split(",") if cell.count(":") < 2]:
         raise click.BadParameter(f"{wrong[0]!r}: as in gal_resnet20_3:voting:0.01", param_hint="--models")
     versions = named(runs, RUNS, "--runs")
     rows: list[dict[str, Any]] = []
     for cell in models.split(","):
-        name, vote, eps = cell.split(":")
+        name, vote, radius = cell.rsplit(":", 2)
+        eps = number(radius)
         if name == "example":
             model = example_network()
         elif name == "linear":
@@ -91,15 +93,15 @@ def main(
         else:
             model = load_model(name, model_dir, dataset, vote=vote or "softmax")
         twin = prepare(model, x[:8])
-        row: dict[str, Any] = {"model": name, "vote": vote, "eps": float(eps), "n": n}
+        row: dict[str, Any] = {"model": name, "vote": vote, "eps": eps, "n": n}
         robust: dict[str, Tensor] = {}
         for version in versions:
             row[version] = row[f"{version} passes"] = None
             if version == "ensemble" and not hasattr(model, "member_logits"):
                 continue
             counted = count_passes(twin)
-            images, robust[version] = run(version, counted, x, y, float(eps), batch_size)
-            row[version] = 100 * judge(model, x, y, images, eps=float(eps)).accuracy
+            images, robust[version] = run(version, counted, x, y, eps, batch_size)
+            row[version] = 100 * judge(model, x, y, images, eps=eps).accuracy
             row[f"{version} passes"] = (counted.forwards + counted.backwards) / n
             click.echo(f"{cell} {version}: {row[version]:.1f}", err=True)
         if {"original", "standard"} <= set(robust):

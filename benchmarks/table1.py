@@ -5,7 +5,10 @@
 Goes on where it stopped (see `cells`); prints a Markdown table of what is there, and keeps it as Markdown, JSON and CSV.
 
 Columns, as the paper has them: clean; PGD and CW, 5 restarts x 100 steps of eps / 4; MORA, 5 x 100; A3; the standard
-AutoAttack; CAA; MORA-mt, 14 x 100. Robust accuracy (%), the judge's, and the passes (forward + backward) per image.
+AutoAttack; CAA; MORA-mt, 14 x 100. And the plain baselines, which ask for no more than a soft vote in place of the real one:
+PGD and APGD, 1 x 100, on the margin of the members' mean probability (soft), and of soft votes, each member's at its own gap
+(votes). Robust accuracy (%), the judge's, and the passes (forward + backward) per image. A second table, ``table1_pairs``,
+compares MORA-mt with each column image by image: how many either alone leaves robust, and McNemar's exact p.
 
 PGD and CW are this package's: torchattacks' PGD has no restarts and goes on with images that are fooled already, and its CW
 minimises an L2 distance.
@@ -19,7 +22,8 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options, summary
-from benchmarks.options import named
+from benchmarks.options import EPS, named
+from benchmarks.records import paired
 from benchmarks.tables import save_table
 from defenses import list_models
 from ensemble_attacks.models.passes import passes_per_image
@@ -29,12 +33,17 @@ DEFENSES = ("standard", "adp", "gal", "dverge", "trs")
 COLUMNS = {  # the attack that is run, and the stage of it that is the column's, if not its end
     "PGD": ("pgd", None),
     "CW": ("cw", None),
+    "soft-PGD": ("soft-pgd", None),
+    "soft-APGD": ("soft-apgd", None),
+    "votes-PGD": ("votes-pgd", None),
+    "votes-APGD": ("votes-apgd", None),
     "MORA": ("mora-mt", "mora"),
     "A3": ("a3", None),
     "AutoAttack": ("autoattack", None),
     "CAA": ("caa", None),
     "MORA-mt": ("mora-mt", None),
 }
+OURS = "mora-mt"
 NAME = re.compile(r".+_[^_]+_\d+")  # <defense>_<network>_<members>
 ATTACKS = tuple(dict.fromkeys(attack for attack, _ in COLUMNS.values()))
 
@@ -75,9 +84,25 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
     return row
 
 
+def pairs_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return a row for each attack beside MORA-mt, over the shards that both have run with a flag for each image."""
+    rows = []
+    for attack in (name for name in attacks if name != OURS):
+        shards = [{name: summary(path) for name, path in found.items()} for found in run.finished(cell, [OURS, attack])]
+        flags = {name: "".join(shard[name].get("flags", "") for shard in shards) for name in (OURS, attack)}
+        if not flags[OURS] or len(flags[OURS]) != len(flags[attack]):
+            continue
+        ours, theirs, p = paired(flags[OURS], flags[attack])
+        row = {"model": cell.model, "vote": cell.vote, "eps": cell.eps, "n": len(flags[OURS]), "attack": attack}
+        rows.append(row | {"robust to MORA-mt alone": ours, "robust to it alone": theirs, "p": f"{p:.2g}"})
+    return rows
+
+
 @click.command()
 @run_options("runs/table1")
-@click.option("--eps", default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models.")
+@click.option(
+    "--eps", type=EPS, default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models."
+)
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True)
 def main(attacks: str, eps: float, cells: str | None, table_only: bool, **options: Any) -> None:
     run = Run(**options)
@@ -86,6 +111,8 @@ def main(attacks: str, eps: float, cells: str | None, table_only: bool, **option
         run.attack(chosen, names)
     rows = [row for cell in chosen if (row := row_of(cell, run, names))]
     click.echo(save_table(rows, run.out / "table1") if rows else f"no cell in {run.out} has been run by {attacks} yet")
+    if pairs := [row for cell in chosen for row in pairs_of(cell, run, names)]:
+        save_table(pairs, run.out / "table1_pairs")
 
 
 if __name__ == "__main__":

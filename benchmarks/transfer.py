@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.options import EPS, data_option, file_name
 from benchmarks.tables import save_table
-from defenses import load_model
 from defenses.training import pair_cosines
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics.transfer import draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.models.providers import load_model
 
 
 def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
@@ -39,9 +40,9 @@ def gradient_cosine(members: nn.ModuleList, x: Tensor, y: Tensor) -> float:
 @click.command()
 @click.option("--model", required=True)
 @click.option("--model-dir")
-@click.option("--dataset", default="cifar10", show_default=True)
+@data_option()
 @click.option("--data-dir", default="data", show_default=True)
-@click.option("--eps", default=0.03, show_default=True, help="Linf radius in pixel units of [0, 1].")
+@click.option("--eps", type=EPS, default=0.03, show_default=True, help="Linf radius in pixel units of [0, 1].")
 @click.option("--steps", default=50, show_default=True, help="Of PGD, each eps / 4.")
 @click.option("--n", default=500, show_default=True, help="Test images.")
 @click.option("--seed", default=0, show_default=True)
@@ -64,11 +65,11 @@ def main(
         {"crafted on": i, **{f"member {j}": share for j, share in enumerate(row)}} for i, row in enumerate(matrix.tolist())
     ]
     click.echo(f"{model}, {dataset}: Linf {eps:g}, PGD-{steps}, the {len(x)} of {n} images that all members get right\n")
-    click.echo(save_table(rows, out / model))
+    click.echo(save_table(rows, out / file_name(model)))
     click.echo(f"between members: {apart:.1f}%; gradient cosine: {cosine:.3f}")
     summary = {"model": model, "dataset": dataset, "eps": eps, "steps": steps, "n": n, "seed": seed, "images": len(x)}
     summary |= {"transfer": apart, "cosine": cosine}
-    (out / f"{model}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / f"{file_name(model)}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     axes = (figure := Figure(figsize=(4, 3.4), layout="constrained")).subplots()
     draw_transfer(axes, matrix)

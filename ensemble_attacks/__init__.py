@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from ensemble_attacks.attacks.caa import CAA as CAA
     from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer as CrossMaxTransfer
     from ensemble_attacks.attacks.lafeat import LAFEAT as LAFEAT
+    from ensemble_attacks.attacks.lca import LCA as LCA
+    from ensemble_attacks.attacks.malt import MALT as MALT
+    from ensemble_attacks.attacks.minimal import MinimalNorm as MinimalNorm
     from ensemble_attacks.attacks.mora import MORA as MORA
     from ensemble_attacks.attacks.pgd import PGD as PGD
+    from ensemble_attacks.attacks.pma import PMA as PMA
     from ensemble_attacks.attacks.reversal import FrontEndReversal as FrontEndReversal
     from ensemble_attacks.errors import AggregateMismatchError as AggregateMismatchError
     from ensemble_attacks.errors import LedgerError as LedgerError
@@ -56,11 +60,15 @@ _HOMES = {  # of every public name, the module that defines it
     "FrontEndReversal": "attacks.reversal",
     "Judgement": "judge",
     "LAFEAT": "attacks.lafeat",
+    "LCA": "attacks.lca",
     "LedgerError": "errors",
+    "MALT": "attacks.malt",
     "MORA": "attacks.mora",
+    "MinimalNorm": "attacks.minimal",
     "NotAnEnsembleError": "errors",
     "OutOfBallError": "errors",
     "PGD": "attacks.pgd",
+    "PMA": "attacks.pma",
     "PartError": "errors",
     "Surrogate": "models.surrogates",
     "WeightsError": "errors",

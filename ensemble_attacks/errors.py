@@ -30,6 +30,10 @@ class LedgerError(RuntimeError):
     """An error that is raised where a run's folder cannot be used: damaged, not writable, unfinished, or of another run."""
 
 
+class MissingExtraError(ImportError):
+    """An error that is raised where a package is missing that is an extra; the message has the command that installs it."""
+
+
 class AttackFailedError(RuntimeError):
     """An error that is raised where no attack of a pipeline could be run to its end; the message says why, of each."""
 

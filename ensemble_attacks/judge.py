@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.data import as_tensors
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
@@ -229,9 +231,9 @@ def _said(eps: Radius) -> str:
 
 def judge(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor,
+    x: Any,
+    y: Tensor | None = None,
+    x_adv: Tensor | None = None,
     *,
     eps: Radius,
     norm: str = "Linf",
@@ -244,8 +246,9 @@ def judge(
     """Decide, for every sample, whether ``x_adv`` fools ``model``, from fresh forward passes.
 
     Args:
-        model: images in [0, 1] -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
+        model: images in the box -> scores (N, K); judged in eval mode (`evaluating`), on the device of its parameters.
         x, y, x_adv: clean images, their classes, and the images to judge; (N, ...), (N,), (N, ...), such as (N, C, H, W).
+            Without ``y``, ``x`` is a pair of both, a ``Dataset``, or a ``DataLoader``, which is read once.
         eps, norm, box: the radius and norm of the ball, and the values that images can take; eps in their units, a number or
             one for each feature.
         mask: what may move, bool, of one image (...) or of each; ``None``: all.
@@ -270,6 +273,7 @@ def judge(
     check_eps(eps)
     check_count("draws", draws)
     check_count("batch_size", batch_size)
+    x, y = as_tensors(x, y)
     check_images(x, "x", box=box)
     check_labels(y, x, "y")
     if not len(x):

@@ -101,6 +101,12 @@ class Box:
         return self.high - self.low
 
     @property
+    def span(self) -> tuple[float, float] | None:
+        """Return the lowest and the highest value; ``None`` where features have bounds of their own."""
+        low, high = self.low, self.high
+        return None if isinstance(low, Tensor) or isinstance(high, Tensor) else (float(low), float(high))
+
+    @property
     def magnitude(self) -> float:
         """Return the largest absolute value in the box, or 1: a rounding error is as large as a part of it."""
         return max(1.0, *(torch.as_tensor(bound).abs().max().item() for bound in (self.low, self.high)))

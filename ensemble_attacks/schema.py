@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import from_json
 
 from ensemble_attacks.files import read_whole
+from ensemble_attacks.threat import Threat
 
 MOST_JSON = 16 << 20  # bytes of one file of JSON
 MOST_TOML = 1 << 20
@@ -93,7 +94,10 @@ class Origin(Record):
 
 
 class StoredManifest(Record):
-    """What decides a run; ``rows`` are the numbers of its images, ``None``: the first; ``images`` is how many there are."""
+    """What decides a run; ``rows`` are the numbers of its images, ``None``: the first; ``images`` is how many there are.
+
+    ``threat`` is where inputs may go (`Threat`); it is there where that is not all of [0, 1].
+    """
 
     sweep: ListedSweep
     weights: dict[Text, Text]
@@ -105,6 +109,13 @@ class StoredManifest(Record):
     code: Text
     places: Places
     missing: Annotated[list[Text], Field(max_length=MOST_UNITS)] = []  # of a bundle: the units that were given up
+    threat: dict[str, Any] | None = None
+
+    @field_validator("threat")
+    @classmethod
+    def readable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        Threat.restored(value)
+        return value
 
     @model_validator(mode="after")
     def complete(self) -> StoredManifest:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -161,9 +162,15 @@ def sources_of(name: str) -> dict[str, str]:
 def environment_of(name: str) -> dict[str, str]:
     """Return the versions of Python, torch, and the packages that the files of `sources_of` import."""
     imported = {module.split(".")[0] for path in _files_of(name).values() for module in _imports(path)}
-    owners = packages_distributions()
+    owners = _owners()
     packages = {"torch", *(owner for module in imported for owner in owners.get(module, ()))}
     return {"python": ".".join(map(str, sys.version_info[:3])), **{key: version(key) for key in sorted(packages)}}
+
+
+@cache
+def _owners() -> dict[str, list[str]]:
+    """Return which distributions every importable package is of; it takes reading all of them."""
+    return dict(packages_distributions())
 
 
 def _files_of(name: str) -> dict[str, Path]:

@@ -188,7 +188,9 @@ def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = 
 
 
 def check_folder_of(name: str, path: str | Path | None) -> None:
-    """Raise a `FileNotFoundError` where the folder of a file that is to be written does not exist."""
+    """Raise an `OSError` where the folder of a file that is to be written does not exist, or the file is a folder."""
+    if path is not None and Path(path).is_dir():
+        raise IsADirectoryError(f"{name} {str(path)!r} is a folder: name a file in it")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{name} {str(path)!r}: there is no folder {str(Path(path).parent)!r}, make it first")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 import ensemble_attacks
 from ensemble_attacks import APGD, MORA, Ensemble, data, judge
 from ensemble_attacks.attacks import registry
-from ensemble_attacks.attacks.record import NamedAttack
+from ensemble_attacks.attacks.record import PAPERS, NamedAttack
 from ensemble_attacks.attacks.registry import RECORDS
+from ensemble_attacks.cli.catalogue import page as attacks_page
 from ensemble_attacks.cli.group import COMMANDS, main
 from ensemble_attacks.data import Dataset, load_dataset
 from ensemble_attacks.descent.balls import Ball
@@ -174,7 +175,7 @@ def test_a_norm_from_outside_touches_one_place(monkeypatch: pytest.MonkeyPatch, 
 
 def test_an_attack_from_outside_touches_one_place(monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]) -> None:
     known = registry.registered()
-    record = NamedAttack("a short APGD", registry._ours(APGD, steps=3), cost=6)
+    record = NamedAttack("a short APGD", registry._ours("apgd.APGD", steps=3), cost=6)
     monkeypatch.setattr(registry, "registered", lambda: known | {"short": record})
     images, labels = (t[:8] for t in batch)
     assert "short" in evaluate(make_ensemble(), images, labels, ["short"], Settings(0.1))["attacks"]
@@ -188,6 +189,9 @@ def test_a_dataset_from_outside_touches_one_place(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(y, labels[1:4])
 
 
-def test_every_attack_is_in_the_readme() -> None:
-    named = set(re.findall(r"`([a-z0-9-]+)`", "".join(re.findall(r"^\| `.*$", (ROOT / "README.md").read_text(), re.M))))
+def test_every_attack_is_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "attacks.md").read_text()
+    assert page == attacks_page(), "write it anew: ensemble-attacks attacks --markdown > docs/attacks.md"
+    named = set(re.findall(r"^\| `([a-z0-9-]+)`", page, re.M))
     assert set(attack_names()) & set(RECORDS) <= named
+    assert {record.source for record in RECORDS.values()} - {""} == set(PAPERS)

@@ -16,6 +16,7 @@ from defenses.architectures import Normalize
 from defenses.zoo.cards import read_card, read_model
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.errors import WeightsError, said, unknown_name
+from ensemble_attacks.extras import extra, import_timm
 from ensemble_attacks.files import check_plain, load_tensors, plain_objects, read_tensors
 from ensemble_attacks.schema import Published, read_json
 
@@ -28,7 +29,7 @@ def _normalized(net: nn.Module, mean: Any, std: Any) -> nn.Module:
 
 def _timm(name: str, options: dict[str, Any], **_: Any) -> nn.Module:
     """Return a timm model that takes images in [0, 1]; ``weights`` is a file, or ``none``; others are timm's options."""
-    timm: Any = import_module("timm")
+    timm: Any = import_timm(f"timm:{name}")
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     weights = options.pop("weights", None)
@@ -108,10 +109,8 @@ def _hf(name: str, options: dict[str, Any], **_: Any) -> nn.Module:
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"hf:{name}: there is no {folder / 'config.json'}: name a folder that save_pretrained wrote")
-    try:
+    with extra("hf", f"hf:{name}"):
         transformers: Any = import_module("transformers")
-    except ImportError as error:
-        raise ImportError(f"hf:{name} needs transformers ({said(error)}): pip install transformers") from error
     if options:
         raise unknown_name("option of hf:", next(iter(options)), ())
     _published(folder / "config.json")  # which transformers would read without a bound

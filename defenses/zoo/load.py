@@ -111,6 +111,8 @@ def _stem(model_name: str, model_dir: str | Path | None, dataset: str, threat_mo
         if stem.with_suffix(".json").exists():
             if model_dir and folder == SHIPPED:
                 logger.info("%s is not in model_dir %s: it is the one that ships", model_name, model_dir)
+            elif model_dir and (SHIPPED / dataset / threat_model / f"{model_name}.json").exists():
+                logger.info("%s is the one in model_dir %s, not the one of this name that ships", model_name, model_dir)
             return stem
     raise unknown_name(f"model for {dataset}", model_name, list_models(dataset, model_dir))
 

@@ -1,8 +1,8 @@
 """Implement APGD, Auto-PGD (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks", ICML 2020), in the same loop as every attack here: a sample stops costing passes once it is fooled.
 
-It climbs cross-entropy, the difference of logits ratio (eq. 6), or its targeted form (eq. 7) towards each of the likeliest
-wrong classes.
+It climbs cross-entropy, a margin, the difference of logits ratio (eq. 6), or its targeted form (eq. 7) towards each of the
+likeliest wrong classes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import cross_entropy, of_scores, ratio
+from ensemble_attacks.attacks.pgd import OBJECTIVES as PLAIN
+from ensemble_attacks.descent.objectives import Objective, of_scores, ratio
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import CheckpointSteps
 from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import check_choice, check_count, check_fractions
 
-LOSSES = ("ce", "dlr", "dlr-targeted")
-FEWEST_CLASSES = {"ce": 2, "dlr": 3, "dlr-targeted": 4}
+OBJECTIVES: dict[str, Objective] = {**PLAIN, "dlr": of_scores(ratio), "dlr-targeted": of_scores(ratio)}
+FEWEST_CLASSES = {"dlr": 3, "dlr-targeted": 4}  # others need 2
 
 
 class APGD(DescentAttack):
@@ -30,7 +31,7 @@ class APGD(DescentAttack):
         steps (int): gradient steps of each descent; AutoAttack's number. (Default: 100)
         n_restarts (int): random starts; each only on the samples still robust. (Default: 1)
         seed (int): seed of the random starts. (Default: 0)
-        loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
+        loss (str): ``"ce"``, ``"margin"``, ``"dlr"``, ``"dlr-targeted"`` or ``"log-expected"`` (`PGD`). (Default: ``"ce"``)
         rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
         targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
@@ -77,7 +78,7 @@ class APGD(DescentAttack):
     def _check(self) -> None:
         super()._check()
         check_count("n_restarts", self.n_restarts)
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, tuple(OBJECTIVES))
         check_fractions("rho", (self.rho,))
         check_count("targets", self.targets)
 
@@ -85,15 +86,14 @@ class APGD(DescentAttack):
         return CheckpointSteps(x, eps=eps, steps=steps, rho=self.rho)
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        fewest = FEWEST_CLASSES["dlr-targeted" if self.targeted and self.loss == "dlr" else self.loss]
+        fewest = FEWEST_CLASSES.get("dlr-targeted" if self.targeted and self.loss == "dlr" else self.loss, 2)
         if num_classes < fewest:
             raise ValueError(f"loss {self.loss!r} needs at least {fewest} classes, the model has {num_classes}: use 'ce'")
         ranks: list[int | None] = [None]
         if self.loss == "dlr-targeted" and not self.targeted:
             ranks = list(range(1, min(self.targets, num_classes - 1) + 1))
         stages = [(restart, rank) for restart in range(self.n_restarts) for rank in ranks]
-        objective = of_scores(cross_entropy if self.loss == "ce" else ratio)
-        return [Stage(objective, target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
+        return [Stage(OBJECTIVES[self.loss], target_rank=rank, restart=r) for r, (_, rank) in enumerate(stages)]
 
 
 class EOTAPGD(APGD):
@@ -110,7 +110,9 @@ class EOTAPGD(APGD):
         steps (int): gradient steps of each descent. (Default: 100)
         n_restarts (int): random starts. (Default: 1)
         seed (int): seed of the random starts, and of PyTorch's, NumPy's and Python's global generators. (Default: 0)
-        loss (str): ``"ce"``, ``"dlr"`` or ``"dlr-targeted"``. (Default: ``"ce"``)
+        loss (str): the mean over draws of ``"ce"``, ``"margin"``, ``"dlr"`` or ``"dlr-targeted"``; or ``"log-expected"``,
+            minus the logarithm of the label's expected probability, in which members that are wrong already weigh little.
+            (Default: ``"ce"``)
         eot_iter (int): draws of every iterate. (Default: 20)
         rho (float): share of rising steps below which the step size is halved. (Default: 0.75)
         targets (int): wrong classes that ``"dlr-targeted"`` aims at. (Default: 9)

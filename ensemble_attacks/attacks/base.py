@@ -23,6 +23,7 @@ from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.models.view import Outputs, is_exact, look
 from ensemble_attacks.norms import UNIT, Box
+from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import (
     check_count,
     check_eps,
@@ -30,6 +31,8 @@ from ensemble_attacks.validation import (
     check_norm,
     check_seed,
 )
+
+LOG_EXPECTED = "log-expected"  # the loss whose name several attacks know
 
 
 class DescentAttack(CarefulAttack):
@@ -47,6 +50,8 @@ class DescentAttack(CarefulAttack):
             and one pass of all of them. ``None``: the model has no randomness.
         draws_per_pass: how many of these go through the model as one batch; more than 1 only if it draws for each image by
             itself.
+        shares_N: the share of eps that each image's ball has, (N,), while a search over radii says it (`MinimalNorm`);
+            ``None``: all of it.
     """
 
     step_rule: type[StepRule]
@@ -70,6 +75,7 @@ class DescentAttack(CarefulAttack):
         self.trace: Trace | None = None
         self.eot_iter: int | None = None
         self.draws_per_pass = 1
+        self.shares_N: Tensor | None = None
         self.supported_mode = ["default", "targeted"]
 
     def _check(self) -> None:
@@ -83,6 +89,11 @@ class DescentAttack(CarefulAttack):
             check_count("eot_iter", self.eot_iter)
         check_count("draws_per_pass", self.draws_per_pass)
 
+    @property
+    def _of_expectation(self) -> bool:
+        """Tell whether what is climbed is a loss of the expected probability, and no loss of each draw."""
+        return getattr(self, "loss", None) == LOG_EXPECTED
+
     def _stages(self, num_classes: int) -> list[Stage]:
         """Return the stages to run, of which the first may be an opening (`Stage`)."""
         raise NotImplementedError
@@ -94,11 +105,14 @@ class DescentAttack(CarefulAttack):
         """Return what the loop sees of images in [0, 1], which are normalised as in `get_logits`."""
         return look(self.model, self._as_taken(images), inside=self.needs_members, expected=self.eot_iter is not None)
 
-    def _radius(self) -> tuple[float, Tensor | None]:
+    def _radius(self, images: Tensor) -> tuple[float, Tensor | None]:
         """Return the ball's radius, and the scale that it is in (`Ball`): eps for each feature, 0 where nothing may move."""
         eps, scale = (1.0, self.eps) if isinstance(self.eps, Tensor) else (self.eps, None)
         if self.mask is not None:
             scale = self.mask.double() if scale is None else scale.to(self.mask.device) * self.mask
+        if self.shares_N is not None:
+            shares = per_sample(self.shares_N, images).expand_as(images)
+            scale = shares if scale is None else scale.to(shares.device) * shares
         return eps, scale
 
     def _draws(self, image: Tensor) -> Draws | None:
@@ -111,12 +125,17 @@ class DescentAttack(CarefulAttack):
         """Return the stages to run on this model.
 
         They are those of `_stages`. Of a model that draws its members, each takes the mean over these where the attack does
-        not look inside itself.
+        not look inside itself, nor at the expected probability.
         """
         stages = self._stages(num_classes)
-        if self.needs_members or self.eot_iter is None or member_probabilities(self.model) is None:
+        inside = self.needs_members or self._of_expectation
+        if inside or self.eot_iter is None or member_probabilities(self.model) is None:
             return stages
         return [replace(stage, objective=expected(stage.objective)) for stage in stages]
+
+    def _goal(self, images: Tensor, labels: Tensor, targets: Tensor | None) -> Goal:
+        """Return what the attack is after: to leave the labels, or to reach the targets."""
+        return Goal(labels) if targets is None else Goal(labels, targets, only=True)
 
     def _check_inputs(self, images: Tensor, labels: Tensor, start: Tensor | None = None, **options: Any) -> None:
         super()._check_inputs(images, labels)
@@ -149,11 +168,11 @@ class DescentAttack(CarefulAttack):
         They begin at ``start``, images in the box, (N, ...), projected into the ball around ``images``; ``None``: at
         random, or where the attack says, at ``images``.
         """
-        eps, scale = self._radius()
+        eps, scale = self._radius(images)
         adversarial = loop.attack(
             self.outputs,
             images,
-            Goal(labels) if targets is None else Goal(labels, targets, only=True),
+            self._goal(images, labels, targets),
             self._plan(num_classes),
             norm=self.norm,
             eps=eps,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
-
-from torch import nn
-from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.record import NamedAttack
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import literal
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torchattacks.attack import Attack
+
+logger = logging.getLogger(__name__)
 PEER = "torchattacks:"
 NOT_BY_NAME = {  # attacks of torchattacks that want more than a model, and where to go
     "MultiAttack": "it takes attacks, not a model: name these one after another, or pass an instance",
@@ -33,10 +37,22 @@ def adapted(name: str, load: Callable[[], Callable[..., Attack]], **options: Any
             raise ValueError(
                 f"attack {name!r} has no parameter norm, and is taken for one in {_native_norm(name)}, not {norm}"
             )
+        alpha, eps = takes["alpha"].default if "alpha" in takes else None, settings.get("eps")
+        if "alpha" not in options and isinstance(alpha, float) and isinstance(eps, (int, float)) and alpha >= eps:
+            _tell_step(name, alpha, float(eps))
         given = {key: value for key, value in (settings | {"norm": norm}).items() if value is not None}
         return attack(model, **{key: value for key, value in given.items() if everything or key in takes} | options)
 
     return make
+
+
+@cache
+def _tell_step(name: str, alpha: float, eps: float) -> None:
+    """Log, once, that the default step of an attack is as large as the ball: it then jumps from side to side."""
+    logger.warning(
+        "%s%s takes steps of alpha = %.3g by default, as large as the ball (eps = %.3g): give them, %s%s?alpha=%.2g",
+        *(PEER, name, alpha, eps, PEER, name, eps / 4),
+    )
 
 
 def _native_norm(name: str) -> str:
@@ -51,6 +67,7 @@ def peer(name: str) -> NamedAttack:
         ValueError: Where there is no such attack or option, or it wants more than a model (`NOT_BY_NAME`).
     """
     import torchattacks
+    from torchattacks.attack import Attack
 
     kind, _, query = name.removeprefix(PEER).partition("?")
     kinds = [key for key, value in vars(torchattacks).items() if inspect.isclass(value) and issubclass(value, Attack)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ensemble_attacks.attacks.base import DescentAttack
-from ensemble_attacks.descent.objectives import cross_entropy, lead, of_scores
+from ensemble_attacks.attacks.base import LOG_EXPECTED, DescentAttack
+from ensemble_attacks.descent.objectives import Objective, cross_entropy, lead, log_expected, of_scores
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import ConstantSteps
 from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import check_choice, check_count, check_positive
 
-LOSSES = ("ce", "margin")
+OBJECTIVES: dict[str, Objective] = {"ce": of_scores(cross_entropy), "margin": of_scores(lead), LOG_EXPECTED: log_expected}
 
 
 class PGD(DescentAttack):
@@ -29,8 +29,8 @@ class PGD(DescentAttack):
         steps (int): gradient steps of each restart. (Default: 100)
         n_restarts (int): random starts, each only on the samples still robust. (Default: 5)
         seed (int): seed of the random starts. (Default: 0)
-        loss (str): what is climbed, ``"ce"`` or ``"margin"`` (CW: the best other logit minus the label's). (Default:
-            ``"ce"``)
+        loss (str): what is climbed, ``"ce"``, ``"margin"`` (CW: the best other logit minus the label's) or, of a random
+            model, ``"log-expected"`` (minus the logarithm of the label's expected probability). (Default: ``"ce"``)
         eot_iter (int): draws of every iterate of a random model. (Default: None: the model is deterministic)
         batch_size (int): samples per pass. (Default: None: all at once)
         box (Box): the values that images can take. (Default: [0, 1])
@@ -67,11 +67,10 @@ class PGD(DescentAttack):
         if self.alpha is not None:
             check_positive("alpha", self.alpha)
         check_count("n_restarts", self.n_restarts)
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, tuple(OBJECTIVES))
 
     def _step_rule(self, x: Tensor, *, eps: float, steps: int) -> ConstantSteps:
         return ConstantSteps(x, eps=eps, steps=steps, share=0.25 if self.alpha is None else self.alpha / eps)
 
     def _stages(self, num_classes: int) -> list[Stage]:
-        objective = of_scores(cross_entropy if self.loss == "ce" else lead)
-        return [Stage(objective, restart=restart) for restart in range(self.n_restarts)]
+        return [Stage(OBJECTIVES[self.loss], restart=restart) for restart in range(self.n_restarts)]

@@ -9,84 +9,157 @@ it is given those that it has as parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torchattacks.attack import Attack
-
-from ensemble_attacks.attacks.a3 import A3
-from ensemble_attacks.attacks.apgd import APGD, EOTAPGD
-from ensemble_attacks.attacks.arc import ARC
-from ensemble_attacks.attacks.bpda import BPDAIdentity
-from ensemble_attacks.attacks.caa import CAA
-from ensemble_attacks.attacks.crossmax_transfer import CrossMaxTransfer
-from ensemble_attacks.attacks.lafeat import LAFEAT
-from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.peers import PEER, adapted, peer
-from ensemble_attacks.attacks.pgd import PGD
 from ensemble_attacks.attacks.record import FRONTEND, MEMBERS, PROBABILITIES, NamedAttack
-from ensemble_attacks.attacks.reversal import FrontEndReversal
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.surrogates import ZeroOrder
+from ensemble_attacks.names import split_options
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchattacks.attack import Attack
+
+Maker = Callable[..., "Attack"]
 
 GROUP = "ensemble_attacks.attacks"
+MINIMAL = "minimal:"  # before the name of the attack whose radius is searched
+LOOK = 1e-3  # how far zero-order attacks look along each direction, as a share of the box's width
 EOT_ITER = 20  # draws of every iterate, where the user does not say
 ALL_NORMS = ("Linf", "L2", "L1")
 CROCE = "Croce & Hein, ICML 2020"
 BOYTSOV = "arXiv:2402.17018"
 
 
-def _ours(attack: Callable[..., Attack], /, **arguments: Any) -> Callable[..., Attack]:
+def _class(name: str) -> Any:
+    """Import an attack of this package, ``module.Class``; not before it is made, so that help needs no torch."""
+    module, _, attack = name.rpartition(".")
+    return getattr(import_module(f"ensemble_attacks.attacks.{module}"), attack)
+
+
+def _as(name: str) -> Callable[[Maker], Maker]:
+    """Say whose arguments the options of an attack are (`options.with_options`)."""
+
+    def mark(make: Maker) -> Maker:
+        vars(make)["attack"] = partial(_class, name)
+        return make
+
+    return mark
+
+
+def _ours(name: str, /, **arguments: Any) -> Maker:
+    @_as(name)
     def make(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-        made: Any = attack(model, **settings, **arguments)
+        made: Any = _class(name)(model, **arguments | settings)
         made.eot_iter = eot_iter
         return made
 
     return make
 
 
+@_as("bpda.BPDAIdentity")
+def _bpda_mora(model: nn.Module, **settings: Any) -> Attack:
+    return _ours("bpda.BPDAIdentity", attack=_class("mora.MORA"))(model, **settings)
+
+
+@_as("apgd.EOTAPGD")
 def _eot(model: nn.Module, *, eot_iter: int | None = None, **settings: Any) -> Attack:
-    return EOTAPGD(model, eot_iter=eot_iter or EOT_ITER, **settings)
+    return _class("apgd.EOTAPGD")(model, eot_iter=eot_iter or EOT_ITER, **settings)
 
 
+def _soft(name: str, surrogate: str, /, **arguments: Any) -> Maker:
+    """Return the maker of an attack on the margin of members put together softly, which the model itself judges."""
+
+    @_as(name)
+    def make(model: nn.Module, **settings: Any) -> Attack:
+        from ensemble_attacks.models.surrogates import Surrogate
+
+        return _ours(name, loss="margin", **arguments)(Surrogate(model, surrogate), **settings)
+
+    return make
+
+
+@_as("apgd.EOTAPGD")
+def _expected(model: nn.Module, **settings: Any) -> Attack:
+    return _eot(model, **{"loss": "log-expected"} | settings)
+
+
+@_as("pgd.PGD")
 def _zero_order(model: nn.Module, **settings: Any) -> Attack:
-    return PGD(ZeroOrder(model), steps=20, n_restarts=1, **settings)
+    import torch
+
+    from ensemble_attacks.models.surrogates import ZeroOrder
+    from ensemble_attacks.norms import UNIT
+
+    width = torch.as_tensor(settings.get("box", UNIT).width).double().mean().item()
+    return _ours("pgd.PGD", steps=20, n_restarts=1)(ZeroOrder(model, sigma=LOOK * width), **settings)
 
 
 RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     "bpda": NamedAttack(
         "BPDAIdentity: APGD with the parts called frontend replaced by the identity in the backward pass",
-        _ours(BPDAIdentity),
+        _ours("bpda.BPDAIdentity"),
         needs=(FRONTEND,),
         cost=200,
         source="Athalye et al., ICML 2018",
     ),
     "bpda-mora": NamedAttack(
         "MORA past the parts called frontend",
-        _ours(BPDAIdentity, attack=MORA),
+        _bpda_mora,
         needs=(MEMBERS, FRONTEND),
         cost=1000,
         source="Athalye et al., ICML 2018",
     ),
+    "expected-apgd": NamedAttack(
+        "EOTAPGD on the logarithm of the expected probability, 100 steps",
+        _expected,
+        cost=200,
+        source="Dbouk & Shanbhag, ICML 2023",
+    ),
     "mora": NamedAttack(
         "MORA: beta 0.5 (28 steps from the clean image, six times 12 at single classes), 0, 0.25, 0.75, 1 (100 each)",
-        _ours(MORA),
+        _ours("mora.MORA"),
         needs=(MEMBERS,),
         cost=1000,
         source="Yu et al., NeurIPS 2022",
     ),
     "mora-mt": NamedAttack(
         "MORA, then nine more descents towards single classes, each 100 steps",
-        _ours(MORA, targets=9),
+        _ours("mora.MORA", targets=9),
         needs=(MEMBERS,),
         cost=2800,
         source="Yu et al., NeurIPS 2022",
     ),
+    "lca": NamedAttack(
+        "LCA, 3 restarts, 50 steps to add each member of a randomized ensemble to those that are fooled",
+        _ours("lca.LCA"),
+        needs=(MEMBERS, PROBABILITIES),
+        source="arXiv:2307.10788",
+    ),
+    **{
+        f"{prefix}-{name}": NamedAttack(
+            f"{name.upper()} on the margin of {what}, 100 steps, judged on the vote itself",
+            _soft(attack, surrogate, **options),
+            needs=(MEMBERS,),
+            cost=200,
+            source=source,
+        )
+        for prefix, surrogate, what in (
+            ("soft", "probability", "the members' mean probability"),
+            ("votes", "votes", "soft votes, each member's at its own gap"),
+        )
+        for name, attack, options, source in (
+            ("pgd", "pgd.PGD", {"n_restarts": 1}, "Madry et al., ICLR 2018"),
+            ("apgd", "apgd.APGD", {}, CROCE),
+        )
+    },
     "crossmax-transfer": NamedAttack(
         "CrossMaxTransfer: APGD on the mean of the members' logits, refined on the model itself",
-        _ours(CrossMaxTransfer),
+        _ours("crossmax_transfer.CrossMaxTransfer"),
         needs=(MEMBERS,),
         cost=400,
         source="arXiv:2411.14834",
@@ -96,63 +169,76 @@ RECORDS: dict[str, NamedAttack] = {  # in the order in which it pays to run them
     ),
     "pgd": NamedAttack(
         "PGD on cross-entropy, 5 restarts x 100 steps of eps / 4, as the MORA paper runs it",
-        _ours(PGD),
+        _ours("pgd.PGD"),
         cost=1000,
         source="Madry et al., ICLR 2018",
     ),
     "cw": NamedAttack(
         "PGD on the margin (CW), 5 restarts x 100 steps of eps / 4",
-        _ours(PGD, loss="margin"),
+        _ours("pgd.PGD", loss="margin"),
         cost=1000,
         source="Carlini & Wagner, S&P 2017",
     ),
     "lafeat": NamedAttack(
         "LAFEAT: through each of a network's probes, 100 steps each",
-        _ours(LAFEAT),
+        _ours("lafeat.LAFEAT"),
         needs=(MEMBERS,),
         source="Yu et al., CVPR 2021",
     ),
     "arc": NamedAttack(
-        "ARC, 20 rounds over the members of a randomized ensemble",
-        _ours(ARC),
+        "ARC, 20 rounds over the members of a randomized ensemble and all their boundaries",
+        _ours("arc.ARC"),
         needs=(MEMBERS, PROBABILITIES),
         source="Dbouk & Shanbhag, ICML 2022",
     ),
     "a3": NamedAttack(
-        "A3: 28 restarts of up to 60 steps, on ever fewer images", _ours(A3), cost=2980, source="Liu et al., CVPR 2022"
+        "A3: 28 restarts of up to 60 steps, on ever fewer images", _ours("a3.A3"), cost=2980, source="Liu et al., CVPR 2022"
     ),
     "caa": NamedAttack(
         "the Linf policy of CAA: 9 targets x (50 + 25), then 125 steps",
-        _ours(CAA),
+        _ours("caa.CAA"),
         cost=1600,
         source="Mao et al., AAAI 2021",
     ),
     "ea-apgd-ce": NamedAttack(
         "APGD on cross-entropy in this package's loop, where fooled images stop costing passes",
-        _ours(APGD),
+        _ours("apgd.APGD"),
         cost=200,
         source=CROCE,
     ),
     "ea-apgd-dlr": NamedAttack(
-        "APGD on DLR in this package's loop", _ours(APGD, loss="dlr"), fewest_classes=3, cost=200, source=CROCE
+        "APGD on DLR in this package's loop", _ours("apgd.APGD", loss="dlr"), fewest_classes=3, cost=200, source=CROCE
     ),
     "ea-apgd-t": NamedAttack(
         "targeted APGD on DLR in this package's loop, 9 targets x 100 steps",
-        _ours(APGD, loss="dlr-targeted"),
+        _ours("apgd.APGD", loss="dlr-targeted"),
         fewest_classes=4,
         cost=1800,
         source=CROCE,
     ),
+    "pma": NamedAttack(
+        "PMA: the margin of probabilities, 2 x 100 steps, of which the first half climb one of its terms",
+        _ours("pma.PMA"),
+        cost=400,
+        source="Xie et al., CVPR 2025",
+    ),
+    "malt": NamedAttack(
+        "MALT: targeted APGD on DLR, 9 targets x 100 steps, nearest first where the model is linear",
+        _ours("malt.MALT"),
+        fewest_classes=4,
+        cost=1800,
+        source="Melamed et al., NeurIPS 2024",
+    ),
     "front-end-reversal": NamedAttack(
         "APGD on what lies behind the part called frontend, carried back through it",
-        _ours(FrontEndReversal),
+        _ours("reversal.FrontEndReversal"),
         needs=(FRONTEND,),
         cost=630,
         source=BOYTSOV,
     ),
     "zero-order-pgd": NamedAttack(
         "PGD, 20 steps, on gradients estimated from 50 pairs of scores: no gradients",
-        _ours(_zero_order),
+        _zero_order,
         cost=2020,
         source="Spall, IEEE TAC 1992",
     ),
@@ -214,17 +300,40 @@ def registered() -> dict[str, NamedAttack]:
 
 
 def find_attack(name: str) -> NamedAttack:
-    """Return the attack of a name.
+    """Return the attack of a name, which may have options: ``mora?steps=10`` (`options.with_options`).
+
+    ``minimal:NAME`` searches for the smallest radius at which another succeeds.
 
     Raises:
-        ValueError: Where the name is unknown; the message names the nearest one.
+        ValueError: Where the name, or an option, is unknown; the message names the nearest one.
     """
+    if name.startswith(MINIMAL):
+        return _minimal(name.removeprefix(MINIMAL))
     if name.startswith(PEER):
         return peer(name)
-    known = registered()
-    if name not in known:
-        raise unknown_name("attack", name, known)
-    return known[name]
+    known, (body, query) = registered(), split_options(name)
+    if body not in known:
+        raise unknown_name("attack", body, known)
+    if not query:
+        return known[body]
+    from ensemble_attacks.attacks.options import with_options
+
+    return with_options(known[body], body, query)
+
+
+def _minimal(name: str) -> NamedAttack:
+    """Return the record of a search over the radius of a named attack."""
+    record = find_attack(name)
+    attack = record.make
+    if attack is None:
+        raise ValueError(
+            f"attack {MINIMAL + name!r}: {name} is a pipeline, or AutoAttack's own, and has no radius to search"
+        )
+
+    def make(model: nn.Module, **settings: Any) -> Attack:
+        return _class("minimal.MinimalNorm")(attack(model, **settings))
+
+    return replace(record, summary=f"the smallest radius of each image at which {name} succeeds", make=make, cost=None)
 
 
 def find_maker(name: str) -> Callable[..., Attack]:

@@ -23,7 +23,7 @@ from ensemble_attacks.descent.noise import sample_keys, start_noise
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import check_output, find_parts, not_called
-from ensemble_attacks.norms import NORMS, UNIT
+from ensemble_attacks.norms import NORMS, UNIT, Box
 from ensemble_attacks.scores import decided
 from ensemble_attacks.validation import check_count, check_norm, check_positive
 
@@ -111,6 +111,8 @@ class FrontEndReversal(ComposedAttack):
         rounds (int): number of rounds. (Default: 3)
         amplification (float): the ``s`` above; ``None``: measured on the images of every call, on which the result then
             depends. (Default: None)
+        box (Box): the values that images can take. (Default: [0, 1])
+        mask: must be None, as what is carried back goes everywhere. (Default: None)
         arguments: further arguments of ``attack``.
 
     Raises:
@@ -131,10 +133,12 @@ class FrontEndReversal(ComposedAttack):
         eps: float = 8 / 255,
         rounds: int = 3,
         amplification: float | None = None,
+        box: Box = UNIT,
+        mask: Tensor | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__("FrontEndReversal", model)
-        self.box, self.mask = UNIT, None  # its own: what lies behind the front end has others
+        self.box, self.mask = box, mask  # its own: what lies behind the front end has others
         self.part, self.norm, self.eps, self.rounds, self.amplification = part, norm, eps, rounds, amplification
         self._check()
         self.inner = attack(Behind(self.model, part), norm=norm, eps=eps, **arguments)

@@ -26,7 +26,7 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
     "demo": ("demo", "Handwritten digits: AutoAttack beside MORA, in about a minute."),
     "train": ("models", "Train a defense, with one command, resumable."),
     "convert": ("models", "Make a model of published checkpoints."),
-    "attacks": ("models", "List the attacks: what each does, needs and costs."),
+    "attacks": ("catalogue", "List the attacks: what each does, needs and costs."),
     "models": ("models", "List the models that can be loaded."),
     "doctor": ("models", "Check the installation."),
 }

@@ -6,42 +6,39 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click import get_current_context
 from click.core import ParameterSource
-from rich.table import Table
-from torch import nn
-from torchattacks.attack import Attack
 
-from ensemble_attacks import diagnostics
-from ensemble_attacks.attacks.registry import find_attack, find_maker
-from ensemble_attacks.cli.options import NAMED, WIDE, check_out, console, elsewhere, images, places, shown
-from ensemble_attacks.errors import plain
-from ensemble_attacks.evaluation.external import TEXT, export_robustbench
-from ensemble_attacks.evaluation.manifest import subjects_of
-from ensemble_attacks.evaluation.settings import Sweep
-from ensemble_attacks.evaluation.suite import check_fit
-from ensemble_attacks.files import write_whole
-from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.validation import check_device
+from ensemble_attacks.cli import choices
+from ensemble_attacks.cli.options import EPS, NAMED, check_out, elsewhere, images, places, within
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchattacks.attack import Attack
 
 
 @click.command()
-@click.option("--model", required=True, help=NAMED)
-@click.option("--vote", default="softmax", help="softmax, voting or logits.")
+@click.option("--model", required=True, help=NAMED, shell_complete=choices.models)
+@click.option("--vote", default="softmax", help="softmax, voting or logits.", shell_complete=choices.votes)
 @images(64)
-@click.option("--eps", type=float, required=True, help="Linf radius, in pixel units of [0, 1].")
+@click.option("--eps", required=True, help=EPS)
+@within
 @click.option("--seed", type=int, default=0)
 @click.option("--device", default="cpu")
-@click.option("--attack", help="The attack whose failures are looked into, by name.  [default: 50 steps of PGD]")
+@click.option(
+    "--attack",
+    help="The attack whose failures are looked into, by name.  [default: 50 steps of PGD]",
+    shell_complete=choices.attacks,
+)
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write it there.")
 @places
 def diagnose(
     model: str,
     vote: str,
-    eps: float,
+    eps: str,
     seed: int,
     device: str,
     attack: str | None,
@@ -52,6 +49,20 @@ def diagnose(
     **chosen: Any,
 ) -> None:
     """Is a model masking its gradients? Print checks with figure, threshold and verdict, and the attacks to run."""
+    from rich.table import Table
+
+    from ensemble_attacks import diagnostics
+    from ensemble_attacks.attacks.registry import find_attack, find_maker
+    from ensemble_attacks.cli.console import WIDE, console, shown
+    from ensemble_attacks.errors import plain
+    from ensemble_attacks.evaluation.manifest import subjects_of
+    from ensemble_attacks.evaluation.settings import Sweep
+    from ensemble_attacks.evaluation.suite import check_fit
+    from ensemble_attacks.evaluation.units import radius_said
+    from ensemble_attacks.files import write_whole
+    from ensemble_attacks.models.structure import structure_of
+    from ensemble_attacks.validation import check_device
+
     check_device(device)
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         what = "is a folder, name a file in it" if path.is_dir() else f"there is no folder {path.parent}, make it first"
@@ -59,7 +70,11 @@ def diagnose(
     if chosen["sample"] is not None and get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
         chosen["n"] = None
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
-    subjects = subjects_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
+    sweep = Sweep.of(given, "the command")
+    settings = sweep.settings(sweep.eps[0], seed, sweep.threat)
+    if settings.mask is not None:
+        raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
+    subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
     x, y = subjects.opened.take(subjects.numbers)
     net = subjects.models[model].to(device)
     make = None
@@ -70,10 +85,12 @@ def diagnose(
         check_fit(attack, structure.classes, "Linf", x.shape[1:])
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
-    found = diagnostics.diagnose(net, x, y, eps=eps, seed=seed, attack=make)
-    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, Linf {eps:g}, {len(x)} images")
+    with console.status(f"Running the checks on {len(x)} images ..."):
+        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, attack=make, box=settings.box)
+    ball = radius_said({"norm": "Linf", "eps": sweep.eps[0], "within": sweep.threat.said(sweep.eps[0])})
+    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
-        table.add_column(column, justify="right" if column in ("figure", "threshold") else "left")
+        table.add_column(column, justify="right" if column in ("figure", "threshold") else "left", overflow="fold")
     colours = {"flag": "red", "ok": "green", "note": "dim"}
     for check in found.checks:
         threshold = "" if check.threshold is None else f"{check.threshold:.2f}"
@@ -106,11 +123,18 @@ def _of_radius(make: Callable[..., Attack], seed: int, eot_iter: int | None, mod
 @elsewhere
 def report(run: Path, out: Path | None, device: str, model: str | None, dataset: str | None) -> None:
     """Write a finished run as one HTML page, Markdown, CSV and figures."""
-    from ensemble_attacks.evaluation.report.pages import write_report
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.errors import plain
+    from ensemble_attacks.extras import extra
+    from ensemble_attacks.validation import check_device
+
+    with extra("report", "a report"):
+        from ensemble_attacks.evaluation.report.pages import write_report
 
     check_device(device)
     check_out(out)
-    page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
+    with console.status("Reading the run, drawing the figures ..."):
+        page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
     console.print(f"Written: {plain(page)}", **WIDE)
 
 
@@ -125,6 +149,10 @@ def export() -> None:
 @click.option("--partial", is_flag=True, help="Also a run on fewer images than the test set has.")
 def robustbench(run: Path, out: Path, partial: bool) -> None:
     """Write RobustBench's external evaluation: adversarial images as .pt, model-info JSON, text."""
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.errors import plain
+    from ensemble_attacks.evaluation.external import TEXT, export_robustbench
+
     check_out(out)
     export_robustbench(run, out, partial=partial)
     console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), **WIDE)

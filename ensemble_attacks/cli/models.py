@@ -1,4 +1,4 @@
-"""Define the commands ``train``, ``convert``, ``attacks``, ``models`` and ``doctor``."""
+"""Define the commands ``train``, ``convert``, ``models`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Column, Table
 
-from ensemble_attacks.attacks.peers import PEER
-from ensemble_attacks.attacks.registry import registered
-from ensemble_attacks.cli.options import WIDE, console, shown
-from ensemble_attacks.data import DATASETS, load_dataset
+from ensemble_attacks.cli import choices
+from ensemble_attacks.cli.choices import DATASETS
 from ensemble_attacks.errors import plain
-from ensemble_attacks.hosts.doctor import BROKEN, NOTE, OK, examine
-from ensemble_attacks.judge import judge
-from ensemble_attacks.models import providers
-from ensemble_attacks.models.ensembles import member_probabilities
-from ensemble_attacks.validation import check_device
 
 CLEAN = 1000  # test images on which a new model is tried
 CLEAN_DRAWS = 5  # forward passes of each, of one that draws its members
@@ -47,6 +39,9 @@ def train(recipe: str, **options: Any) -> None:
     RECIPE is standard, at, each_at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at, which
     adds adversarial training; in frontend_at it is that of the backbone.
     """
+    from ensemble_attacks.models import providers
+    from ensemble_attacks.validation import check_device
+
     check_device(options["device"])
     card = providers.able_to("train_model").train_model(recipe, **options)
     _print_card(card, options["dataset"], options["model_dir"] or options["out"])
@@ -65,6 +60,9 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
 
     Its clean accuracy is printed, where the data are at hand.
     """
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.models import providers
+
     card = providers.able_to("convert").convert(checkpoints, name, **options)
     _print_card(card, options["dataset"], options["model_dir"])
     console.print(plain(_clean_accuracy(card, options["dataset"], options["model_dir"], data_dir)), **WIDE)
@@ -72,6 +70,11 @@ def convert(checkpoints: tuple[str, ...], name: str, data_dir: str, **options: A
 
 def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) -> str:
     """Return what is known of the clean accuracy of a new model."""
+    from ensemble_attacks.data import DATASETS, load_dataset
+    from ensemble_attacks.judge import judge
+    from ensemble_attacks.models import providers
+    from ensemble_attacks.models.ensembles import member_probabilities
+
     try:
         x, y = load_dataset(dataset, data_dir=data_dir, n=min(CLEAN, DATASETS[dataset].test_images))
     except FileNotFoundError as error:
@@ -86,44 +89,40 @@ def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) ->
 
 
 def _print_card(card: Path, dataset: str, model_dir: Path) -> None:
+    from ensemble_attacks.cli.console import WIDE, console
+
     console.print("\n".join(map(plain, card.read_text().splitlines())), **WIDE)
     console.print(plain(f"Load it with --model {card.stem} --dataset {dataset} --model-dir {model_dir}"), **WIDE)
+    if card.stem in choices.shipped(dataset):
+        console.print(plain(f"A model called {card.stem} ships, too: without --model-dir, it is that one."), **WIDE)
 
 
 @click.command()
-@click.option("--dataset", help=" or ".join(DATASETS) + ".")
+@click.option("--dataset", help=" or ".join(DATASETS) + ".", shell_complete=choices.datasets)
 def models(dataset: str | None) -> None:
     """List the models that can be loaded."""
+    from ensemble_attacks.data import DATASETS
+    from ensemble_attacks.models import providers
+
     for name in (dataset,) if dataset else DATASETS:
         for model in providers.list_models(name):
             click.echo(f"{name}\t{plain(model)}")
 
 
 @click.command()
-def attacks() -> None:
-    """List the attacks: what each does, needs and costs.
-
-    The cost is the number of forward and backward passes of an image that holds out; of a random model, times its draws.
-    """
-    table = Table(Column("name", no_wrap=True), "what it does", "norms", "needs", Column("passes", justify="right"))
-    for name, record in registered().items():
-        needs = [*record.needs, *([f"{record.fewest_classes} classes"] if record.fewest_classes > 2 else [])]
-        cost = "" if record.cost is None else f"{record.cost:,}"
-        meaning = record.summary + (f" ({record.source})" if record.source else "")
-        table.add_row(shown(name), shown(meaning), ", ".join(record.norms), ", ".join(needs), cost)
-    table.add_row(f"{PEER}NAME", "any of torchattacks', with options: torchattacks:PGD?steps=50&alpha=0.002")
-    console.print(table)
-
-
-@click.command()
 def doctor() -> None:
     """Check the installation; exit with 1 where something is broken."""
-    findings = examine()
-    colours = {OK: "green", NOTE: "yellow", BROKEN: "red"}
+    from ensemble_attacks.cli.console import WIDE, console, shown
+    from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, NOTE, OK
+    from ensemble_attacks.hosts.trials import examine_all
+
+    findings = examine_all()
+    colours = {OK: "green", NOTE: "yellow", ABSENT: "dim", BROKEN: "red"}
     for finding in findings:
-        console.print(
-            f"[{colours[finding.status]}]{finding.status:>6}[/] {shown(f'{finding.name}: {finding.found}')}", highlight=False
-        )
-        if finding.remedy:
+        mark = f"[{colours[finding.status]}]{finding.status:>6}[/]"
+        console.print(f"{mark} {shown(finding.name)}: {shown(finding.found)}", highlight=False, soft_wrap=True)
+        if finding.remedy and finding.status != ABSENT:
             console.print(f"       {plain(finding.remedy)}", **WIDE)
-    sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)
+    broken = sum(finding.status == BROKEN for finding in findings)
+    console.print(f"{broken} broken: see above." if broken else "All that is installed works together.", highlight=False)
+    sys.exit(1 if broken else 0)

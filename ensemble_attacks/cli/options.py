@@ -1,9 +1,7 @@
-"""Define what several commands share: options, their values, the console."""
+"""Define what several commands share: options, and their values; nothing here imports torch before a command is run."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable
 from functools import reduce
 from inspect import signature
@@ -11,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
 
-from ensemble_attacks.data import DATASETS
-from ensemble_attacks.errors import plain, unknown_name
-from ensemble_attacks.evaluation.engines import ENGINES
+from ensemble_attacks.cli import choices
+from ensemble_attacks.cli.choices import DATASETS, ENGINES
+from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import literal
-from ensemble_attacks.validation import check_choice, check_count, check_device
-
-console = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def places(command: Callable[..., None]) -> Callable[..., None]:
@@ -33,6 +26,7 @@ def places(command: Callable[..., None]) -> Callable[..., None]:
     return reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
+RECRAFTED = 20  # units of a bundle that verify crafts anew, unless told otherwise
 NAMED = (
     "From `ensemble-attacks models`; nets.py:make or package.module:make, with options as ?width=8; a folder of weights; "
     "torchvision:NAME, timm:NAME, hf:FOLDER, robustbench:NAME; ensemble:A+B+C?vote=voting, crossmax:A+B+C, "
@@ -47,7 +41,7 @@ DATA = (
 def images(n: int | None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds the options that say which images are taken, ``n`` (``None``: all) by default."""
     options = [
-        click.option("--data", "--dataset", "dataset", help=DATA),
+        click.option("--data", "--dataset", "dataset", help=DATA, shell_complete=choices.datasets),
         click.option("--transform", default="", help="Of every image, as resize=256,crop=224."),
         click.option("--n", type=int, default=n, help="Test images, in file order." + ("" if n else "  [default: all]")),
         click.option("--first", type=int, default=0, help="Number of the first of them."),
@@ -55,6 +49,33 @@ def images(n: int | None) -> Callable[[Callable[..., None]], Callable[..., None]
         click.option("--only-correct", is_flag=True, help="Pass images by that the model gets wrong."),
     ]
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+EPS = "Radius of the ball, in the inputs' own units: 0.03, 8/255, or a .npy file with one for each feature."
+
+
+def within(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say where inputs may go, beside the ball."""
+    options = [
+        click.option(
+            "--box", help="The values that inputs can take: -1,1, or an .npz file of low and high.  [default: 0,1]"
+        ),
+        click.option("--movable", help="A .npy file of truth values: which features may move.  [default: all]"),
+    ]
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def planned(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option that asks for the plan alone."""
+    return click.option("--dry-run", is_flag=True, help="Check everything, print the plan and what it may cost, and stop.")(
+        command
+    )
+
+
+THREADS = (
+    "Of torch, shared by the workers.  [default: $OMP_NUM_THREADS, else 1 for images of up to 64 pixels, whose networks "
+    "are slower with more on a busy machine, else torch's]"
+)
 
 
 def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,19 +90,25 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
 def machines(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say who does the work."""
     options = [
-        click.option("--engine", default="local", help=", ".join(ENGINES) + "."),
+        click.option("--engine", default="local", help=", ".join(ENGINES) + ".", shell_complete=choices.engines),
         click.option("--workers", type=int, default=1, help="Processes of the engine local."),
         click.option("--device", default="cpu", help="Comma-separated: the workers take turns."),
+        click.option("--threads", type=int, help=THREADS),
         click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the engines ray and slurm."),
     ]
     return reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
-def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...]) -> None:
+def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...], threads: int | None = None) -> None:
     """Raise on an engine or options that cannot be used; the devices of other machines are not looked at."""
-    check_choice("engine", engine, tuple(ENGINES))
+    from ensemble_attacks.evaluation import engines
+    from ensemble_attacks.validation import check_choice, check_count, check_device
+
+    check_choice("engine", engine, tuple(engines.ENGINES))
     check_count("workers", workers, at_most=10_000)
-    known = [name for name, of in signature(ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
+    if threads is not None:
+        check_count("threads", threads, at_most=10_000)
+    known = [name for name, of in signature(engines.ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]
     known = [name for name in known if name not in ("workers", "devices")]
     for key, _ in map(key_value, options):
         if key not in known:
@@ -102,30 +129,3 @@ def check_out(out: Path | None) -> None:
     """Raise a `ValueError` where a folder to write is named by nothing, or by what no folder can be called."""
     if (out is not None and str(out) in ("", ".")) or "\0" in str(out):
         raise ValueError(f"--out {str(out)!r}: name a folder, such as --out runs/first")
-
-
-RADIUS = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?(/[0-9.]{1,30})?", re.IGNORECASE)
-
-
-def radius(text: object) -> float:
-    """Return the number that a text stands for, also as a fraction such as RobustBench's ``8/255``.
-
-    Raises:
-        ValueError: Where it is no number, or too long to be one.
-    """
-    compact = str(text)[:100].replace(" ", "")
-    above, _, below = compact.partition("/")
-    try:
-        if not RADIUS.fullmatch(compact):
-            raise ValueError
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"eps {str(text)[:60]!r} is no number: write it as 0.03 or 8/255") from None
-
-
-WIDE: Any = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines that hold text of others
-
-
-def shown(text: object) -> str:
-    """Return `plain` text that Rich takes for no markup."""
-    return escape(plain(text))

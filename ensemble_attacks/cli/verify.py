@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ensemble_attacks.cli.options import console, radius, shown
-from ensemble_attacks.evaluation import audit, bundles
-from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of
-from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
-from ensemble_attacks.evaluation.origins import placed_anew
-from ensemble_attacks.evaluation.summary import run_digest
-from ensemble_attacks.models import providers
-from ensemble_attacks.validation import check_count, check_device
-
-WIDE: Any = {"highlight": False, "soft_wrap": True}
-RECRAFTED = 20  # units of a bundle that are crafted anew, unless told otherwise
+from ensemble_attacks.cli import choices
+from ensemble_attacks.cli.options import RECRAFTED
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--model", help="As of evaluate.  [default: the run's]")
+@click.option("--model", help="As of evaluate.  [default: the run's]", shell_complete=choices.models)
 @click.option("--model-dir", help="Where trained models lie, if not among those that ship.")
 @click.option("--vote", help="softmax, voting or logits.  [default: the bundle's, or softmax]")
 @click.option("--data", "--dataset", "dataset", help="As of evaluate.  [default: the bundle's, or the run's]")
 @click.option("--transform", help="Of a bundle: as of evaluate.  [default: its run's]")
 @click.option("--data-dir", help="The folder that holds cifar-10-batches-py.  [default: the run's, or data]")
 @click.option("--norm", help="Linf or L2.  [default: the bundle's, or Linf]")
-@click.option("--eps", type=float, help="In pixel units of [0, 1].  [default: the bundle's]")
+@click.option("--eps", help="In the inputs' own units, such as 8/255.  [default: the bundle's]")
 @click.option("--draws", type=int, help="Forward passes of each image, of a random model.  [default: the bundle's, or 1]")
 @click.option("--recraft", type=int, help=f"Units to craft anew, and compare.  [default: 0; of a bundle {RECRAFTED}]")
 @click.option("--seed", type=int, default=0, help="Of the choice of these units.")
@@ -56,94 +45,7 @@ def verify(
     PATH is a run's folder, or an external evaluation, ours or anybody's (a folder, or a .pt file of images). Prints a line
     for each thing that differs, and what nobody can verify; exits with 1 where anything differs. Writes nothing.
     """
-    check_device(device)
-    if recraft is not None:
-        check_count("recraft", recraft, at_least=0)
-    check_count("seed", seed, at_least=0)
-    if (path / MANIFEST).exists():
-        if given := [key for key, value in claimed.items() if value is not None]:
-            raise ValueError(f"{path} is a run, which has its own {given[0]}: leave --{given[0]} out")
-        ledger = Ledger(path)
-        named: dict[str, Any] = {"data_dir": data_dir, "model_dir": model_dir, "model": model, "dataset": dataset}
-        findings = audit.verify(ledger, device, **named, recraft=recraft or 0, seed=seed)
-        beside, drawn = _beside(ledger, report, bundle, device)
-        findings += beside
-        _print(findings, (*audit.NOT_VERIFIABLE, *drawn))
-        console.print(f"digest {run_digest(ledger)}", highlight=False)
-    else:
-        if report is not None or bundle is not None:
-            raise ValueError(f"{path} is no run: --report and --bundle go with a run's folder")
-        count = RECRAFTED if recraft is None else recraft
-        claimed |= {"model": model, "dataset": dataset}
-        findings, absent = _examine(
-            path, {"model_dir": model_dir, "data_dir": data_dir or "data"}, claimed, count, seed, device
-        )
-        _print(findings, (*bundles.NOT_VERIFIABLE, *absent))
-    sys.exit(1 if any(finding["differ"] != 0 for finding in findings) else 0)
+    from ensemble_attacks.cli.verification import verify_path
 
-
-def _beside(
-    ledger: Ledger, report: Path | None, bundle: Path | None, device: str
-) -> tuple[list[audit.Finding], tuple[str, ...]]:
-    """Return what is found of a run's report and bundle, where there are any, and which drawings nobody has compared."""
-    folder = report or ledger.folder / "report"
-    findings, drawn = [], list[str]()
-    if report is not None or folder.exists():
-        from ensemble_attacks.evaluation.report.compare import compare_report
-
-        lines, drawn = compare_report(ledger, folder, device)
-        findings.append(_finding(f"report {folder}", lines))
-    if bundle is not None:
-        findings.append(_finding(f"bundle {bundle}", compare_bundle(ledger, bundle)))
-    return findings, tuple(f"the drawing {name}: it is another one, draw it anew (`report --out`)" for name in drawn)
-
-
-def _finding(name: str, lines: list[str]) -> audit.Finding:
-    return {"unit": name, "n": 0, "robust": 0, "differ": len(lines), "what": lines}
-
-
-def _examine(
-    path: Path, places: dict[str, Any], claimed: dict[str, Any], recraft: int, seed: int, device: str
-) -> tuple[list[audit.Finding], list[str]]:
-    """Return what is found of a bundle, and of what it holds nothing, after printing the judge's verdict."""
-    images, about = read_bundle(path)
-    manifest = run_of(path)
-    if manifest is not None:
-        manifest["places"] |= places
-        manifest = placed_anew(manifest, claimed["model"], claimed["dataset"])
-    said: dict[str, Any] = {"vote": about.get("vote") or "softmax", "dataset": about.get("dataset"), "eps": about.get("eps")}
-    said |= {"norm": about.get("threat_model") or "Linf", "draws": about.get("draws") or 1}
-    said["transform"] = manifest["sweep"]["transform"] if manifest else ""
-    said["dataset"] = said["dataset"] or (
-        claimed["model"] and providers.implied_dataset(claimed["model"], places["model_dir"])
-    )
-    chosen: dict[str, Any] = {key: said.get(key) if value is None else value for key, value in claimed.items()}
-    for key in ("model", "dataset", "eps"):
-        if chosen[key] is None:
-            raise ValueError(f"{path} does not say its {key}: pass --{key}")
-    chosen["eps"] = radius(chosen["eps"])
-    claim = bundles.Claim(**chosen)
-    model = providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote).to(device)
-    verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"])
-    console.print(f"{shown(claim.model)}: {verdict}", highlight=False)
-    findings = [_finding(f"bundle {path}", lines)]
-    if manifest is not None and recraft and not lines:
-        findings += bundles.recraft_bundle(manifest, images, device, recraft, seed)
-    given_up = manifest.get(MISSING, []) if manifest is not None else []
-    return findings, [f"{name}, which the bundle says was given up" for name in given_up]
-
-
-def _print(findings: Sequence[audit.Finding], not_verifiable: Sequence[str]) -> None:
-    for finding in findings:
-        if finding["differ"] is None:
-            text = ""
-        elif finding["n"]:
-            text = " {robust} of {n} robust, {differ} differ".format(**finding)
-        else:
-            text = f" {finding['differ']} differ"
-        what = "" if finding["differ"] == 0 else ";".join(f" {line}" for line in finding["what"][:1])
-        console.print(f"{shown(finding['unit'])}:{text}{';' if text and what else ''}{shown(what)}", **WIDE)
-        for line in finding["what"][1:]:
-            console.print(f"{shown(finding['unit'])}: {shown(line)}", **WIDE)
-    for line in not_verifiable:
-        console.print(f"not verifiable: {shown(line)}", **WIDE)
+    named = {"model": model, "dataset": dataset, "model_dir": model_dir, "data_dir": data_dir}
+    verify_path(path, named, claimed, recraft=recraft, seed=seed, report=report, bundle=bundle, device=device)

@@ -4,7 +4,7 @@ All come as ``(images, labels)``: float32 (N, C, H, W) in [0, 1] and int64 (N,).
 """
 
 from ensemble_attacks.data.load import OFFERED, load_dataset, numbers_of, open_dataset, state_of
-from ensemble_attacks.data.opened import Opened, from_python
+from ensemble_attacks.data.opened import Opened, as_tensors, from_python
 from ensemble_attacks.data.records import DATASETS, Dataset
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Dataset",
     "Opened",
     "OFFERED",
+    "as_tensors",
     "from_python",
     "load_dataset",
     "numbers_of",

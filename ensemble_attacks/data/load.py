@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ def load_dataset(
     download: bool = False,
     transform: str = "",
     rows: Sequence[int] | None = None,
+    span: Sequence[float] | None = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Load ``n`` examples of a split, in file order.
 
@@ -43,9 +45,10 @@ def load_dataset(
         download: whether torchvision may fetch the dataset into ``data_dir`` where it is absent.
         transform: what is done to every image, as ``"resize=256,crop=224"``.
         rows: the numbers of the examples to choose from, in place of all.
+        span: what the least and the largest whole number, such as 0 and 255, stand for; ``None``: for nothing.
 
     Returns:
-        Images, float32 (N, C, H, W) in [0, 1], and labels, int64 (N,).
+        Images, float32 (N, C, H, W) in [0, 1], or as they are stored in floating point, and labels, int64 (N,).
 
     Raises:
         ValueError: Where the name or split is unknown, or the split cannot give ``n`` examples.
@@ -56,7 +59,7 @@ def load_dataset(
     (torch.Size([4, 1, 8, 8]), torch.int64)
     """
     check_range(n, first)
-    opened = open_dataset(name, split, data_dir=data_dir, download=download, transform=transform)
+    opened = open_dataset(name, split, data_dir=data_dir, download=download, transform=transform, span=span)
     return opened.take(numbers_of(opened, range(len(opened)) if rows is None else rows, n, first, split))
 
 
@@ -82,7 +85,13 @@ def numbers_of(
 
 
 def open_dataset(
-    name: str, split: str = "test", *, data_dir: str | Path = "data", download: bool = False, transform: str = ""
+    name: str,
+    split: str = "test",
+    *,
+    data_dir: str | Path = "data",
+    download: bool = False,
+    transform: str = "",
+    span: Sequence[float] | None = (0.0, 1.0),
 ) -> Opened:
     """Open a dataset, without reading more than its labels where that can be.
 
@@ -90,14 +99,15 @@ def open_dataset(
         name: a dataset's name (`known_datasets`); a ``.npz`` or ``.safetensors`` file of ``images`` and ``labels``; a
             folder with a folder of pictures for every class; or ``file.py:function`` or ``package.module:function``, which
             returns what `from_python` takes.
-        split, data_dir, download, transform: as of `load_dataset`.
+        split, data_dir, download, transform, span: as of `load_dataset`.
 
     Raises:
         ValueError, FileNotFoundError: As `load_dataset` raises them.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return replace(_opened(name, split, Path(data_dir).resolve(), download), transform=transform_of(transform))
+    found = _opened(name, split, Path(data_dir).resolve(), download)
+    return replace(found, transform=transform_of(transform), span=None if span is None else (span[0], span[1]))
 
 
 def _opened(name: str, split: str, data_dir: Path, download: bool) -> Opened:
@@ -138,7 +148,7 @@ def state_of(name: str) -> Hashable:
     """Return what changes when the data of a name do, without reading them, as far as that can be told."""
     path = Path(name)
     if name in OFFERED:
-        return id(OFFERED[name])
+        return ref(OFFERED[name])  # an id would be given anew once this is gone
     if name not in known_datasets() and sources.is_function(name):
         return tuple(sources.sources_of(name).items())
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None

@@ -30,11 +30,12 @@ class Opened:
 
     Attributes:
         name: what errors call it.
-        images: (N, C, H, W), bytes, other whole numbers up to ``scale``, or floating point in [0, 1].
+        images: (N, ...), such as (N, C, H, W), bytes, other whole numbers up to ``scale``, or floating point.
         labels: (N,) int64.
         classes: the number of classes; ``None`` where it is not known.
-        scale: what whole numbers are divided by.
+        scale: the largest of whole numbers.
         transform: what is done to every image.
+        span: what the whole numbers 0 and ``scale`` stand for; ``None``: for nothing, as features have boxes of their own.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Opened:
     classes: int | None = None
     scale: int = 255
     transform: Transform = field(default=transform_of(""))
+    span: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.labels) and self.labels.max() >= self.classes:
@@ -54,10 +56,10 @@ class Opened:
         return len(self.labels)
 
     def take(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images (N, C, H, W) in [0, 1] and labels (N,) of some rows.
+        """Return the images (N, ...) and labels (N,) of some rows: whole numbers in the `span`, others as they are.
 
         Raises:
-            ValueError: Where the images have different sizes.
+            ValueError: Where the images have different sizes, or whole numbers stand for nothing.
         """
         which = torch.as_tensor(rows, dtype=torch.int64)
         picked = self.images[which]
@@ -72,7 +74,13 @@ class Opened:
                 )
             images = torch.stack(parts) if parts else torch.zeros(0, 3, 1, 1)
         if not images.is_floating_point():
+            if self.span is None:
+                raise ValueError(
+                    f"{self.name} holds whole numbers, but the box has bounds for each feature: store floating point in it"
+                )
+            low, high = self.span
             images = images.float() / self.scale
+            images = images if self.span == (0.0, 1.0) else (low + (high - low) * images).clamp(low, high)
         return images, self.labels[which].clone()
 
 
@@ -90,9 +98,14 @@ class Items:
 
 
 def _pair(item: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(item, (tuple, list)) or len(item) < 2:
-        raise ValueError(f"{name} gives a {type(item).__name__}: expected pairs (image, label)")
-    return item[0], item[1]
+    if isinstance(item, (tuple, list)) and len(item) >= 2:
+        return item[0], item[1]
+    if isinstance(item, dict):
+        given, remedy = f"a dict of {', '.join(map(str, item))}", "such as (item['image'], item['label'])"
+    else:
+        given = "images without labels" if isinstance(item, Tensor) or len(item) == 1 else f"a {type(item).__name__}"
+        remedy = "as TensorDataset(images, labels) does"
+    raise ValueError(f"{name} gives {given}: expected pairs (image, label), {remedy}")
 
 
 def as_image(image: Any, name: str) -> Tensor:
@@ -137,8 +150,28 @@ def from_python(data: Any, name: str, *, classes: int | None = None) -> Opened:
         raise TypeError(f"{name} is a {type(data).__name__}: expected a pair (images, labels), a Dataset, or a DataLoader")
     if not len(data):
         raise ValueError(f"{name} is empty: there is nothing to attack")
+    if not torch.equal(*(as_image(_pair(data[0], name)[0], name) for _ in range(2))):
+        raise ValueError(
+            f"{name} gives another image each time it is asked (a random transform?): read it once, into tensors"
+        )
     known = classes if classes is not None else len(getattr(data, "classes", ())) or None
     return Opened(name, Items(data, name), _labels_of(data, name), known)
+
+
+def as_tensors(images: Any, labels: Any, name: str = "x") -> tuple[Any, Any]:
+    """Return images (N, ...) and labels (N,): those given, or, without labels, those of what `from_python` takes.
+
+    What is given with labels is left to be checked by whoever takes it.
+
+    Raises:
+        TypeError, ValueError: Where neither holds labels.
+    """
+    if labels is not None:
+        return images, labels
+    if isinstance(images, (Tensor, np.ndarray)):
+        raise TypeError(f"{name} are images without labels: pass both, a Dataset, or a DataLoader of pairs")
+    opened = from_python(images, name if isinstance(images, (tuple, list)) else type(images).__name__)
+    return opened.take(range(len(opened)))
 
 
 def _labels_of(dataset: Any, name: str) -> Tensor:
@@ -154,7 +187,7 @@ def _labels_of(dataset: Any, name: str) -> Tensor:
 
 
 def as_pair(images: Any, labels: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Return images and labels as tensors: bytes or floating point (N, C, H, W), and int64 (N,).
+    """Return images and labels as tensors: bytes or floating point (N, ...), such as (N, C, H, W), and int64 (N,).
 
     Bytes whose channels come last are turned.
 
@@ -167,8 +200,10 @@ def as_pair(images: Any, labels: Any, name: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name}: images and labels must be arrays of numbers ({error})") from None
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"images of {name} have dtype {x.dtype}: store uint8 (0 to 255), or floating point in [0, 1]")
-    if x.dim() == 3:
+    if x.dim() == 3 and x.shape[1] == x.shape[2]:  # signals (N, C, L) are seldom so
         raise ValueError(f"images of {name} have shape {tuple(x.shape)}: grey ones are (N, 1, H, W), as images[:, None]")
+    if x.dim() < 2:
+        raise ValueError(f"images of {name} have shape {tuple(x.shape)}: expected (N, ...), such as (N, C, H, W)")
     if x.dim() == 4 and x.shape[1] > max(CHANNELS) and x.shape[3] in CHANNELS:
         if x.is_floating_point():
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ensemble_attacks.devices import at_hand
 from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.scores import per_sample
 
@@ -58,6 +59,10 @@ class Ball:
         """Return a point on the sphere, put into the box, from noise of the norm's kind, (N, ...)."""
         raise NotImplementedError
 
+    def uniform(self, noise: Tensor) -> Tensor:
+        """Return a point anywhere in the ball, put into the box; where a norm does not say how, as `start` does."""
+        return self.start(noise)
+
     def select(self, rows: Tensor) -> Ball:
         """Return the ball of some of the samples."""
         part = object.__new__(type(self))
@@ -89,6 +94,10 @@ class LinfBall(Ball, norm="Linf"):
         largest = noise.flatten(1).abs().amax(1)
         return self.project(self.clean + self.scaled(self.eps * noise / per_sample(largest, noise)))
 
+    def uniform(self, noise: Tensor) -> Tensor:
+        """Return ``P(clean + eps * t)`` of uniform noise t in [-1, 1]."""
+        return self.project(self.clean + self.scaled(self.eps * noise))
+
 
 class L2Ball(Ball, norm="L2"):
     """A ball ``|x - clean|_2 <= eps``, whose projection clamps to the box last.
@@ -118,7 +127,7 @@ class L2Ball(Ball, norm="L2"):
         for _ in range(ROUNDINGS):
             rounded = self._shrunk(x.double(), clean, within).to(x.dtype)
             size = l2_norm(self._units(rounded.double() - clean))
-            if not (size > self.eps).any():
+            if at_hand(size) and not (size > self.eps).any():
                 return rounded
             within = torch.where(size > self.eps, within * (self.eps / size) * (1 - torch.finfo(x.dtype).eps), within)
         safe = self._shrunk(x, self.clean, x.new_full((len(x),), self.radius))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.descent.objectives import Goal, Objective
+from ensemble_attacks.devices import Later, at_hand, placed
 from ensemble_attacks.models.view import Forward, Outputs
 
 CONFIRMING = 20  # further draws of a sample that no draw has been right on, before it leaves
@@ -70,12 +71,18 @@ def verdict(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
         margin_N = goal.margin(outputs.scores_NK.detach())
         return (~(margin_N < 0)).to(margin_N), margin_N
     margin_EN = goal.margin(outputs.verdict_ENK.detach())
-    weights_E = torch.ones(1) if outputs.weights_E is None else outputs.weights_E
-    weights_E = weights_E.to(margin_EN)
+    weights_E = margin_EN.new_ones(1) if outputs.weights_E is None else outputs.weights_E.to(margin_EN)
     return weights_E @ (~(margin_EN < 0)).to(margin_EN), weights_E @ margin_EN
 
 
-def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, draws: Draws | None) -> Point:
+def look(
+    forward: Forward,
+    x: Tensor,
+    goal: Goal,
+    objective: Objective | None,
+    draws: Draws | None,
+    among: Tensor | None = None,
+) -> Point:
     """Return scores, success and, with an ``objective``, its loss and gradient at ``x``, all from one forward pass.
 
     The draws of a random model are accumulated, so that memory does not grow with their number.
@@ -86,6 +93,7 @@ def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, d
         goal: what counts as success.
         objective: what is maximised; ``None``: no loss and no gradient are computed.
         draws: how a random model is looked at; ``None``: the model is deterministic.
+        among: whose success is asked about, (N,) bool; ``None``: all samples'.
 
     Raises:
         ValueError: Where the loss has no gradient with respect to the images.
@@ -96,7 +104,9 @@ def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, d
     scores_NK = torch.zeros((), dtype=x.dtype, device=x.device)
     gradient: Tensor | None = None
     random, backwards = draws is not None, 0
-    for copies in _chunks(count, at_once):
+    doubted: Later | None = None
+    chunks = _chunks(count, at_once)
+    for index, copies in enumerate(chunks, start=1):
         own = goal.tile(copies)
         with torch.set_grad_enabled(objective is not None):
             outputs = forward(tile(x, copies))
@@ -104,7 +114,9 @@ def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, d
         right_N, margin_N = right_N + total(right, copies), margin_N + total(lead, copies)
         scores_NK = scores_NK + total(outputs.scores_NK.detach(), copies)
         random = random or outputs.weights_E is not None
-        if objective is None or (draws is None and not right.any()):
+        if draws is not None and index == len(chunks):  # read when the device has the last draw's gradient to compute
+            doubted = Later((right_N == 0) if among is None else (right_N == 0) & among)
+        if objective is None or (draws is None and at_hand(right) and not right.any()):
             continue
         with torch.enable_grad():
             loss = objective(outputs, own)
@@ -117,8 +129,9 @@ def look(forward: Forward, x: Tensor, goal: Goal, objective: Objective | None, d
     if objective is not None and gradient is None:
         gradient = torch.zeros_like(x)  # all are fooled
     forwards, seen = count * len(x), torch.full_like(right_N, count)
-    doubtful = torch.nonzero(right_N == 0).squeeze(-1) if draws is not None else torch.arange(0)
-    if len(doubtful):  # before a sample leaves on these draws, others have to confirm them
+    rows = torch.arange(0) if doubted is None else torch.nonzero(doubted.read()).squeeze(-1)
+    if len(rows):  # before a sample leaves on these draws, others have to confirm them
+        doubtful = placed(rows, x.device)
         forwards += CONFIRMING * len(doubtful)
         seen[doubtful] += CONFIRMING
         sums = right_N[doubtful], margin_N[doubtful]

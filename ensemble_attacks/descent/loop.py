@@ -1,7 +1,8 @@
 """Run the loop that every attack shares.
 
 One forward pass per iterate serves both the success test and the gradient; the last iterate is tested too. A sample leaves
-the batch the moment it is fooled. The clean image is the centre of the ball in every stage.
+the batch the moment it is fooled, or on a device a few steps later (`batch`). The clean image is the centre of the ball in
+every stage.
 
 For a random model every one of these, loss, gradient, success, and which iterate is best, is the mean over draws, and a
 sample leaves only when no draw of many is right.
@@ -17,16 +18,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ensemble_attacks.descent.batch import Batch, Descent, Rhythm
 from ensemble_attacks.descent.look import Draws, Point, look
 from ensemble_attacks.descent.objectives import Goal, Objective
-from ensemble_attacks.descent.progress import Descent, Progress, Start
+from ensemble_attacks.descent.progress import Progress, Start
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.devices import placed
 from ensemble_attacks.models.view import Forward
 from ensemble_attacks.norms import UNIT, Box
-from ensemble_attacks.scores import gather
 
-Record = Callable[[int, int, int, int, Tensor | float], None]  # (step, fooled, forwards, backwards, summed loss)
+Record = Callable[[int, Tensor, Point], None]  # (step, which are fooled there for the first time, what was seen)
 
 
 def attack(
@@ -79,21 +81,22 @@ def attack(
         stage = plan[index]
         begun = progress.begin(stage, rows, seen)
         rule = (stage.step_rule or step_rule)(begun.x, eps=eps, steps=progress.steps_of(stage))
-        record = partial(trace.add, index) if trace is not None else (lambda *row: None)
+        record = partial(trace.step, index) if trace is not None else (lambda *row: None)
         found = descend(forward, stage.objective, begun, rule, progress.steps_of(stage), draws, record)
         progress.book(index, rows, found)
 
     opening = plan[0] if plan and plan[0].opening else None
-    for rows in torch.arange(len(images), device=images.device).split(batch_size):
+    for first in range(0, len(images), batch_size):
+        rows = slice(first, first + batch_size)
         at_once = opening.objective if opening is not None else None
         seen = [look(forward, images[rows], goal.select(rows), at_once if start is None else None, draws)]
         if start is not None:
             seen.append(look(forward, progress.opening(rows), goal.select(rows), at_once, draws))
         progress.see(rows, seen)
         if trace is not None:
-            trace.look(int((progress.fooled_in[rows] < 0).sum()), seen)
+            trace.look((progress.fooled_in[rows] < 0).sum(), seen)
         if opening is not None and len(chosen := progress.rows(opening, rows)):
-            run(0, chosen, seen[-1].at(chosen - rows[0]))
+            run(0, chosen, seen[-1].at(placed(chosen - first, images.device)))
     for index, stage in enumerate(plan):
         chosen = torch.arange(0) if stage.opening else progress.rows(stage)
         for rows in chosen.split(batch_size) if len(chosen) else ():
@@ -109,33 +112,24 @@ def descend(
     steps: int,
     draws: Draws | None,
     record: Record,
+    rhythm: Rhythm | None = None,
 ) -> Descent:
     """Maximise ``objective`` over the ball; success, and which iterate is best, go by the model's own prediction."""
     x, ball, goal, gaps_NK, seen = begun
-    best_x, last_x = x.clone(), x.clone()
-    best_margin_N = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    active = torch.arange(len(x), device=x.device)
-    previous = x
+    batch, previous = Batch(x, gaps_NK, rhythm), x
     for step in range(steps + 1):
         last = step == steps
-        point = seen if seen is not None and not step else look(forward, x, goal, None if last else objective, draws)
-        gaps_NK[active] = gaps_NK[active].fmin(gather(point.scores_NK, goal.leave).unsqueeze(-1) - point.scores_NK)
-        margin_N = point.margin_N.to(best_margin_N.dtype)
-        improved = margin_N < best_margin_N[active]
-        rows = active[improved]
-        best_x[rows], best_margin_N[rows] = x[improved], margin_N[improved]
-        keep = ~(margin_N < 0)
-        alive = int(keep.sum())
-        record(step, len(x) - alive, point.forwards, point.backwards, point.loss_N.sum() * (point.backwards / len(x)))
-        if last or not alive:
-            last_x[active] = x
+        aim = None if last else objective
+        point = seen if seen is not None and not step else look(forward, x, goal, aim, draws, batch.robust)
+        record(step, batch.book(x, point, goal), point)
+        if last or not batch.alive():
             break
-        loss_N, gradient = point.loss_N, point.gradient
+        loss_N, gradient, margin_N = point.loss_N, point.gradient, point.margin_N
         assert gradient is not None
-        if alive < len(x):
-            active, x, previous, gradient = (t[keep] for t in (active, x, previous, gradient))
-            loss_N, margin_N, goal, ball = loss_N[keep], margin_N[keep], goal.select(keep), ball.select(keep)
-            step_rule.select(keep)
+        if (stay := batch.leave()) is not None:
+            x, previous, gradient, loss_N, margin_N = (t[stay] for t in (x, previous, gradient, loss_N, margin_N))
+            goal, ball = goal.select(stay), ball.select(stay)
+            step_rule.select(stay)
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         previous, x = step_rule.move(step, ball, previous, x, gradient, loss_N, margin_N)
-    return Descent(best_x, best_margin_N, last_x, gaps_NK)
+    return batch.found(x)

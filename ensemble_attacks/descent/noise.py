@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ensemble_attacks.devices import placed
 from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
 
 
@@ -40,11 +41,12 @@ def start_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int, nor
     """Return noise shaped ``like`` (N, ...), of the norm's kind: standard normal, or uniform in [-1, 1]."""
     gaussian = NORMS[norm].gaussian
     draw = partial(torch.randn if gaussian else torch.rand, like.shape[1:], dtype=torch.float32, device="cpu")
-    noise = torch.stack([draw(generator=generator_for(key, seed, restart)) for key in keys]).to(like.device, like.dtype)
+    noise = torch.stack([draw(generator=generator_for(key, seed, restart)) for key in keys])
+    noise = placed(noise, like.device).to(like.dtype)
     return noise if gaussian else 2 * noise - 1
 
 
 def direction_noise(keys: list[bytes], like: Tensor, *, seed: int, restart: int) -> Tensor:
     """Return noise shaped ``like`` (N, K), uniform in [-1, 1], drawn apart from the noise of the start."""
     draws = [torch.rand(like.shape[1:], generator=generator_for(key, seed, restart, 1), device="cpu") for key in keys]
-    return 2 * torch.stack(draws).to(like.device, like.dtype) - 1
+    return 2 * placed(torch.stack(draws), like.device).to(like.dtype) - 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.models.view import Outputs
-from ensemble_attacks.scores import at_least, best_other, gather, margin
+from ensemble_attacks.scores import at_least, best_other, gather, margin, mask_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,15 @@ class Goal:
         reach: the classes that descents aim at, (N,); ``None``: any other than ``leave``.
         only: whether nothing but the prediction of ``reach`` is a success (a targeted attack).
         direction: a direction in the space of scores to go along instead, (N, K).
+        ranked: the classes in the order in which an attack ranks them as targets, (N, K), the label last; ``None``: by the
+            scores of the clean image.
     """
 
     leave: Tensor
     reach: Tensor | None = None
     only: bool = False
     direction: Tensor | None = None
+    ranked: Tensor | None = None
 
     def margin(self, scores: Tensor) -> Tensor:
         """Return the margin of ``scores`` (..., N, K), shaped (..., N), which is negative where they are a success."""
@@ -61,10 +64,10 @@ class Goal:
         assert self.reach is not None
         return replace(self, leave=torch.where(self.leave == self.reach, best_other(clean_NK, self.reach), self.leave))
 
-    def select(self, rows: Tensor) -> Goal:
+    def select(self, rows: Tensor | slice) -> Goal:
         """Return the goal of some of the samples."""
-        reach, direction = (None if t is None else t[rows] for t in (self.reach, self.direction))
-        return replace(self, leave=self.leave[rows], reach=reach, direction=direction)
+        reach, direction, ranked = (None if t is None else t[rows] for t in (self.reach, self.direction, self.ranked))
+        return replace(self, leave=self.leave[rows], reach=reach, direction=direction, ranked=ranked)
 
     def tile(self, copies: int) -> Goal:
         """Return the goal of ``copies`` of all samples, one copy after another."""
@@ -122,6 +125,20 @@ def ratio(scores_NK: Tensor, goal: Goal) -> Tensor:
 def of_scores(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:
     """Return the objective that is a loss of the model's own scores."""
     return lambda outputs, goal: loss(outputs.scores_NK, goal)
+
+
+def log_expected(outputs: Outputs, goal: Goal) -> Tensor:
+    """Return the loss ``-log E[p_y]`` of the expected probability, or ``log E[p_t]`` towards a class t, (N,), in nats.
+
+    Of a model whose expectation is not known, it is each draw's ``1 - p_y``, or ``p_t``, whose mean over draws orders images
+    as that logarithm does, and has its gradient's direction. ``1 - p_y`` is the sum of the others, never a difference.
+    """
+    if outputs.weights_E is not None:
+        return cross_entropy(outputs.scores_NK, goal)
+    log_p_NK = outputs.scores_NK.log_softmax(-1)
+    if goal.reach is not None:
+        return gather(log_p_NK, goal.reach).exp()
+    return mask_class(log_p_NK, goal.leave).exp().sum(-1)
 
 
 def expected(objective: Objective) -> Objective:

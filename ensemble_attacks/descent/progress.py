@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensemble_attacks.descent.balls import Ball, make_ball
+from ensemble_attacks.descent.batch import Descent
 from ensemble_attacks.descent.look import Point
 from ensemble_attacks.descent.noise import direction_noise, sample_keys, start_noise
 from ensemble_attacks.descent.objectives import Goal
 from ensemble_attacks.descent.stages import CLOSEST, FEWEST, NEVER, Stage
+from ensemble_attacks.devices import placed
 from ensemble_attacks.norms import Box
-from ensemble_attacks.scores import gather, mask_class
+from ensemble_attacks.scores import gather, mask_class, per_sample
+
+Rows = Tensor | slice
 
 
 class Start(NamedTuple):
@@ -36,21 +40,6 @@ class Start(NamedTuple):
     goal: Goal
     gaps_NK: Tensor
     seen: Point | None
-
-
-class Descent(NamedTuple):
-    """A record of what a descent found.
-
-    Attributes:
-        best_x, best_margin_N: the iterate of the smallest margin (`Point`) of every sample, and that margin.
-        last_x: where each sample ended.
-        gaps_NK: the gaps of `Start`, brought up to date.
-    """
-
-    best_x: Tensor
-    best_margin_N: Tensor
-    last_x: Tensor
-    gaps_NK: Tensor
 
 
 class Progress:
@@ -101,7 +90,7 @@ class Progress:
         self.aims: dict[int, Tensor] = {self.steps_of(stage): torch.empty(0) for stage in plan}
         self.fooled_in = torch.full_like(goal.leave, NEVER)
         self.keys = sample_keys(images, box)
-        self.chosen = torch.arange(0)
+        self.chosen = torch.arange(0, device="cpu")
 
     def _make_room(self, seen: Point) -> None:
         """Make room for what is to be known of all samples: their number of classes shows in the first scores."""
@@ -112,69 +101,70 @@ class Progress:
         # how often each sample was aimed at each class, by as many steps or more
         self.aims = {steps: torch.empty_like(self.ranked_NK) for steps in self.aims}
 
-    def ball(self, rows: Tensor) -> Ball:
+    def ball(self, rows: Rows) -> Ball:
         """Return the ball around some of the images."""
         scale = self.scale
         if scale is not None and scale.shape == self.images.shape:
-            scale = scale[rows.to(scale.device)]
+            scale = scale[rows if isinstance(rows, slice) else rows.to(scale.device)]
         return make_ball(self.norm, self.images[rows], self.eps, self.box, scale)
 
-    def opening(self, rows: Tensor) -> Tensor:
+    def opening(self, rows: Rows) -> Tensor:
         """Return where some samples are looked at first: at the caller's start, or at the clean images."""
         return self.images[rows] if self.start is None else self.ball(rows).project(self.start[rows])
 
-    def see(self, rows: Tensor, seen: Sequence[Point]) -> None:
+    def see(self, rows: slice, seen: Sequence[Point]) -> None:
         """Take in what was seen of some samples: of the clean images and, if there is one, of the start."""
         clean_NK = seen[0].scores_NK
         if not hasattr(self, "margin_N"):
             self._make_room(seen[0])
-        leave = self.goal.select(rows).settled(clean_NK).leave
-        self.goal.leave[rows] = leave
+        goal = self.goal.select(rows).settled(clean_NK)
+        self.goal.leave[rows] = leave = goal.leave
         margin_N = seen[0].margin_N.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # any finite one is less
         if len(seen) > 1:
             closer = seen[1].margin_N < margin_N
-            self.adversarial[rows[closer]] = self.opening(rows)[closer]
+            opening = self.opening(rows)
+            self.adversarial[rows] = torch.where(per_sample(closer, opening), opening, self.adversarial[rows])
             margin_N = margin_N.fmin(seen[1].margin_N)
         self.margin_N[rows], self.clean_NK[rows] = margin_N, clean_NK
-        self.ranked_NK[rows] = mask_class(clean_NK, leave).argsort(dim=-1, descending=True, stable=True)
+        ranked_NK = mask_class(clean_NK, leave).argsort(dim=-1, descending=True, stable=True)
+        self.ranked_NK[rows] = ranked_NK if goal.ranked is None else goal.ranked
         self.gaps_NK[rows] = gather(clean_NK, leave).unsqueeze(-1) - clean_NK
         for aims_NK in self.aims.values():
             aims_NK[rows] = F.one_hot(leave, clean_NK.shape[1]) * NEVER
-        self.fooled_in[rows[margin_N < 0]] = -1
+        self.fooled_in[rows] = torch.where(margin_N < 0, -1, NEVER)
 
     def steps_of(self, stage: Stage) -> int:
         return stage.steps or self.steps
 
-    def rows(self, stage: Stage, among: Tensor | None = None) -> Tensor:
+    def rows(self, stage: Stage, among: slice = slice(None)) -> Tensor:
         """Return the samples that a stage takes: of the robust ones (``among`` these), those of the smallest margin first.
 
-        An opening takes those of one batch after another, while what was seen of it is at hand.
+        An opening takes those of one batch after another, while what was seen of it is at hand. They are chosen on the host,
+        which waits once for their margins.
         """
+        margin_N = self.margin_N[among].cpu()
+        rows = torch.arange(len(self.images), device="cpu")
         if stage.resume:
-            self.chosen = self.chosen[self._robust(self.chosen)]
+            self.chosen = self.chosen[~(margin_N[self.chosen] < 0)]
             return self.chosen
-        among = torch.arange(len(self.images), device=self.images.device) if among is None else among
-        chosen = among[self._robust(among)]
-        chosen = chosen[self.margin_N[chosen].argsort(stable=True)]
+        robust = torch.nonzero(~(margin_N < 0)).squeeze(-1)
+        chosen = rows[among][robust[margin_N[robust].argsort(stable=True)]]
         chosen = chosen[: max(math.ceil(stage.share * len(chosen)), FEWEST)]
-        self.chosen = torch.cat([self.chosen.to(chosen), chosen]) if stage.opening else chosen
+        self.chosen = torch.cat([self.chosen, chosen]) if stage.opening else chosen
         return chosen
 
-    def _robust(self, rows: Tensor) -> Tensor:
-        """Return which of the samples no image has fooled so far, bool."""
-        return ~(self.margin_N[rows] < 0)
-
-    def begin(self, stage: Stage, rows: Tensor, seen: Point | None = None) -> Start:
-        """Return where the stage's descent of some samples begins, what was ``seen`` there, and what it is after."""
+    def begin(self, stage: Stage, chosen: Tensor, seen: Point | None = None) -> Start:
+        """Return where the stage's descent of chosen `rows` begins, what was ``seen`` there, and what it is after."""
+        keys, rows = [self.keys[row] for row in chosen.tolist()], placed(chosen, self.images.device)
         ball = self.ball(rows)
-        keys = [self.keys[row] for row in rows.tolist()]
         if stage.resume:
             assert self.ended is not None
             x = self.ended[rows]
         elif stage.opening or (self.start is not None and stage.restart == 0):
             x = self.opening(rows)
         else:
-            x = ball.start(start_noise(keys, self.images[rows], seed=self.seed, restart=stage.restart, norm=self.norm))
+            noise = start_noise(keys, self.images[rows], seed=self.seed, restart=stage.restart, norm=self.norm)
+            x = ball.uniform(noise) if stage.uniform else ball.start(noise)
         return Start(x, ball, self._aimed(stage, rows, self.goal.select(rows), keys), self.gaps_NK[rows], seen)
 
     def _aimed(self, stage: Stage, rows: Tensor, goal: Goal, keys: list[bytes]) -> Goal:
@@ -192,15 +182,17 @@ class Progress:
             aims_NK[rows, targets] += int(length <= steps)
         return goal.towards(targets)
 
-    def book(self, index: int, rows: Tensor, found: Descent) -> None:
-        """Take in what the descent of the stage ``index`` found."""
+    def book(self, index: int, chosen: Tensor, found: Descent) -> None:
+        """Take in what the descent of the stage ``index`` found of chosen `rows`."""
+        rows = placed(chosen, self.images.device)
         self.gaps_NK[rows] = found.gaps_NK
         if self.ended is not None:
             self.ended[rows] = found.last_x
-        better = found.best_margin_N < self.margin_N[rows]
-        self.adversarial[rows[better]] = found.best_x[better]
-        self.margin_N[rows[better]] = found.best_margin_N[better].to(self.margin_N.dtype)
-        self.fooled_in[rows[found.best_margin_N < 0]] = index
+        margin_N, best_x = self.margin_N[rows], found.best_x
+        better = found.best_margin_N < margin_N
+        self.adversarial[rows] = torch.where(per_sample(better, best_x), best_x, self.adversarial[rows])
+        self.margin_N[rows] = torch.where(better, found.best_margin_N.to(margin_N.dtype), margin_N)
+        self.fooled_in[rows] = torch.where(found.best_margin_N < 0, index, self.fooled_in[rows])
 
 
 def closest_class(gaps_NK: Tensor, aims_NK: Tensor) -> Tensor:

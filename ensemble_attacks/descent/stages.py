@@ -37,6 +37,7 @@ class Stage:
         share: the share of the robust samples that the stage takes, those of the smallest margin; `FEWEST` at least.
         opening: whether the descent begins at the clean images, or at the caller's start, whose first look serves it, too;
             only the first stage may be one, and it takes all that are robust.
+        uniform: whether a random start lies anywhere in the ball; else it is on the sphere.
     """
 
     objective: Objective
@@ -48,6 +49,7 @@ class Stage:
     resume: bool = False
     share: float = 1.0
     opening: bool = False
+    uniform: bool = False
 
 
 @dataclass(eq=False)
@@ -63,7 +65,7 @@ class Trace:
             start, was a success already, `NEVER` if it held out.
     """
 
-    _sums: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
+    _booked: dict[tuple[int, int], list[tuple[Tensor | float, ...]]] = field(default_factory=dict, repr=False)
     fooled_in: list[Tensor] = field(default_factory=list, repr=False)
 
     def begin(self, fooled_in: Tensor) -> None:
@@ -75,20 +77,24 @@ class Trace:
         stages = torch.cat([part.cpu() for part in self.fooled_in]) if self.fooled_in else torch.empty(0)
         return stages < NEVER if len(stages) == samples else None
 
-    def look(self, fooled: int, seen: Sequence[Point]) -> None:
+    def look(self, fooled: Tensor, seen: Sequence[Point]) -> None:
         """Book the looks at some samples before their first stage: at the clean images and, if there is one, at a start."""
         forwards = sum(point.forwards for point in seen)
         self.add(-1, 0, fooled, forwards, seen[-1].backwards, seen[-1].loss_N.sum())
 
-    def add(self, stage: int, step: int, fooled: int, forwards: int, backwards: int, loss: Tensor | float) -> None:
-        sums = self._sums.setdefault((stage, step), [0.0] * 4)
-        for column, value in enumerate((fooled, forwards, backwards, loss)):
-            sums[column] += float(value)
+    def step(self, stage: int, step: int, fooled: Tensor, point: Point) -> None:
+        """Book what was seen of samples (N,) at a step, and which of them are ``fooled`` there for the first time."""
+        loss = point.loss_N.sum() * (point.backwards / len(fooled))
+        self.add(stage, step, fooled.sum(), point.forwards, point.backwards, loss)
+
+    def add(self, stage: int, step: int, fooled: Tensor | int, forwards: int, backwards: int, loss: Tensor | float) -> None:
+        self._booked.setdefault((stage, step), []).append((fooled, forwards, backwards, loss))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows in the order of the run, each with ``robust``, the number of samples not fooled so far."""
         rows, robust = [], sum(map(len, self.fooled_in))
-        for (stage, step), (*counts, loss) in sorted(self._sums.items()):
+        for (stage, step), booked in sorted(self._booked.items()):
+            *counts, loss = (sum(map(float, column)) for column in zip(*booked, strict=True))
             fooled, forwards, backwards = map(int, counts)
             robust -= fooled
             mean_loss = loss / backwards if backwards else None

@@ -21,6 +21,7 @@ class StepRule:
     """
 
     momentum = 1.0
+    first = 1.0  # the share of the new step in the first move
 
     def __init__(self, x: Tensor, *, eps: float, steps: int) -> None:
         self.eps, self.steps = eps, steps
@@ -39,7 +40,7 @@ class StepRule:
         """Return the point gone on from and the next, (N, C, H, W) both."""
         x, gradient = self.observe(step, x, loss, gradient)
         ahead = ball.project(x + self.size(step, x) * ball.steepest(gradient))
-        share = self.momentum if step else 1.0
+        share = self.momentum if step else self.first
         return x, ball.project(x + share * (ahead - x) + (1 - share) * (x - previous))
 
     def select(self, rows: Tensor) -> None:

@@ -14,7 +14,7 @@ def adaptive_attacks(structure: Structure) -> list[str]:
         names += ["bpda"]
     if structure.members:
         names += ["bpda-mora"] if structure.frontend else []
-        names += ["mora"]
+        names += ["expected-apgd", "mora", "lca"] if structure.known_draws else ["mora"]
     if structure.own_aggregation:
         names += ["crossmax-transfer"]
     if structure.random:

@@ -9,10 +9,12 @@ Hein, AutoAttack, ICML 2020.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from ensemble_attacks.data import as_tensors
 from ensemble_attacks.diagnostics.advice import attacks_for
 from ensemble_attacks.diagnostics.examination import FEWEST_DIAGNOSED, Examination
 from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
@@ -20,14 +22,16 @@ from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
 from ensemble_attacks.models.ask import as_module, check_dtype
+from ensemble_attacks.models.boxed import seen_from_unit_box, share_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.validation import (
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
-    check_positive,
     check_radius,
     check_seed,
 )
@@ -35,22 +39,26 @@ from ensemble_attacks.validation import (
 
 def diagnose(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Tensor | None = None,
     *,
-    eps: float,
+    eps: float | Tensor,
     seed: int = 0,
     attack: Callable[[nn.Module, float], Attack] | None = None,
+    box: Box = UNIT,
 ) -> Diagnosis:
     """Look for reasons not to believe a robust accuracy in Linf.
 
     Args:
-        model: images in [0, 1] -> scores (N, K).
-        x, y: some images (N, C, H, W) and their classes (N,); 64 are enough.
-        eps: radius of the ball, in pixel units of [0, 1].
+        model: images in the box -> scores (N, K).
+        x, y: some images (N, ...), such as (N, C, H, W), and their classes (N,), 64 are enough; or, without ``y``, a
+            ``Dataset`` or ``DataLoader``.
+        eps: radius of the ball, in the units of the images, or of each feature, the same share of the box's width.
         seed: the seed of all randomness.
         attack: makes the attack whose failures are looked into, as in `indicators`. (Default: PGD, 50 steps; EOTAPGD for a
             random model)
+        box: the values that images can take. What is looked at in another than [0, 1] is the model as seen from there, and
+            so is what ``attack`` gets.
 
     Returns:
         The checks, and the attacks that they call for.
@@ -58,14 +66,17 @@ def diagnose(
     Raises:
         TypeError, ValueError: Where arguments are unusable.
     """
-    model = as_module(model)
-    check_images(x, "x")
+    model, (x, y) = as_module(model), as_tensors(x, y)
+    check_images(x, "x", box=box)
     check_labels(y, x, "y")
-    check_positive("eps", eps)
+    check_eps(eps)
     check_seed(seed)
-    if isinstance(x, Tensor) and len(x):
-        check_radius(eps, "Linf", x[0])
+    if len(x):
+        check_radius(eps, "Linf", x[0], box)
     check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
+    if box != UNIT or isinstance(eps, Tensor):
+        eps = share_of(eps, box, "the checks")
+        model, x = seen_from_unit_box(model, x, box)
     device = next(model.parameters(), x).device
     was_training = in_training(model)
     with guarded(model, seed=seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.recraft import recraft_units
 from ensemble_attacks.evaluation.selection import choice_of
 from ensemble_attacks.evaluation.summary import Standing, summary_bytes, summary_of, verdict_of
-from ensemble_attacks.evaluation.units import CLEAN, Unit, chain_of, count_chains
+from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, by_cell, chain_of, count_chains
 from ensemble_attacks.files import read_whole
 from ensemble_attacks.schema import parse
 
@@ -219,8 +220,8 @@ def progress(ledger: Ledger) -> dict[str, Any]:
     """Return how far a run is.
 
     It has the units ``done`` of ``all``, ``per_hour`` and ``hours_left`` by the last hundred, ``failed``, ``quarantined``,
-    ``running``, and ``killed``, the units whose process is no more; and ``state``: ``finished``, ``running``, ``stopped``
-    (nobody is at work) or ``killed`` (who was at work is no more).
+    ``running``, those in work with the seconds since they began, and ``killed``, the units whose process is no more; and
+    ``state``: ``finished``, ``running``, ``stopped`` (nobody is at work) or ``killed`` (who was at work is no more).
     """
     units = [unit for index in range(count_chains(ledger.manifest)) for unit in chain_of(ledger.manifest, index)]
     marks, drivers = ledger.in_work(), ledger.in_work("driving")
@@ -241,9 +242,26 @@ def progress(ledger: Ledger) -> dict[str, Any]:
             for entry in ledger.failed()
         ],
         "quarantined": ledger.quarantined(),
-        "running": [unit_name(mark["unit"]) for mark in marks if mark["alive"] and mark.get("unit")],
+        "running": {
+            unit_name(mark["unit"]): time.time() - mark.get("since", time.time())
+            for mark in marks
+            if mark["alive"] and mark.get("unit")
+        },
         "killed": [unit_name(mark["unit"]) for mark in marks if not mark["alive"] and mark.get("unit")],
     }
+
+
+def results_so_far(ledger: Ledger) -> Iterator[tuple[Cell, dict[str, tuple[int, int]]]]:
+    """Yield each cell of which something is done, with the robust images and the images that each attack has taken."""
+    for cell, chains in by_cell(ledger.manifest):
+        rows: dict[str, tuple[int, int]] = {}
+        for unit in (unit for chain in chains for unit in chain if ledger.done(unit)):
+            if (result := ledger.read(unit)) is not None:
+                robust, n = rows.get(unit.attack, (0, 0))
+                flags = result.tensors["robust"]
+                rows[unit.attack] = (robust + int(flags.sum()), n + len(flags))
+        if rows:
+            yield cell, {name: row for name, row in rows.items() if row[1]}
 
 
 def unit_name(content: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ensemble_attacks.evaluation.manifest import data_digest
 from ensemble_attacks.evaluation.origins import check_fit, check_origin, images_of
 from ensemble_attacks.evaluation.recraft import unequal
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
-from ensemble_attacks.evaluation.units import chain_of, count_chains
+from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement, judge
 
@@ -54,10 +54,13 @@ def examine_bundle(
         model: the model of the claim.
         data_dir: where the data lie.
     """
-    opened = open_dataset(claim.dataset, data_dir=data_dir, transform=claim.transform)
+    span = threat_of(manifest or {}).box.span
+    opened = open_dataset(claim.dataset, data_dir=data_dir, transform=claim.transform, span=span)
     x, y = opened.take(numbers_of(opened, range(len(opened)), len(images)))
     check_fit(claim.model, model, x, y, claim.dataset, opened.classes)
-    given: dict[str, Any] = {"eps": claim.eps, "norm": claim.norm, "draws": claim.draws}
+    threat = threat_of(manifest or {})
+    given: dict[str, Any] = {"eps": threat.eps(claim.eps), "norm": claim.norm, "draws": claim.draws}
+    given |= {"box": threat.box, "mask": threat.mask}
     sweep = manifest["sweep"] if manifest else {"shard_size": len(images), "batch_size": 250}
     given["batch_size"] = sweep["batch_size"]
     parts = [(x, y, images), (x, y, x)]

@@ -23,11 +23,11 @@ from ensemble_attacks.evaluation.origins import check_origin, images_of, placed
 from ensemble_attacks.evaluation.runner import Attacked, attack, clean_unit, halving, judged
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
-from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of
+from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of, threat_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
-from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.twins import SEEN, prepare
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
@@ -83,7 +83,7 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings, self.device = cell.settings, device
+        self.settings, self.device = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
@@ -107,7 +107,8 @@ class Context:
     @cached_property
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
-        return prepare(self.model, self.x[:8].to(self.device), amp=self.settings.amp)
+        few = self.x[: min(SEEN, self.settings.batch_size)]
+        return prepare(self.model, few.to(self.device), amp=self.settings.amp)
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
+from ensemble_attacks.errors import said
 from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
 from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains
+from ensemble_attacks.extras import extra
 from ensemble_attacks.files import machine
 from ensemble_attacks.validation import check_choice
 
@@ -172,13 +174,15 @@ def ray(
     Args:
         cpus, gpus: what every task takes; fractions share a GPU.
     """
-    try:
+    with extra("ray", "the engine 'ray'"):
         library: Any = importlib.import_module("ray")
-    except ImportError as error:
-        raise ImportError("the engine 'ray' needs Ray: pip install 'ensemble-attacks[ray]'") from error
     started = not library.is_initialized()
     if started:
-        library.init(address=address, log_to_driver=False, configure_logging=False)
+        try:
+            library.init(address=address, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray raises it as it is
+            where = f"reached at {address!r}" if address else "started"
+            raise ConnectionError(f"Ray cannot be {where} ({said(error)}): what is done is kept, run it again") from error
     try:
         task = library.remote(num_cpus=cpus, num_gpus=gpus, max_retries=10, retry_exceptions=False)(run_chain)
         folder = str(ledger.folder.resolve())
@@ -218,10 +222,8 @@ def slurm(
         minutes, cpus, gpus: what every job takes.
         at_once: the number of jobs of the array that may run at the same time.
     """
-    try:
+    with extra("slurm", "the engine 'slurm'"):
         import submitit
-    except ImportError as error:
-        raise ImportError("the engine 'slurm' needs submitit: pip install 'ensemble-attacks[slurm]'") from error
     folder = ledger.folder.resolve()
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, slurm_max_num_timeout=20)
     settings: dict[str, Any] = dict(timeout_min=minutes, cpus_per_task=cpus, name="ensemble-attacks")

@@ -20,8 +20,9 @@ from ensemble_attacks.evaluation.leases import sealed
 from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
 from ensemble_attacks.evaluation.report.tables import in_markdown
 from ensemble_attacks.evaluation.summary import called, finished, lacking, run_digest
-from ensemble_attacks.evaluation.units import chain_of, count_chains
+from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
 from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
+from ensemble_attacks.norms import UNIT, Box
 from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
 from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
@@ -124,7 +125,7 @@ def compare_bundle(ledger: Ledger, bundle: Path) -> list[str]:
     """
     summary, images, accuracy = _finished(ledger)
     lines = []
-    found, _ = read_bundle(bundle)
+    found, _ = read_bundle(bundle, threat_of(ledger.manifest).box)
     if found.shape != images.shape or found.dtype != images.dtype:
         lines.append(f"{IMAGES}: {found.dtype} {tuple(found.shape)}, the run has {images.dtype} {tuple(images.shape)}")
     elif differ := int((found != images).flatten(1).any(1).sum()):
@@ -185,11 +186,12 @@ def _text(summary: dict[str, Any], accuracy: float, absent: Sequence[str], diges
         for name, row in summary["attacks"].items()
     )
     rows += "".join(f"\n\nNot complete: {in_markdown(line)}." for line in absent)
+    within = f", {summary['within']}" if summary.get("within") else ""
     model = in_markdown(summary["model"])
     return (
         f"# External evaluation of {model}\n\n"
         f"Model: {model} (vote: {in_markdown(summary.get('vote'))})\n"
-        f"Leaderboard: {in_markdown(summary['dataset'])}, {summary['norm']}, eps = {summary['eps']:g}\n"
+        f"Leaderboard: {in_markdown(summary['dataset'])}, {summary['norm']}, eps = {summary['eps']:g}{within}\n"
         f"Robust accuracy: {accuracy:.2f}% of {summary['n']} test images, clean: {100 * summary['clean']['accuracy']:.2f}%\n"
         f"Adversarial images: `{IMAGES}`, a float tensor of the first {summary['n']} test images, in their order\n\n"
         f"Method: ensemble-attacks {__version__}, seed {summary['seed']}; per sample, the worst case of\n{rows}\n"
@@ -197,15 +199,15 @@ def _text(summary: dict[str, Any], accuracy: float, absent: Sequence[str], diges
     )
 
 
-def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Return the images (N, C, H, W) of a bundle, and what is said of them.
+def read_bundle(path: Path, box: Box = UNIT) -> tuple[Tensor, dict[str, Any]]:
+    """Return the images (N, C, H, W) of a bundle, or inputs (N, ...) in another box, and what is said of them.
 
     The bundle is a folder that `export_robustbench` wrote, or a ``.pt`` file of one tensor, of which nothing is said. Only
     tensors are unpickled (``weights_only``), of at most 4 GiB.
 
     Raises:
         FileNotFoundError: Where nothing is there.
-        ValueError: Where it holds no tensor of images in [0, 1], or too large a file.
+        ValueError: Where it holds no tensor of images in [0, 1], or in the box, or too large a file.
     """
     file = path / IMAGES if path.is_dir() else path
     if not os.path.lexists(file):
@@ -222,7 +224,7 @@ def read_bundle(path: Path) -> tuple[Tensor, dict[str, Any]]:
             said = read_json(about, About)
         except ValueError as error:
             raise ValueError(f"{about} is no description of a bundle: {error}") from None
-    if images.dim() != 4 or not len(images) or len(images) > MOST_IMAGES:
+    if images.dim() < 2 or (box == UNIT and images.dim() != 4) or not len(images) or len(images) > MOST_IMAGES:
         raise ValueError(f"{file} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
-    check_images(images, str(file), slack=1e-6)
+    check_images(images, str(file), slack=1e-6 * box.magnitude, box=box)
     return images, said

@@ -32,7 +32,6 @@ STANDS_ON = (  # the packages whose version may change a result
     "robustbench",
     "timm",
     "numpy",
-    "scikit-learn",
 )
 
 
@@ -125,6 +124,11 @@ def _kind_said(kind: type) -> str:
 
 def source_of(kind: type) -> str:
     """Return the sha256 of the source of a class, wherever it lies; empty where it is typed in, or compiled."""
+    return _source_of(kind)
+
+
+@cache  # a deep network has hundreds of modules of a few classes
+def _source_of(kind: type) -> str:
     try:
         return sha256(inspect.getsource(kind).encode()).hexdigest()
     except (OSError, TypeError):

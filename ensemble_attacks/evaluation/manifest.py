@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ensemble_attacks.data import OFFERED, Opened, load_dataset, open_dataset, state_of
+from ensemble_attacks.data import OFFERED, Opened, load_dataset, numbers_of, open_dataset, state_of
 from ensemble_attacks.evaluation.identity import code_version, made_of, versions
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import check_fit, images_of, origin_of, paths_in
 from ensemble_attacks.evaluation.runner import check_arguments
 from ensemble_attacks.evaluation.selection import PIECE, chosen, rows_said
-from ensemble_attacks.evaluation.settings import DEFAULT_VOTES, Settings, Shared, Sweep
+from ensemble_attacks.evaluation.settings import DEFAULT_VOTES, Sweep
 from ensemble_attacks.evaluation.units import canonical
 from ensemble_attacks.files import digest
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import device_of
 from ensemble_attacks.models.votes import OWN, check_vote
 from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, StoredManifest, check
-from ensemble_attacks.validation import check_count, check_positive, check_seed
+from ensemble_attacks.validation import check_count, check_per_feature, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,26 @@ def subjects_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         if vote != OWN:
             check_vote(vote)
     dataset = dataset_of(sweep, model_dir)
-    opened = open_dataset(dataset, data_dir=data_dir, download=download, transform=sweep.transform)
+    given: dict[str, Any] = {"data_dir": data_dir, "transform": sweep.transform, "span": sweep.threat.box.span}
+    opened = open_dataset(dataset, download=download, **given)
     two = max(1, min(2, len(opened) - sweep.first))
-    few = load_dataset(dataset, data_dir=data_dir, transform=sweep.transform, first=sweep.first, n=two)[0]
+    few = opened.take(numbers_of(opened, range(len(opened)), two, sweep.first))[0]
+    check_within(few, sweep)
     models = {name: providers.load_model(name, model_dir, dataset, vote=sweep.votes[0]) for name in sweep.models}
     for name, model in models.items():
         if sweep.votes not in (DEFAULT_VOTES, (OWN,)) and getattr(model, "vote", None) != sweep.votes[0]:
             raise ValueError(f"vote {sweep.votes[0]!r}: {name} has no votes to choose from: leave it out for this model")
         check_fit(name, model, few, opened.labels, dataset, opened.classes)
     return Subjects(models, dataset, opened, chosen(sweep, opened, list(models.values())))
+
+
+def check_within(x: Tensor, sweep: Sweep) -> None:
+    """Raise a `ValueError` where a box, a mask, or eps for each feature is not for inputs of the shape of ``x`` (N, ...)."""
+    threat = sweep.threat
+    named = {"box": (threat.box.low, threat.box.high), "movable": (threat.mask,), "eps": tuple(threat.radii.values())}
+    for name, values in named.items():
+        for value in values:
+            check_per_feature(name, value, x)
 
 
 def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download: bool = False) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
     if votes == DEFAULT_VOTES and len(models) == 1 and sweep.models[0] not in providers.list_models():
         votes = (vote_said(models[sweep.models[0]]),)
     manifest: dict[str, Any] = {
-        "sweep": asdict(sweep) | {"n": n, "shard_size": min(sweep.shard_size, n), "dataset": dataset, "votes": votes},
+        "sweep": sweep.listed() | {"n": n, "shard_size": min(sweep.shard_size, n), "dataset": dataset, "votes": votes},
         "rows": rows_said(numbers),
         "images": len(subjects.opened),
         "versions": versions(),
@@ -94,12 +105,13 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
             "given": sorted({*providers.OFFERED, *OFFERED} & {*sweep.models, dataset}),
         },
     }
+    if not sweep.threat.plain:
+        manifest["threat"] = sweep.threat.stored()
     images = images_of(manifest)
     x, y = load_dataset(**images, n=min(n, PIECE))
     for model in models.values():
-        shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
         for eps, seed in product(sweep.eps, sweep.seeds):
-            check_arguments(model, x, y, sweep.attacks, Settings(eps, seed, **shared))
+            check_arguments(model, x, y, sweep.attacks, sweep.settings(eps, seed, sweep.threat))
     manifest |= {
         "weights": {name: digest(*model.state_dict().values()) for name, model in models.items()},
         "made": {name: made_of(model, x[:2].to(device_of(model, x.device))) for name, model in models.items()},

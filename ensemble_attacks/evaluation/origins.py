@@ -22,10 +22,12 @@ from ensemble_attacks.data.records import known_datasets
 from ensemble_attacks.errors import LedgerError
 from ensemble_attacks.evaluation.identity import source_of
 from ensemble_attacks.evaluation.ledger import difference
+from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import ask, check_dtype, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.names import absolute
+from ensemble_attacks.norms import UNIT
 from ensemble_attacks.validation import check_label_range
 
 logger = logging.getLogger(__name__)
@@ -132,12 +134,13 @@ def placed_anew(manifest: dict[str, Any], model: str | None, dataset: str | None
 
 def images_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by which `load_dataset` loads the images of a run."""
-    sweep, places = manifest["sweep"], manifest["places"]
+    sweep, places, box = manifest["sweep"], manifest["places"], threat_of(manifest).box
     return {
         "name": placed(manifest, sweep["dataset"]),
         "data_dir": places["data_dir"],
         "transform": sweep.get("transform", ""),
         "rows": manifest.get("rows"),
+        **({} if box == UNIT else {"span": box.span}),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
@@ -20,10 +20,10 @@ from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import manifest_of, run_identity
 from ensemble_attacks.evaluation.origins import given
-from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import seconds_of
+from ensemble_attacks.extras import extra
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.validation import check_count
 
@@ -53,7 +53,8 @@ class Evaluation:
     @property
     def table(self) -> str:
         """Return the table as text."""
-        return tabulate([list(row.values()) for row in self.rows], COLUMNS, tablefmt="github")
+        told = [column for column in COLUMNS if any(row[column] != "" for row in self.rows)]
+        return tabulate([[row[column] for column in told] for row in self.rows], told, tablefmt="github")
 
     def __str__(self) -> str:
         return self.table
@@ -78,7 +79,10 @@ class Evaluation:
 
         Raises:
             FileExistsError: Where it is there already.
+            MissingExtraError: Where what draws and renders it is not installed.
         """
+        with extra("report", "a report"):
+            from ensemble_attacks.evaluation.report.pages import write_report
         with given(self._model, self._images):
             return write_report(self.folder, Path(out or self.folder / "report"), device=self._device)
 
@@ -92,9 +96,11 @@ def evaluate(
     model: nn.Module | str | PathLike[str],
     data: Any,
     *,
-    eps: float | Sequence[float],
+    eps: Any,
     attacks: str | Sequence[str] = "auto",
     norm: str = "Linf",
+    box: Any = None,
+    movable: Any = None,
     out: str | PathLike[str] | None = None,
     name: str | None = None,
     transform: str = "",
@@ -112,13 +118,18 @@ def evaluate(
     or data are the program's own. The model is left as it was.
 
     Args:
-        model: a module, images (N, C, H, W) in [0, 1] -> scores (N, K), which is attacked where it lies; or the name of one,
-            as ``evaluate --model`` takes it. Attacks that look inside want an `Ensemble`, or `as_ensemble`'s.
-        data: images (N, C, H, W) in [0, 1], or bytes, and labels (N,), as a pair of tensors or arrays; a torch ``Dataset``
+        model: a module, inputs (N, ...) in the box, such as images (N, C, H, W), -> scores (N, K), which is attacked where
+            it lies; or the name of one, as ``evaluate --model`` takes it. Attacks that look inside want an `Ensemble`, or
+            `as_ensemble`'s.
+        data: inputs (N, ...) in the box, or bytes, and labels (N,), as a pair of tensors or arrays; a torch ``Dataset``
             or ``DataLoader``; or the name of a dataset, file, folder or function, as ``evaluate --data`` takes it.
-        eps: the radius of the ball, in pixel units of [0, 1], or several.
+        eps: the radius of the ball, in the inputs' own units: a number, ``"8/255"``, an array or file with a radius for each
+            feature; or a list of several of these.
         attacks: names (``ensemble-attacks attacks``), as a list or separated by commas; ``"auto"`` looks at the model first.
         norm: the norm of the ball.
+        box: the values that inputs can take: a `Box`, a pair of numbers or arrays, or a file of ``low`` and ``high``;
+            ``None``: [0, 1]. Bytes span it.
+        movable: which features may move: an array of truth values, of one input, or a file of one; ``None``: all.
         out: the run's folder; ``None``: one of its own in ``runs``.
         name: what the run calls the model; ``None``: its class's name.
         transform: what is done to every image, as ``"resize=256,crop=224"``.
@@ -145,8 +156,8 @@ def evaluate(
             "function that makes it, as evaluate('nets.py:make', 'images.npz', ...)"
         )
     where = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu"))
-    names = [part.strip() for part in attacks.split(",") if part.strip()] if isinstance(attacks, str) else list(attacks)
-    sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": names, "norm": norm, **settings}
+    sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": _names(attacks), "norm": norm, **settings}
+    sweep |= {"box": box, "movable": movable}
     with given(own_model, own_images):
         manifest = manifest_of(
             Sweep.of(sweep | {"transform": transform}, "evaluate"), model_dir=model_dir, data_dir=data_dir, download=download
@@ -193,6 +204,25 @@ def verify(
         return audit.verify(
             ledger, where, model_dir=model_dir, data_dir=data_dir, model=names["model"], dataset=names["dataset"]
         )
+
+
+def _names(attacks: Any) -> list[str]:
+    """Return the names of attacks, of a list or separated by commas.
+
+    Raises:
+        TypeError: Where one is no name.
+    """
+    if isinstance(attacks, str):
+        return [part.strip() for part in attacks.split(",") if part.strip()]
+    given = list(attacks) if isinstance(attacks, Iterable) else [attacks]
+    for one in given:
+        if not isinstance(one, str):
+            kind = one if isinstance(one, type) else type(one)
+            raise TypeError(
+                f"attacks holds {kind.__name__}, no name: a run makes its attacks anew, in any process, by names such as "
+                "'mora' or 'torchattacks:PGD?steps=50'; AutoAttack(attacks_to_run=[...]) takes instances"
+            )
+    return given
 
 
 def _own_model(model: Any, name: str | None) -> Given:

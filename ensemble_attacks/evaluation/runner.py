@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ensemble_attacks.appeal import contradicted
 from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.data import as_tensors
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
@@ -25,14 +26,15 @@ from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.twins import SEEN, prepare
 from ensemble_attacks.validation import (
     check_count,
+    check_eps,
     check_images,
     check_label_range,
     check_labels,
+    check_mask,
     check_norm,
-    check_positive,
     check_radius,
     check_seed,
 )
@@ -73,12 +75,13 @@ class Attacked:
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
     """Raise, before anything is run, where a model, images, attacks or settings cannot be used."""
-    check_images(x, "x")
+    check_images(x, "x", box=settings.box)
     check_labels(y, x, "y")
-    check_positive("eps", settings.eps)
+    check_eps(settings.eps)
     check_norm(settings.norm)
     if len(x):
-        check_radius(settings.eps, settings.norm, x[0])
+        check_radius(settings.eps, settings.norm, x[0], settings.box)
+        check_mask(settings.mask, x)
     check_count("batch_size", settings.batch_size)
     check_seed(settings.seed)
     check_count("draws", settings.draws)
@@ -113,7 +116,7 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
 
 def judged(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, settings: Settings) -> Judgement:
     """Return the verdict of `judge` with these settings."""
-    given = {key: getattr(settings, key) for key in ("eps", "norm", "draws", "batch_size")}
+    given = {key: getattr(settings, key) for key in ("eps", "norm", "draws", "batch_size", "box", "mask")}
     return judge(model, x, y, x_adv, **given)
 
 
@@ -160,7 +163,9 @@ def halving(settings: Settings, name: str, work: Callable[[Settings], Done]) -> 
 def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, settings: Settings) -> Attacked:
     craft = crafting(name)
     logger.info("running %s on %d images", name, len(x))
-    with tqdm(desc=name, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+    cost = find_attack(name).cost
+    most = None if cost is None else cost * len(x) * (settings.eot_iter or 1)  # if nothing is fooled
+    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
         counted = count_passes(twin, bar.update)
         began = time.perf_counter()
         crafted = craft(counted, x, y, settings)
@@ -180,8 +185,8 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
             *(disagreement, name),
         )
     passes = counted.forwards, counted.backwards
-    cost = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
-    return Attacked(crafted.images, judgement, stages, crafted.trace, *cost, failed=crafted.failed)
+    spent = (*passes, seconds, settings.batch_size, crafted.outside, disagreement)
+    return Attacked(crafted.images, judgement, stages, crafted.trace, *spent, failed=crafted.failed)
 
 
 def clean_unit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Attacked:
@@ -202,8 +207,8 @@ def clean_unit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> At
 @differentiable()
 def evaluate(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Tensor | None,
     attacks: Sequence[str],
     settings: Settings,
     *,
@@ -215,8 +220,8 @@ def evaluate(
     Nothing is stored; a run (`manifest`, `chains`) stores what it finds.
 
     Args:
-        model: images in [0, 1] -> scores (N, K); an ensemble for attacks that look inside.
-        x, y: images (N, C, H, W) and labels (N,).
+        model: images in the box -> scores (N, K); an ensemble for attacks that look inside.
+        x, y: images (N, ...), such as (N, C, H, W), and labels (N,); or, with ``None``, a ``Dataset`` or ``DataLoader``.
         attacks: names, as listed in `suite.attack_names`.
         settings: the ball, the seed, and what else all attacks share.
         report: called with each attack's name and row as soon as it is judged; also for ``clean`` and ``worst case``.
@@ -230,13 +235,15 @@ def evaluate(
         ValueError, TypeError: Where arguments are unusable; nothing has been run.
         OutOfBallError, AttackFailedError: Where no attack was run to its end, and returned images in the ball.
     """
-    model, x, y = as_module(model), ordinary(x), ordinary(y)
+    model = as_module(model)
+    x, y = (ordinary(part) if isinstance(part, Tensor) else part for part in as_tensors(x, y))
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
     cleanly = clean_unit(model, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
-    twin = prepare(model, x[:8].to(next(model.parameters(), x).device), amp=settings.amp)
+    few = x[: min(SEEN, settings.batch_size)]
+    twin = prepare(model, few.to(next(model.parameters(), x).device), amp=settings.amp)
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
     standing = Standing.of(len(x)).after(everyone, clean)
@@ -258,7 +265,7 @@ def evaluate(
     worst = worst_case(standing)
     report("worst case", worst)
     failed = {"failed": {name: reason(error) for name, error in errors.items()}} if errors else {}
-    return {**asdict(settings), "n": len(x), "clean": said_of_clean, "attacks": rows, "worst_case": worst, **failed}
+    return {**settings.listed(), "n": len(x), "clean": said_of_clean, "attacks": rows, "worst_case": worst, **failed}
 
 
 def _recraft(

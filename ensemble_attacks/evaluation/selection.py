@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from ensemble_attacks.data import Opened, numbers_of, open_dataset
 from ensemble_attacks.data.choice import stratified
 from ensemble_attacks.evaluation.origins import images_of, placed
 from ensemble_attacks.evaluation.runner import judged
-from ensemble_attacks.evaluation.settings import Settings, Shared, Sweep
+from ensemble_attacks.evaluation.settings import Sweep
+from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.models import providers
 
 PIECE = 500  # images that are read at once
@@ -37,8 +38,7 @@ def chosen(sweep: Sweep, opened: Opened, models: Sequence[nn.Module]) -> Sequenc
 
 def _right(sweep: Sweep, opened: Opened, models: Sequence[nn.Module], numbers: Sequence[int]) -> list[int]:
     """Return the numbers of images that all models get right, as the judge finds; no more than are needed."""
-    shared = {known.name: getattr(sweep, known.name) for known in fields(Shared)}
-    settings = Settings(sweep.eps[0], sweep.seeds[0], **shared)
+    settings = sweep.settings(sweep.eps[0], sweep.seeds[0], sweep.threat)
     found: list[int] = []
     for start in range(0, len(numbers), PIECE):
         piece = numbers[start : start + PIECE]
@@ -63,8 +63,10 @@ def choice_of(manifest: dict[str, Any]) -> tuple[list[int] | None, int]:
     """
     stored, places, images = manifest["sweep"], manifest["places"], images_of(manifest)
     n = stored["n"] if stored["sample"] is None else None  # which the manifest has in either case
-    sweep = Sweep.of({**{field.name: stored[field.name] for field in fields(Sweep)}, "n": n}, "the manifest")
-    opened = open_dataset(images["name"], data_dir=images["data_dir"], transform=images["transform"])
+    names = [known.name for known in fields(Sweep) if known.name in stored]
+    sweep = Sweep.of({**{name: stored[name] for name in names}, "n": n}, "the manifest")
+    sweep = replace(sweep, threat=threat_of(manifest))
+    opened = open_dataset(**{key: value for key, value in images.items() if key != "rows"})
     models = [
         providers.load_model(placed(manifest, name), places["model_dir"], stored["dataset"], vote=sweep.votes[0])
         for name in (sweep.models if sweep.only_correct else ())

@@ -17,7 +17,7 @@ FLAGS = ("robust", "invalid")
 
 
 def shape_of(unit: Unit) -> tuple[int, ...] | None:
-    """Return the shape (C, H, W) of a unit's images, where a record says it."""
+    """Return the shape (...) of a unit's inputs, where a record says it."""
     known = DATASETS.get(unit.cell.dataset)
     return None if known is None or unit.cell.transform else known.shape
 
@@ -52,8 +52,8 @@ def check_tensors(tensors: dict[str, Tensor], unit: Unit, info: dict[str, Any]) 
         if tensor.dtype == torch.uint8 and tensor.numel() and tensor.max() > 1:
             raise ValueError(f"{name} holds {int(tensor.max())}: expected flags, 0 or 1")
     known = shape_of(unit)
-    if tensors["x_adv"].dim() != 4 or (known and rows and tuple(tensors["x_adv"].shape[1:]) != tuple(known)):
-        raise ValueError(f"x_adv is {tuple(tensors['x_adv'].shape)}: expected images")
+    if tensors["x_adv"].dim() < 2 or (known and rows and tuple(tensors["x_adv"].shape[1:]) != tuple(known)):
+        raise ValueError(f"x_adv is {tuple(tensors['x_adv'].shape)}: expected inputs (N, ...)")
     low, high = (int(tensors["rows"].min()), int(tensors["rows"].max())) if rows else (0, 0)
     if low < 0 or high >= images:
         raise ValueError(f"rows holds {low} to {high}: expected 0 to {images - 1}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.attacks.mora import MORA
 from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
 from ensemble_attacks.descent.stages import Trace
-from ensemble_attacks.errors import unknown_name
+from ensemble_attacks.errors import reason, unknown_name
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.hosts.autoattack import AutoAttack
 from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.original import RAND, STANDARD, run_autoattack
 from ensemble_attacks.judge import or_clean, outside
+from ensemble_attacks.models.boxed import share_of
 from ensemble_attacks.models.passes import CountingModel
 from ensemble_attacks.models.surrogates import Expected
+from ensemble_attacks.names import options_in, split_options
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +54,29 @@ class Crafted:
     fooled: Tensor | None = None
 
 
-Craft = Callable[[CountingModel, Tensor, Tensor, Settings], Crafted]
+Craft = Callable[..., Crafted]  # of (CountingModel, x, y, Settings), and of a pipeline's options
 
 
 def _original(*attacks: str, version: str = "standard", expectation: bool = False) -> Craft:
-    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings, *, steps: int | None = None) -> Crafted:
+        if not settings.plain:
+            names = attacks if version == "standard" else ()
+            return _ours(version, *names, expectation=expectation)(model, x, y, settings, steps=steps)
+        eps = settings.eps
+        assert not isinstance(eps, Tensor)
         passes: dict[str, tuple[int, int]] = {}
         failed: dict[str, str] = {}
         images, flags = run_autoattack(
             Expected(model, settings.eot_iter or EOT_ITER) if expectation else model,
             x,
             y,
-            eps=settings.eps,
+            eps=eps,
             norm=settings.norm,
             seed=settings.seed,
             batch_size=settings.batch_size,
             version=version,
             attacks=attacks,
+            steps=steps,
             on_attack=lambda name: passes.setdefault(name, (model.forwards, model.backwards)),
             on_failure=failed.__setitem__,
         )
@@ -77,12 +86,21 @@ def _original(*attacks: str, version: str = "standard", expectation: bool = Fals
     return run
 
 
-def _ours(version: str) -> Craft:
-    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+def _ours(version: str, *attacks: str, expectation: bool = False) -> Craft:
+    """Return what runs our AutoAttack, which knows any box: of a version, or its attacks of these names."""
+
+    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings, *, steps: int | None = None) -> Crafted:
         adversary = AutoAttack(
-            model, norm=settings.norm, eps=settings.eps, seed=settings.seed, verbose=False, version=version
+            Expected(model, settings.eot_iter or EOT_ITER) if expectation else model,
+            norm=settings.norm,
+            eps=settings.eps,
+            seed=settings.seed,
+            verbose=False,
+            attacks_to_run=attacks,
+            version="custom" if attacks else version,
+            box=settings.box,
         )
-        adversary.eot_iter = settings.eot_iter or EOT_ITER
+        adversary.eot_iter, adversary.steps = settings.eot_iter or EOT_ITER, steps
         passes: dict[str, tuple[int, int]] = {}
         adversary.on_attack = lambda name: passes.setdefault(name, (model.forwards, model.backwards))
         images = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
@@ -96,23 +114,34 @@ def _ours(version: str) -> Craft:
 
 
 def _make(make: Callable[..., Attack], model: nn.Module, settings: Settings) -> Any:
+    """Return an attack; one that is not of this package is made for [0, 1], and knows no mask."""
     given = {key: getattr(settings, key) for key in ("norm", "eps", "seed", "batch_size", "eot_iter")}
-    return make(model, **given)
+    if settings.plain:
+        return make(model, **given)
+    try:
+        made = make(model, **given, **{key: getattr(settings, key) for key in ("box", "mask")})
+    except TypeError as error:
+        raise ValueError(f"it knows no box but [0, 1], no mask, and one eps ({reason(error)})") from error
+    return made if isinstance(made, CarefulAttack) else None
 
 
-def _named(make: Callable[..., Attack]) -> Craft:
+def _named(name: str, make: Callable[..., Attack]) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = _make(make, model, settings)
+        if made is None:
+            return _ours("custom", name)(model, x, y, settings)
         if not isinstance(made, CarefulAttack):
-            given = {key: getattr(settings, key) for key in ("seed", "batch_size", "eps", "norm")}
+            eps = settings.eps
+            assert not isinstance(eps, Tensor)
+            given: dict[str, Any] = {key: getattr(settings, key) for key in ("seed", "batch_size", "norm")} | {"eps": eps}
             images = craft(made, x, y, **given)
-            left = int(outside(x, images.to(x), eps=settings.eps, norm=settings.norm).sum())
+            left = int(outside(x, images.to(x), eps=eps, norm=settings.norm).sum())
             if left:
                 logger.warning(
                     "%d of the %d images that %s returned are outside the %s ball of eps = %g, and count as the clean ones",
-                    *(left, len(x), type(made).__name__, settings.norm, settings.eps),
+                    *(left, len(x), type(made).__name__, settings.norm, eps),
                 )
-            return Crafted(or_clean(x, images, eps=settings.eps, norm=settings.norm), outside=left)
+            return Crafted(or_clean(x, images, eps=eps, norm=settings.norm), outside=left)
         trace = Trace()
         if isinstance(made, (DescentAttack, BPDAIdentity)):  # of others it is the trace of a part
             made.trace = trace
@@ -151,12 +180,12 @@ def crafting(name: str) -> Craft:
     Raises:
         ValueError: Where the name is unknown; the message names the nearest one.
     """
-    record = find_attack(name)
-    if name in PIPELINES:
-        return PIPELINES[name]
+    record, (body, query) = find_attack(name), split_options(name)
+    if body in PIPELINES:
+        return partial(PIPELINES[body], **options_in(query)) if query else PIPELINES[body]
     if record.make is None:
         raise unknown_name("attack", name, attack_names())
-    return _named(record.make)
+    return _named(name, record.make)
 
 
 def check_attack(name: str, model: nn.Module, settings: Settings) -> None:
@@ -164,8 +193,21 @@ def check_attack(name: str, model: nn.Module, settings: Settings) -> None:
     record = find_attack(name)
     crafting(name)
     record.check(model, name)
-    if record.make is not None:
-        _make(record.make, model, settings)
+    try:
+        made = None if record.make is None else _make(record.make, model, settings)
+        if made is None and not settings.plain:
+            _check_unmade(settings)
+    except ValueError as error:
+        if settings.plain:
+            raise
+        raise ValueError(f"attack {name!r}: {error}") from error
+
+
+def _check_unmade(settings: Settings) -> None:
+    """Raise a `ValueError` where an attack that knows [0, 1] alone cannot be run, seen from there."""
+    if settings.mask is not None:
+        raise ValueError("it knows no mask: attack with MORA or APGD (mora, ea-apgd-ce), and leave it out")
+    share_of(settings.eps, settings.box, "attacks of others")
 
 
 def check_fit(name: str, classes: int, norm: str, shape: Sequence[int]) -> None:

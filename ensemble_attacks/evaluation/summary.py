@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -121,7 +121,7 @@ def summary_of(manifest: dict[str, Any], read: Read) -> dict[str, Any]:
     """Return the summary of a run whose units are ``read`` one by one; nothing is written."""
     cells = []
     for cell, chains in by_cell(manifest):
-        shown = {key: value for key, value in asdict(cell).items() if key not in NOT_SHOWN}
+        shown = {key: value for key, value in cell.listed.items() if key not in NOT_SHOWN}
         cells.append({**shown, **_summary_of(read, chains)})
     return {"version": manifest["code"].partition("+")[0], "cells": cells}
 

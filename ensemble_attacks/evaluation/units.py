@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from math import prod
 from typing import Any
 
-from ensemble_attacks.evaluation.settings import Settings
+from ensemble_attacks.evaluation.settings import Shared
+from ensemble_attacks.threat import PLAIN, Threat
 
 CLEAN = "clean"  # the unit that judges the clean images
 
@@ -21,15 +22,26 @@ def seed_said(seed: int) -> str:
     return f", seed {seed}" if seed else ""
 
 
+def radius_said(cell: dict[str, Any]) -> str:
+    """Return norm and radius of a cell, and in what units, such as ``Linf 0.1 in [-1, 1]``."""
+    within = f" {cell['within']}" if cell.get("within") else ""
+    return f"{cell['norm']} {cell['eps']:g}{within}"
+
+
 def canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+TOLD = ("within", "threat")  # of a cell, where there is something to be told
+
+
 @dataclass(frozen=True)
-class Cell(Settings):
+class Cell(Shared):
     """A cell of a run: one model under one vote, eps and seed, and all else that decides its results.
 
     Attributes:
+        eps: the radius of the ball, in the inputs' own units; of a radius for each feature, the largest.
+        seed: the seed of all attacks, and of the models' randomness while they run.
         model, vote, dataset: names.
         n: the number of images of the run.
         cascade: whether an image that an attack has fooled is not attacked by the next.
@@ -37,8 +49,12 @@ class Cell(Settings):
         made: a hash of what the model is made of beside its weights: its modules, their options and their code.
         origin: a hash of the source that a user's own model comes from; empty where an installed package names it.
         transform: what is done to every image.
+        within, threat: what titles say of where inputs may go, and the hash of it (`Threat`); empty where they live in
+            [0, 1], all of them may move, and eps is a number.
     """
 
+    eps: float
+    seed: int = 0
     model: str = field(kw_only=True)
     vote: str = field(kw_only=True)
     dataset: str = field(kw_only=True)
@@ -50,16 +66,18 @@ class Cell(Settings):
     made: str = field(default="", kw_only=True)
     origin: str = field(default="", kw_only=True)
     transform: str = field(default="", kw_only=True)
+    within: str = field(default="", kw_only=True)
+    threat: str = field(default="", kw_only=True)
 
     @property
-    def settings(self) -> Settings:
-        """Return what its attacks share."""
-        return Settings(**{known.name: getattr(self, known.name) for known in fields(Settings)})
+    def listed(self) -> dict[str, Any]:
+        """Return its content, as JSON has it, but for what says that nothing is said of where inputs may go."""
+        return {key: value for key, value in asdict(self).items() if value or key not in TOLD}
 
     @property
     def title(self) -> str:
         """Return a title for people."""
-        return f"{self.model}, {self.vote}, {self.norm} {self.eps:g}{seed_said(self.seed)}"
+        return f"{self.model}, {self.vote}, {radius_said(vars(self))}{seed_said(self.seed)}"
 
     @property
     def key(self) -> str:
@@ -93,7 +111,8 @@ class Unit:
     @cached_property
     def content(self) -> dict[str, Any]:
         """Return all that decides the result, as JSON has it."""
-        return {**asdict(self.cell), "attack": self.attack, "before": list(self.before), "range": list(self.range)}
+        cell = {key: value for key, value in self.cell.listed.items() if key != "within"}  # the threat's hash says it
+        return {**cell, "attack": self.attack, "before": list(self.before), "range": list(self.range)}
 
     @cached_property
     def identity(self) -> str:
@@ -119,7 +138,23 @@ def _cell(manifest: dict[str, Any], model: str, vote: str, eps: float, seed: int
     hashes = {key: manifest[key] for key in ("data", "code")} | {key: manifest[key][model] for key in ("weights", "made")}
     origin = manifest["origins"].get(model)
     hashes["origin"] = sha256(canonical(origin)).hexdigest() if origin else ""
-    return Cell(eps, seed, model=model, vote=vote, cascade=sweep["cascade"], **shared, **hashes)
+    if threat := manifest.get("threat"):
+        hashes |= {"threat": threat["sha256"], "within": threat_of(manifest).said(eps)}
+    return Cell(eps=eps, seed=seed, model=model, vote=vote, cascade=sweep["cascade"], **shared, **hashes)
+
+
+THREATS: dict[str, Threat] = {}  # the last one, by its hash, as it may take megabytes to read
+
+
+def threat_of(manifest: dict[str, Any]) -> Threat:
+    """Return where the inputs of a run may go."""
+    stored = manifest.get("threat")
+    if stored is None:
+        return PLAIN
+    if stored["sha256"] not in THREATS:
+        THREATS.clear()
+        THREATS[stored["sha256"]] = Threat.restored(stored)
+    return THREATS[stored["sha256"]]
 
 
 def cells_of(manifest: dict[str, Any]) -> list[Cell]:

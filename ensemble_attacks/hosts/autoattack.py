@@ -22,14 +22,16 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.base import tracing
 from ensemble_attacks.attacks.foreign import craft
+from ensemble_attacks.attacks.options import takes_steps
 from ensemble_attacks.attacks.registry import EOT_ITER, find_maker
+from ensemble_attacks.data import as_tensors
 from ensemble_attacks.errors import none_completed, out_of_memory, plain, reason
 from ensemble_attacks.hosts.boxes import carried_back, from_unit_box, needs_no_box
 from ensemble_attacks.hosts.choice import ENSEMBLE, LOOKING, ORIGINAL, VERSIONS, Name, check_needs, choose, fitting
 from ensemble_attacks.hosts.flags import Flag, of_claim, of_scores
 from ensemble_attacks.hosts.original import installed_autoattack
 from ensemble_attacks.hosts.run import Run
-from ensemble_attacks.hosts.slots import SLOTS, is_original, moved, perturb
+from ensemble_attacks.hosts.slots import SLOTS, is_original, moved, perturb, shorten
 from ensemble_attacks.hosts.verdict import clean_accuracy
 from ensemble_attacks.models.ask import Asked, as_module, ask, check_dtype, device_of
 from ensemble_attacks.models.guard import guarded
@@ -95,6 +97,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         robust_accuracy (float): after a run, the robust accuracy, in [0, 1]; of a random model, the mean over its draws.
         draws (int): number of predictions by which a random model is judged. (Default: 20)
         eot_iter (int): draws of every iterate of this package's attacks on a random model. (Default: 20)
+        steps (int): the number of steps of every attack that is chosen by name, Square's queries in proportion. (Default:
+            None: each its own)
 
     Raises:
         TypeError, ValueError: Where an argument cannot be used; for an unknown version or attack the message names the
@@ -157,6 +161,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
             if isinstance(name, str) and name not in SLOTS:
                 find_maker(name)
         self.draws, self.eot_iter = DRAWS, EOT_ITER
+        self.steps: int | None = None
         self.on_attack: Callable[[str], object] = lambda name: None
         self.flags: list[Flag] = []
         self.stages: dict[str, Tensor] = {}
@@ -173,7 +178,7 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         if not self._ready:  # fra31's constructor calls it
             Original.set_version(self, version)
             return
-        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "on_attack", "box")}
+        own = {name: getattr(self, name) for name in ("draws", "eot_iter", "steps", "on_attack", "box")}
         self.__init__(  # type: ignore[misc]
             self.model, self.norm, self.epsilon, self.seed, self.verbose, (), version, False, self.device, self.log_path
         )
@@ -182,8 +187,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
 
     def run_standard_evaluation(
         self,
-        x_orig: Tensor,
-        y_orig: Tensor,
+        x_orig: Any,
+        y_orig: Tensor | None = None,
         bs: int = 250,
         return_labels: bool = False,
         state_path: str | Path | None = None,
@@ -191,7 +196,8 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Run the attacks in order, each on the samples that the ones before left robust.
 
         Args:
-            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,).
+            x_orig, y_orig: images (N, C, H, W), or other inputs (N, ...), in the box, and classes (N,); or, without
+                ``y_orig``, a pair of both, a ``Dataset``, or a ``DataLoader``, which is read once.
             bs: the number of samples per batch.
             return_labels: whether to return also what the model predicts, (N,).
             state_path: a file to which the run is saved, images included, and from which the same run goes on.
@@ -204,23 +210,25 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
                 differs); nothing has been run.
             FileNotFoundError: Where the folder of ``state_path`` does not exist.
         """
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
+        check_folder_of("state_path", state_path)
         if not needs_no_box(self, x_orig):
             inner, seen = from_unit_box(self, x_orig, y_orig)
             found, predicted = inner.run_standard_evaluation(seen, y_orig, bs, True, state_path)
             images = carried_back(self, inner, x_orig, y_orig, seen, found)
             return (images, predicted) if return_labels else images
         path = None if state_path is None else Path(state_path)
-        check_folder_of("state_path", path)
         with self._untouched():
             x, y = self._checked(x_orig, y_orig, bs)
             chosen = self._prepare(x, y, bs)
-            state = Run(self, x, y, bs, chosen, path).finished()
+            state = Run(self, x, y, int(bs), chosen, path).finished()
         return (state.x_adv, state.predicted) if return_labels else state.x_adv
 
     def run_standard_evaluation_individual(
-        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+        self, x_orig: Any, y_orig: Tensor | None = None, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run each attack by itself, on all samples; return by name what `run_standard_evaluation` returns of it."""
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
         if not needs_no_box(self, x_orig):
             inner, seen = from_unit_box(self, x_orig, y_orig)
             each = inner.run_standard_evaluation_individual(seen, y_orig, bs, True).items()
@@ -249,8 +257,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         self.flags, self.failed = flags, {called: reason(error) for called, error in errors.items()}
         return results
 
-    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+    def clean_accuracy(self, x_orig: Any, y_orig: Tensor | None = None, bs: int = 250) -> float:
         """Return the share of right predictions, in [0, 1]; of a random model, the mean over its draws."""
+        x_orig, y_orig = as_tensors(x_orig, y_orig, "x_orig")
         check_images(x_orig, "x_orig", box=self.box)
         check_labels(y_orig, x_orig, "y_orig")
         with self._untouched():
@@ -274,6 +283,9 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         check_count("bs", bs)
         check_count("draws", self.draws)
         check_count("eot_iter", self.eot_iter)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+            shorten(self, self.steps)
         if not len(x):
             raise ValueError("x_orig holds no images")
         if self.version == "custom" and not self.attacks_to_run:
@@ -318,7 +330,10 @@ class AutoAttack(Original):  # type: ignore[misc, valid-type]
         """Return an attack of the registry, made for the twin."""
         draws = self.eot_iter if self.random else None
         settings = dict(norm=self.norm, eps=self.epsilon, seed=seed, batch_size=batch_size, eot_iter=draws)
-        return find_maker(name)(self._twin, **settings)
+        make = find_maker(name)
+        if self.steps is not None and "?" not in name and takes_steps(make):
+            settings["steps"] = self.steps
+        return make(self._twin, **settings)
 
     def _flag(self, name: str, value: float, message: str) -> None:
         self.flags.append(Flag(name, value, message))

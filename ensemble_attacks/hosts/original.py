@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ensemble_attacks.attacks.foreign import rounded
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.hosts.slots import shorten
 from ensemble_attacks.models.ask import Asked, as_module, ask, classes_of, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import uncounted
@@ -81,6 +82,7 @@ def run_autoattack(
     batch_size: int = 250,
     version: str = "standard",
     attacks: Sequence[str] | None = None,
+    steps: int | None = None,
     on_attack: Callable[[str], object] = lambda name: None,
     on_failure: Callable[[str, str], object] = lambda name, why: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,6 +98,7 @@ def run_autoattack(
         batch_size: the number of samples per batch.
         version: ``"standard"`` or ``"rand"``.
         attacks: which of the version's attacks to run; ``None``: all.
+        steps: the number of steps of each (`shorten`); ``None``: its own.
         on_attack: called with each attack's name when it has finished.
         on_failure: called with the name of each attack that is left out, and why.
 
@@ -128,6 +131,8 @@ def run_autoattack(
             robust = scores_NK.argmax(1) == y
             arguments: dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, device=device, num_classes=classes)
             adversary = make_adversary(Asked(model), version, **arguments)
+            if steps is not None:
+                shorten(adversary, steps)
             if version == "rand":
                 robust = torch.ones_like(robust)  # it decides by draws of its own which clean images are right
             for names in [attacks] if version == "rand" else [[name] for name in attacks]:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.attacks.registry import find_attack
+from ensemble_attacks.errors import MissingExtraError
+from ensemble_attacks.extras import extra, import_timm, silenced
 from ensemble_attacks.files import write_whole
 from ensemble_attacks.hosts.autoattack import DRAWS, AutoAttack
 from ensemble_attacks.hosts.choice import Name
-from ensemble_attacks.hosts.doctor import BROKEN, examine
+from ensemble_attacks.hosts.doctor import ABSENT, BROKEN, examine
 from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.state import State
 from ensemble_attacks.hosts.verdict import clean_accuracy
@@ -32,8 +34,6 @@ from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.schema import About, read_json
 from ensemble_attacks.validation import check_choice, check_count, check_device, check_folder_of, check_radius
-
-NEEDED = ("robustbench", "robustbench's files", "pkg_resources", "AutoAttack")
 
 
 def ensure() -> ModuleType:
@@ -43,18 +43,23 @@ def ensure() -> ModuleType:
     `AutoAttack`, which has the interface that robustbench asks for, stands in while it is imported.
 
     Raises:
-        ImportError: Where robustbench, or something that it imports, is missing, or it was overwritten by the copy inside
-            torchattacks' wheel; the message names the command that mends it.
+        MissingExtraError: Where robustbench, or something that it imports, is missing.
+        ImportError: Where it was overwritten by the copy inside torchattacks' wheel; the message names the command that
+            mends it.
     """
     if hasattr(sys.modules.get("robustbench"), "benchmark"):
         return sys.modules["robustbench"]
-    broken = [finding for finding in examine() if finding.status == BROKEN and finding.name in NEEDED]
-    if broken:
-        raise ImportError(f"{broken[0].name}: {broken[0].found}. Run: {broken[0].remedy}")
+    for finding in examine():
+        if finding.status == ABSENT:
+            raise MissingExtraError(f"robustbench is not installed: {finding.remedy}")
+        if finding.status == BROKEN:
+            raise ImportError(f"{finding.name}: {finding.found}. Run: {finding.remedy}")
+    import_timm("robustbench", "robustbench")
     stand_in = {} if importlib.util.find_spec("autoattack") else _stand_in()
     sys.modules.update(stand_in)
     try:
-        return importlib.import_module("robustbench")
+        with extra("robustbench", "robustbench"), silenced():
+            return importlib.import_module("robustbench")
     finally:
         for name in stand_in:
             del sys.modules[name]

@@ -72,7 +72,7 @@ class Run:
             "eot_iter": adversary.eot_iter,
             "model": digest(*adversary.model.state_dict().values(), scores(adversary.model, x[:SEEN], adversary.device)),
             "package": __version__,
-        }
+        } | ({} if adversary.steps is None else {"steps": adversary.steps})
         if path is not None and path.exists():
             state = State.load(path, identity, x.device)
             adversary.flags = [Flag(*flag) for flag in state.flags]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ensemble_attacks.scores import at_least
+
 VOTING_TEMPERATURE = 0.1  # of the soft votes whose gradient hard votes pass on (MORA, section 2: tau = 0.1)
 
 
@@ -23,6 +25,22 @@ def log_expected_softmax(logits_MNK: Tensor, probabilities_M: Tensor) -> Tensor:
     """Return ``log sum_m p_m softmax(z^m)``, (N, K), the scores of a model that draws member m with probability p_m."""
     log_p_M = probabilities_M.to(logits_MNK).log().view(-1, 1, 1)
     return (logits_MNK.log_softmax(-1) + log_p_M).logsumexp(0)
+
+
+def gaps(logits_MNK: Tensor) -> Tensor:
+    """Return by how much each member's best logit leads its second, sample by sample, (M, N, 1), with no gradient."""
+    top_MN2 = logits_MNK.detach().topk(2, -1).values
+    return at_least(top_MN2[..., 0] - top_MN2[..., 1], logits_MNK.detach()).unsqueeze(-1)
+
+
+def log_soft_votes(logits_MNK: Tensor, probabilities_M: Tensor | None = None) -> Tensor:
+    """Return ``log mean_m softmax(z^m / gap_m)``, (N, K): soft votes, each at its member's own gap, sample by sample.
+
+    With ``probabilities_M``, it is the logarithm of their expectation. Every member says ``1`` of its best class and less of
+    all others, however confident it is, so that, unlike hard votes, none loses its gradient.
+    """
+    scaled_MNK = logits_MNK / gaps(logits_MNK)
+    return log_mean_softmax(scaled_MNK) if probabilities_M is None else log_expected_softmax(scaled_MNK, probabilities_M)
 
 
 def mean_logits(logits_MNK: Tensor) -> Tensor:

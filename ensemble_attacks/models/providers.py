@@ -10,10 +10,11 @@ Such a module has ``list_models(dataset, model_dir) -> list[str]`` and
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,8 +35,29 @@ OFFERED: dict[str, nn.Module] = {}  # the models of a Python program, by the nam
 
 
 def providers() -> list[ModuleType]:
-    """Import the registered modules, and return them."""
-    return [entry.load() for entry in entry_points(group=GROUP)]
+    """Import the registered modules, and return them.
+
+    Raises:
+        ImportError: Where a module of the same name, such as a folder in the working directory, was found in place of one.
+    """
+    return [_provider(entry) for entry in entry_points(group=GROUP)]
+
+
+def _provider(entry: EntryPoint) -> ModuleType:
+    try:
+        module = entry.load()
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] != entry.module.partition(".")[0]:
+            raise
+        module = importlib.import_module(entry.module.partition(".")[0])
+    if not all(hasattr(module, name) for name in ("list_models", "load_model")):
+        place = module.__file__ or next(iter(getattr(module, "__path__", [])), "?")
+        owner = entry.dist.name if entry.dist else "an installed package"
+        raise ImportError(
+            f"{place} is imported as {entry.module!r}, which is the name of a package of {owner}: rename that file or "
+            "folder, or run from another one"
+        )
+    return module
 
 
 def able_to(function: str) -> ModuleType:

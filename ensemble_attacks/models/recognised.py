@@ -161,9 +161,9 @@ def _inside(model: nn.Module) -> tuple[Any, list[str]]:
 
 def _stacks(model: nn.Module) -> str | None:
     """Return by what a network, or one of its layers, says that it answers for several members at once."""
-    for kind in STACKED.keys() & _names(model):
-        return STACKED[kind]
     for part in model.modules():
+        if kinds := STACKED.keys() & _names(part):
+            return STACKED[kinds.pop()]
         number = getattr(part, "num_estimators", None)
         if isinstance(number, (int, Tensor)) and int(number) > 1:
             return f"num_estimators={int(number)} of {type(part).__name__}"

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import unknown_name
-from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax
+from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax, log_soft_votes
 from ensemble_attacks.models.ask import as_module, ask, ask_members, check_alone
 from ensemble_attacks.models.ensembles import check_members, member_probabilities
-from ensemble_attacks.models.votes import SOFTMAX, VOTES, Aggregate, vote_of
+from ensemble_attacks.models.votes import SOFT_VOTES, SOFTMAX, Aggregate, Vote, check_vote, vote_of
 from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import check_count, check_positive
 
-AGGREGATIONS = {"mean": "logits", "probability": "softmax"}  # by the vote that it is
+AGGREGATIONS: dict[str, str | Vote] = {"mean": "logits", "probability": "softmax", "votes": SOFT_VOTES}  # by their vote
+EXPECTED = {SOFTMAX.name: log_expected_softmax, SOFT_VOTES: log_soft_votes}  # of a model that draws its members
 
 
 class Surrogate(nn.Module):
@@ -34,7 +35,8 @@ class Surrogate(nn.Module):
     Args:
         target: the defended model, images in [0, 1] -> scores (N, K).
         surrogate: ``"mean"`` (mean of the members' raw logits), ``"probability"`` (log of their mean, or for a model that
-            draws members their expected, probability), a function (M, N, K) -> (N, K), or a module (N, C, H, W) -> (N, K).
+            draws members their expected, probability), ``"votes"`` (soft votes, each member's at its own gap: the same of
+            ``softmax(z^m / gap_m)``), a function (M, N, K) -> (N, K), or a module (N, C, H, W) -> (N, K).
 
     Raises:
         NotAnEnsembleError: Where an aggregation is given, but ``target`` shows no members to aggregate.
@@ -53,7 +55,7 @@ class Surrogate(nn.Module):
         self.other: Any = surrogate if isinstance(surrogate, nn.Module) else None
         named = isinstance(surrogate, str)
         self.vote = AGGREGATIONS[surrogate] if named else getattr(self.other, "vote", None)  # type: ignore[index]
-        self._aggregate: Aggregate = VOTES[str(self.vote)].aggregate if named else surrogate  # type: ignore[assignment]
+        self._aggregate: Aggregate = check_vote(self.vote).aggregate if named else surrogate  # type: ignore
         self.training = target.training
         check_alone(self)
 
@@ -69,8 +71,8 @@ class Surrogate(nn.Module):
         if self.other is not None:
             return self.other.aggregate(logits_MNK)
         probabilities = member_probabilities(self.target)
-        if probabilities is not None and self.vote == SOFTMAX.name:
-            return log_expected_softmax(logits_MNK, probabilities)
+        if probabilities is not None and self.vote in EXPECTED:
+            return EXPECTED[self.vote](logits_MNK, probabilities)
         return self._aggregate(logits_MNK if self.vote is None else vote_of(self.target).over_classes(logits_MNK))
 
 

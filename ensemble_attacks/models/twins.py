@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3, 0.05  # of the folded model's scores, relative to the largest, and of its gradient, relative to its length
 AMP_TOLERANCE = 0.1, 0.5  # in mixed precision, which keeps eight bits
 PARTS = ("frontend",)  # that attacks ask for by name: what holds one is not folded as a whole
+SEEN = 8  # images on which a twin is compared, where as many fit into a batch
 SEEDS = range(1, 9)  # of the comparisons; tracing runs with another, lest a draw that it freezes passes for the model's
 
 

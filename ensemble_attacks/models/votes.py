@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.aggregations import (
     expected_logits,
+    gaps,
     log_expected_softmax,
     log_mean_softmax,
+    log_soft_votes,
     log_votes,
     mean_logits,
     shares,
 )
 from ensemble_attacks.models.ask import ask_aggregate
-from ensemble_attacks.scores import at_least
 
 Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
 
@@ -75,10 +76,7 @@ class Vote:
 
     def temperature(self, logits_MNK: Tensor) -> float | Tensor:
         """Return the temperature of the members' softmax (MORA, eq. 10: tau): a number, or a tensor (M, N, 1)."""
-        if not self.own_gaps:
-            return 1.0
-        top_MN2 = logits_MNK.topk(2, -1).values
-        return at_least(top_MN2[..., 0] - top_MN2[..., 1], logits_MNK).unsqueeze(-1)
+        return gaps(logits_MNK) if self.own_gaps else 1.0
 
     def tied(self, logits_MNK: Tensor) -> Tensor:
         """Return the samples whose counts tie, (N,) bool."""
@@ -95,6 +93,7 @@ EQUAL = 1e-6  # shares of votes that differ by no more are the same
 SOFTMAX = Vote("softmax", log_mean_softmax, soft=log_mean_softmax)
 VOTING = Vote("voting", log_votes, soft=log_mean_softmax, own_gaps=True, counted=True)
 LOGITS = Vote("logits", mean_logits, masked=False, linear=True)
+SOFT_VOTES = Vote("soft votes", log_soft_votes, soft=log_mean_softmax, own_gaps=True)  # no ensemble's, but a surrogate's
 VOTES: dict[str, Vote] = {vote.name: vote for vote in (SOFTMAX, VOTING, LOGITS)}
 MORE: dict[str, Vote] = {}  # those of pooled.py and routed.py, which need no settings
 OWN = "own"  # the name of a vote that has none

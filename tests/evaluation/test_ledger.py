@@ -21,6 +21,7 @@ from defenses import load_model
 from ensemble_attacks import LedgerError
 from ensemble_attacks.attacks.registry import registered
 from ensemble_attacks.cli.group import main
+from ensemble_attacks.data import Opened
 from ensemble_attacks.evaluation import chains, runner
 from ensemble_attacks.evaluation import manifest as manifests
 from ensemble_attacks.evaluation.audit import progress, verify
@@ -181,9 +182,13 @@ def test_batches_and_shards_change_nothing(
     """In float64, bit for bit; but for the backward passes of a batch that is fooled as a whole, which are not run."""
     load = providers.load_model
     monkeypatch.setattr(providers, "load_model", lambda *args, **kw: load(*args, **kw).double())
-    images = chains.load_dataset
-    for module in (chains, manifests):
-        monkeypatch.setattr(module, "load_dataset", lambda *a, **kw: (images(*a, **kw)[0].double(), images(*a, **kw)[1]))
+    take = Opened.take
+
+    def doubled(opened: Opened, rows: Any) -> tuple[Tensor, Tensor]:
+        images, labels = take(opened, rows)
+        return images.double(), labels
+
+    monkeypatch.setattr(Opened, "take", doubled)
     attacks = ("mora", "ea-apgd-ce")
     rows = []
     for index, (batch, shard) in enumerate([(6, 6), (batch_size, shard_size)]):

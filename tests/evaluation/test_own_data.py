@@ -18,6 +18,8 @@ from ensemble_attacks.data import load as loading
 from ensemble_attacks.data.choice import stratified
 from ensemble_attacks.data.records import Dataset
 from ensemble_attacks.data.transforms import transform_of
+from ensemble_attacks.evaluation import origins
+from ensemble_attacks.evaluation.manifest import data_digest
 from tests.evaluation.own import a_batch, write_folder
 
 X, Y = a_batch()
@@ -167,6 +169,15 @@ def test_a_sample_has_every_class_in_its_share() -> None:
     assert stratified(labels, 10, 0) == stratified(labels, 10, 0) != stratified(labels, 10, 1)
     with pytest.raises(ValueError, match="there are 100 images"):
         stratified(labels, 101, 0)
+
+
+def test_what_a_program_gives_anew_is_hashed_anew() -> None:
+    """Under the same name, also where it lies in memory where something before it lay."""
+    hashes = set()
+    for shift in range(20):
+        with origins.given(None, ("theirs", from_python((X + shift, Y), "theirs"))):
+            hashes |= {data_digest({"name": "theirs"}, len(X)) for _ in range(2)}
+    assert len(hashes) == 20
 
 
 def test_a_dataset_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:

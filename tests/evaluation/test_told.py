@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from ensemble_attacks import judge
+from ensemble_attacks.cli.console import shown
 from ensemble_attacks.cli.group import main
-from ensemble_attacks.cli.options import radius, shown
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import out_of_memory
 from ensemble_attacks.evaluation.engines import run
@@ -30,6 +30,7 @@ from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import in_markdown, write_csv
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.settings import Settings
+from ensemble_attacks.threat import number
 from tests.evaluation.test_ledger import ledger_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
@@ -184,7 +185,7 @@ def test_bad_options_are_told_before_any_work(change: tuple[str, str], message: 
 @pytest.mark.parametrize("text", ["9" * 401, "1e9999999", "nan", "0x1", "1/0", "-1", "", "__import__('os')", "1e99999"])
 def test_radii_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="is no number"):
-        radius(text)
+        number(text)
 
 
 class Liar(Tensor):

@@ -55,22 +55,43 @@ def environment(folder: Path, *without: str) -> Path:
     return folder
 
 
-def python(site: Path, code: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(site), str(PROJECT)])
+DOCTOR = "from ensemble_attacks.cli import main; main(['doctor'])"
+
+
+def python(site: Path, code: str, *, project: bool = True) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(site), *([str(PROJECT)] if project else [])])
     command = [sys.executable, "-S", "-W", "ignore", "-c", textwrap.dedent(code)]
     return subprocess.run(command, env={"PYTHONPATH": paths, "HOME": str(site)}, cwd=site, capture_output=True, text=True)
 
 
 def doctor(site: Path) -> str:
-    return python(site, "from ensemble_attacks.cli import main; main(['doctor'])").stdout
+    return python(site, DOCTOR).stdout
 
 
 def test_without_robustbench(tmp_path: Path) -> None:
     site = environment(tmp_path / "site", "robustbench", "timm")
     run = python(site, ATTACK)
     assert run.stdout.strip() == "pyautoattack.autoattack", run.stderr
-    assert "pip install robustbench" in python(site, LOAD).stderr
-    assert "pip install robustbench" in doctor(site)
+    assert "pip install 'ensemble-attacks[robustbench]'" in python(site, LOAD).stderr
+    assert "pip install 'ensemble-attacks[robustbench]'" in doctor(site)
+
+
+def test_wheel_and_sdist(tmp_path: Path) -> None:
+    """Both install, hold what runs need and no records of benchmarks, and attack a model that ships."""
+    pip = [sys.executable, "-m", "pip"]
+    for kind in ("wheel", "sdist"):
+        site = environment(tmp_path / kind, "ensemble_attacks", "defenses", "robustbench", "timm", "sklearn", "matplotlib")
+        folder = tmp_path / f"{kind}-files"
+        build = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+        subprocess.run(build, cwd=PROJECT, check=True, capture_output=True)
+        (package,) = folder.iterdir()
+        install = [*pip, "install", "-q", "--no-deps", "--target", str(site), str(package)]
+        subprocess.run(install, check=True, capture_output=True)
+        assert (site / "ensemble_attacks" / "py.typed").exists()
+        assert not (site / "benchmarks").exists()
+        run = python(site, ATTACK, project=False)
+        assert run.stdout.strip() == "pyautoattack.autoattack", run.stderr
+        assert "All that is installed works together" in python(site, DOCTOR, project=False).stdout
 
 
 def test_with_pyautoattack(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import ensemble_attacks
-from ensemble_attacks import APGD, AutoAttack, CrossMaxTransfer, Ensemble, as_ensemble, judge
+from ensemble_attacks import APGD, AutoAttack, CrossMaxTransfer, Ensemble, MinimalNorm, as_ensemble, judge
 from ensemble_attacks.attacks.careful import CarefulAttack
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.diagnostics import binarization, diagnose, indicators
@@ -108,7 +108,8 @@ ENTRANCES: dict[str, Callable[[Any], Any]] = {
         f"AutoAttack, {version}": partial(autoattack, version=version)
         for version in ("standard", "custom", "adaptive", "auto")
     },
-    **{kind.__name__: kind for kind in OURS},
+    **{kind.__name__: kind for kind in OURS if kind is not MinimalNorm},
+    "MinimalNorm": lambda model: MinimalNorm(APGD(model, eps=0.1, steps=2)),
 }
 NO_FUNCTIONS = ("torchattacks", "CrossMaxTransfer's surrogate")  # which take modules alone
 

@@ -144,7 +144,7 @@ def test_transformers_are_an_extra(nets: str, monkeypatch: pytest.MonkeyPatch) -
     Path("config.json").write_text('{"model_type": "vit"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     for name in ("hf:.", "."):
-        with pytest.raises(ImportError, match=r"needs transformers .*pip install transformers"):
+        with pytest.raises(ImportError, match=r"needs transformers.*ensemble-attacks\[hf\]"):
             load(name)
 
 

@@ -1,5 +1,1 @@
-"""Write a report of a run that a reviewer can check."""
-
-from ensemble_attacks.evaluation.report.pages import write_report
-
-__all__ = ["write_report"]
+"""Write a report of a run that a reviewer can check (`pages.write_report`); what draws it is the extra ``report``."""

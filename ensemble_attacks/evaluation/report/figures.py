@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.evaluation.chains import Context
+from ensemble_attacks.evaluation.curves import curves_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.report.tables import write_csv
+from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.units import Unit, by_cell, cells_of, seed_said
 from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.boxed import seen_from_unit_box, share_of
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.norms import UNIT
 from ensemble_attacks.scores import margin
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 SHOWN = 8  # images of the gallery
 TRANSFER_STEPS = 20
 MOST_MEMBERS = 8  # of a transfer matrix
+CHANNELS = (1, 3)  # of images that can be shown
+MOST_FEATURES = 2000  # of inputs that are drawn as lines
 GRID = 15  # points of the loss surface along each direction
 DIAGNOSED = 32  # images that a diagnosis looks at
 
@@ -120,6 +125,27 @@ def _by_eps(summary: dict[str, Any]) -> list[Picture]:
     return [Picture("eps", "Robust accuracy against the radius", figure, ("model", "eps", "robust %"), rows)]
 
 
+def _by_distance(ledger: Ledger) -> list[Picture]:
+    """Draw robust accuracy against the radius, image by image, of searches for the smallest one, down to chance."""
+    pictures = []
+    for index, (cell, curves, classes) in enumerate(curves_of(ledger)):
+        axes = (figure := Figure(figsize=(7, 4))).subplots()
+        rows: list[tuple[Any, ...]] = []
+        for curve in curves:
+            points = [(radius, *(100 * share for share in shares)) for radius, *shares in curve.points()]
+            radii, robust, low, high = zip(*points, strict=True)
+            (line,) = axes.step(radii, robust, where="post", label=curve.attack)
+            axes.fill_between(radii, low, high, step="post", alpha=0.15, color=line.get_color())
+            rows += [(curve.attack, *point) for point in points]
+        axes.axhline(100 / classes, linestyle=":", color="grey", label=f"chance, {classes} classes")
+        axes.set(xlabel=f"radius ({cell.norm})", ylabel="robust accuracy (%)", ylim=(0, 101), xlim=(0, None))
+        axes.legend()
+        caption = f"{cell.title}: robust accuracy against the radius, up to {cell.eps:g}, with its 95% interval"
+        columns = ("attack", "radius", "robust %", "low", "high")
+        pictures.append(Picture(f"curve_{index}", caption, figure, columns, rows))
+    return pictures
+
+
 def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Picture]:
     there = {unit: result.tensors for unit in chain[1:] if (result := ledger.read(unit)) is not None}
     if not there:  # all given up
@@ -133,7 +159,7 @@ def _of_model(ledger: Ledger, chain: list[Unit], context: Context) -> list[Pictu
         pictures.append(_surface(context, best, index))
     if hasattr(context.model, "member_logits"):
         pictures.append(_members(context, tensors, best, index))
-        if linf:
+        if linf and one_share(context.settings):
             pictures.append(_transfer(context, best, index))
     return [picture for picture in pictures if picture]
 
@@ -145,7 +171,10 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
     if not len(fooled):
         return None
     clean, images = context.x[tensors["rows"][fooled]], tensors["x_adv"][fooled]
-    magnified = 0.5 + 0.5 * (images - clean) / unit.cell.eps
+    if clean.dim() != 4 or clean.shape[1] not in CHANNELS:
+        return _lines(context, clean, images, unit, index)
+    magnified = 0.5 + 0.5 * (images - clean) / _reach(context, clean)
+    clean, images = (part if context.settings.box == UNIT else context.settings.box.levels(part) for part in (clean, images))
     axes = (figure := Figure(figsize=(1.1 * len(fooled), 3.4))).subplots(3, len(fooled), squeeze=False)
     for row, (name, shown) in enumerate((("clean", clean), ("adversarial", images), ("difference", magnified))):
         for column, image in enumerate(shown):
@@ -153,8 +182,40 @@ def _gallery(context: Context, tensors: dict[str, Tensor], unit: Unit, index: in
             axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
             axes[row][column].set(xticks=[], yticks=[])
         axes[row][0].set_ylabel(name, fontsize=8)
-    caption = f"{_title(unit)}: images of {unit.attack}; differences magnified {0.5 / unit.cell.eps:.0f} times"
+    caption = f"{_title(unit)}: images of {unit.attack}; differences "
+    if context.settings.plain:
+        caption += f"magnified {0.5 / unit.cell.eps:.0f} times"
+    else:
+        caption += "as shares of eps, black and white being all of it"
     return Picture(f"gallery_{index}", caption, figure)
+
+
+def _reach(context: Context, x: Tensor) -> Tensor | float:
+    """Return by how much each feature of ``x`` may move, where it may."""
+    eps = context.settings.eps
+    return torch.where(eps > 0, eps, 1).to(x) if isinstance(eps, Tensor) else eps
+
+
+def _lines(context: Context, clean: Tensor, images: Tensor, unit: Unit, index: int) -> Picture | None:
+    """Draw inputs that are no images as lines over their features, and how far each feature moved, in shares of eps."""
+    if clean[0].numel() > MOST_FEATURES:
+        return None
+    moved = (images - clean) / _reach(context, clean)
+    axes = (figure := Figure(figsize=(2.2 * len(clean), 3.4))).subplots(2, len(clean), squeeze=False)
+    features = range(clean[0].numel())
+    rows: list[tuple[Any, ...]] = []
+    for column, parts in enumerate(zip(clean, images, moved, strict=True)):
+        before, after, share = (part.flatten().tolist() for part in parts)
+        axes[0][column].step(features, before, where="mid", label="clean")
+        axes[0][column].step(features, after, where="mid", label="adversarial")
+        axes[1][column].bar(features, share)
+        axes[1][column].set(ylim=(-1.05, 1.05), xlabel="feature")
+        rows += [(column, *row) for row in zip(features, before, after, strict=True)]
+    axes[0][0].legend(fontsize=6)
+    axes[1][0].set_ylabel("moved, of eps", fontsize=8)
+    figure.tight_layout()
+    caption = f"{_title(unit)}: inputs of {unit.attack}, and how far each feature moved"
+    return Picture(f"gallery_{index}", caption, figure, ("input", "feature", "clean", "adversarial"), rows)
 
 
 @torch.no_grad()
@@ -183,6 +244,10 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
     device = next(context.model.parameters(), context.x).device
     x, y = context.x[:DIAGNOSED].to(device), context.y[:DIAGNOSED].to(device)
     net: Any = context.model
+    eps = unit.cell.eps
+    if not context.settings.plain:
+        eps = share_of(context.settings.eps, context.settings.box, "attacks of others")
+        net, x = seen_from_unit_box(context.model, x, context.settings.box)
     with torch.no_grad():
         count = len(ask_members(net, x[:1]))
     if not 1 < count <= MOST_MEMBERS:
@@ -192,7 +257,7 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
     if not right:
         return None
     try:
-        shares = transfer_matrix(members, x, y, eps=unit.cell.eps, steps=TRANSFER_STEPS)
+        shares = transfer_matrix(members, x, y, eps=eps, steps=TRANSFER_STEPS)
     except RuntimeError as error:  # autograd's, of a member without a gradient
         logger.warning("no transfer between the members of %s: %s", _title(unit), error)
         return None
@@ -204,6 +269,15 @@ def _transfer(context: Context, unit: Unit, index: int) -> Picture | None:
         f"{len(x)} images that all members get right"
     )
     return Picture(f"transfer_{index}", caption, figure, ("crafted on", "fooled", "%"), rows)
+
+
+def one_share(settings: Settings) -> bool:
+    """Tell whether what knows [0, 1] and one eps alone can look at a model, as it is seen from there."""
+    try:
+        share_of(settings.eps, settings.box, "they")
+    except ValueError:
+        return False
+    return settings.mask is None
 
 
 def _surface(context: Context, unit: Unit, index: int) -> Picture:
@@ -222,6 +296,9 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
     generator = torch.Generator().manual_seed(0)
     across = (2 * torch.randint(0, 2, x.shape, generator=generator, device="cpu") - 1).to(x)
     scale = torch.linspace(-1, 1, GRID) * unit.cell.eps
+    box, mask, eps = context.settings.box, context.settings.mask, context.settings.eps
+    units: Any = eps.to(x) / unit.cell.eps if isinstance(eps, Tensor) else 1.0
+    units = units if mask is None else units * mask.to(device)
     axes = (figure := Figure(figsize=(4.2 * len(nets), 3.4))).subplots(1, len(nets), squeeze=False)
     rows: list[tuple[Any, ...]] = []
     for axis, (name, net) in zip(axes[0], nets.items(), strict=True):
@@ -229,7 +306,8 @@ def _surface(context: Context, unit: Unit, index: int) -> Picture:
         value = margin(ask(net, image), y)
         (slope,) = torch.autograd.grad(value.sum(), image, allow_unused=True) if value.requires_grad else (None,)
         gradient = torch.zeros_like(x) if slope is None else slope
-        points = UNIT.clamp(torch.cat([x + a * gradient.sign() + b * across for b in scale for a in scale]))
+        along, beside = (units * direction for direction in (gradient.sign(), across))
+        points = box.clamp(torch.cat([x + a * along + b * beside for b in scale for a in scale]))
         with torch.no_grad():
             heights = (
                 torch.cat([margin(ask(net, part), y.expand(len(part))) for part in points.split(64)]).cpu().view(GRID, GRID)

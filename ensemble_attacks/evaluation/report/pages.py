@@ -15,10 +15,19 @@ from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import warn_of_code
 from ensemble_attacks.evaluation.origins import images_of, placed_anew
-from ensemble_attacks.evaluation.report.figures import DIAGNOSED, Picture, _by_eps, _curves, _of_model, _title
+from ensemble_attacks.evaluation.report.figures import (
+    DIAGNOSED,
+    Picture,
+    _by_distance,
+    _by_eps,
+    _curves,
+    _of_model,
+    _title,
+    one_share,
+)
 from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
 from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
-from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains, shards_of
+from ensemble_attacks.evaluation.units import Unit, chain_of, count_chains, shards_of, threat_of
 from ensemble_attacks.models.preserve import private_random_state
 
 STYLE = "tableau-colorblind10"
@@ -51,7 +60,7 @@ def write_report(
     warn_of_code(ledger)
     rows = table_rows(summary, seconds_of(ledger))
     with style.context([STYLE, {"text.parse_math": False}]):  # a name with dollars in it is a name
-        pictures = [*_curves(ledger), *_by_eps(summary)]
+        pictures = [*_curves(ledger), *_by_eps(summary), *_by_distance(ledger)]
         diagnoses: dict[str, Diagnosis] = {}
         for chain in _first_chains(ledger):
             context = Context(ledger.manifest, chain[0], device, same_code=False)
@@ -78,13 +87,16 @@ def _first_chains(ledger: Ledger) -> list[list[Unit]]:
 
 
 def _diagnosis(ledger: Ledger, context: Context) -> Diagnosis | None:
-    """Return the diagnosis on the run's first images; ``None`` where there are too few."""
+    """Return the diagnosis on the run's first images; ``None`` where there are too few, or the checks are not for them."""
     manifest = ledger.manifest
     n = min(manifest["sweep"]["n"], DIAGNOSED)
     if n < FEWEST_DIAGNOSED:
         return None
     x, y = load_dataset(**images_of(manifest), n=n)
-    return diagnose(context.model, x, y, eps=context.settings.eps, seed=context.settings.seed)
+    settings = context.settings
+    if not one_share(settings):
+        return None
+    return diagnose(context.model, x, y, eps=settings.eps, seed=settings.seed, box=settings.box)
 
 
 TEMPLATES = Path(__file__).parent
@@ -139,6 +151,10 @@ def _manifest(ledger: Ledger) -> str:
     """Return settings, hashes and versions as lines; the settings have the names that a sweep's file gives them."""
     manifest = ledger.manifest
     lines = [f"{key} = {value!r}" for key, value in manifest["sweep"].items() if value is not None]
+    threat = threat_of(manifest)
+    if not threat.plain:
+        several = [said for eps in manifest["sweep"]["eps"] if (said := threat.said(eps))]
+        lines += [f"inputs: {said}" for said in dict.fromkeys(several)] + [f"box, mask and eps by feature: {threat.digest}"]
     lines += [f"weights of {model}: {value}" for model, value in manifest["weights"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
     lines += [f"images: {manifest['data']}", f"code {manifest['code']}, {versions}", f"digest {run_digest(ledger)}"]

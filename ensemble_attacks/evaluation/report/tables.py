@@ -10,8 +10,9 @@ from typing import Any
 from ensemble_attacks.evaluation.summary import called
 from ensemble_attacks.evaluation.units import CLEAN
 
+WORST = "worst of draws %"  # of a random model: the images that are right in every draw
 COLUMNS = (
-    *("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", "invalid", "outside", "disagreement"),
+    *("model", "vote", "eps", "seed", "attack", "robust %", "low", "high", WORST, "invalid", "outside", "disagreement"),
     *("passes / image", "seconds"),
 )
 TOLD = ("invalid", "outside", "disagreement")
@@ -29,8 +30,10 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
             passes = row.get("forwards_per_image", 0) + row.get("backwards_per_image", 0)
             spent = seconds.get(" ".join(map(str, (*start, name))), 0.0)
             figures = tuple(round(value, 1) for value in (100 * row["accuracy"], 100 * low, 100 * high))
+            worst = round(100 * row["worst_of_draws"], 1) if "worst_of_draws" in row else ""
             cost = (round(passes, 1), round(spent, 1)) if name not in (CLEAN, "worst case") else ("", "")
-            rows.append((*start, called(name, row, cell["n"]), *figures, *(row.get(kind, 0) for kind in TOLD), *cost))
+            told = (row.get(kind, 0) for kind in TOLD)
+            rows.append((*start, called(name, row, cell["n"]), *figures, worst, *told, *cost))
     return rows
 
 

@@ -1,0 +1,200 @@
+"""Every table of the pages that print figures (`PAGES`), and where its figures come from.
+
+    python -m benchmarks.printed
+
+Prints, for each table, how many of its rows follow from records, and lists the tables and rows that no record is left of.
+`tests/test_printed.py` computes all others anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import reach, table1
+from benchmarks.cells import Cell, Run
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TABLE1 = ROOT / "benchmarks" / "results" / "table1"
+IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
+CARDS = ROOT / "defenses" / "weights"
+NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
+    ("model", "vote", "eps", "seed", "attack"): "what the page's ten lines print: run them (tests/test_docs.py)",
+    ("defense", "vote", "clean", "AutoAttack", "MORA"): "what `make demo` prints: run it",
+    ("model", "clean", "AutoAttack rand, by its own flags"): "measured before records were kept: run the command above it",
+    ("model", "transfer (%)"): "measured before records were kept: run benchmarks/transfer.py",
+    ("backbone", "DnCNN"): "throw-away trainings, of which benchmarks/results/masks has a part",
+    ("", "3 x ResNet-20"): "times, which no other machine repeats: run benchmarks/speed.py",
+}
+NO_FIGURES = (  # tables of words
+    ("name", "what it does"),
+    ("recipe", "defense"),
+    ("flag", "what was seen"),
+    ("`--model`",),
+    ("`--data`",),
+    ("", "on the command line, in TOML, in Python"),
+    ("", "what you see"),
+)
+HALF = 0.05 + 1e-6  # of the last digit that is printed
+CELL = re.compile(r"`(?:table1\.py --cells |\.\.\.)(\w+):(\w+):([0-9.]+)`")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page: its head, and its rows by cells."""
+
+    page: str
+    head: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def tables() -> Iterator[Table]:
+    """Yield the tables of the pages."""
+    for page in PAGES:
+        lines = page.read_text().splitlines()
+        starts = [n for n, line in enumerate(lines) if line.startswith("|") and not lines[n - 1].startswith("|")]
+        for start in starts:
+            end = next((n for n in range(start, len(lines)) if not lines[n].startswith("|")), len(lines))
+            head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+            yield Table(page.relative_to(ROOT).as_posix(), tuple(head), rows)
+
+
+def run_of_table1() -> Run:
+    """Return the run whose records ship; its number of images is that of the table that it made."""
+    n = max(row["n"] for row in json.loads((TABLE1 / "table1.json").read_text()))
+    return Run(out=TABLE1, n=n, seed=0, data_dir="")
+
+
+def cell_named(defense: str, vote: str) -> Cell:
+    """Return the cell of three ResNet-20 of a defense, at the paper's radius."""
+    return Cell(f"{defense}_resnet20_3", vote, 0.03 if defense.endswith("_at") else 0.01)
+
+
+COLUMNS = {"PGD-500": "PGD", "CW-500": "CW", "MORA-500": "MORA"}  # where the page calls a column otherwise
+
+
+def of_table1(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the page's Table 1, from the records."""
+    found = table1.row_of(cell_named(row[0].strip("`"), row[1]), run_of_table1(), table1.ATTACKS)
+    assert found is not None
+    said, passes = [*row[:3], f"{found['clean']:.1f}"], False
+    for name in table.head[4:]:
+        passes = passes or name.startswith("passes / image: ")
+        column = COLUMNS.get(name := name.removeprefix("passes / image: "), name)
+        said.append(f"{found[f'{column} passes']:,.0f}" if passes else f"{found[column]:.1f}")
+    return said
+
+
+def of_reach(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the page's table of passes, from the records."""
+    found = reach.row_of(cell_named(row[0].strip("`"), row[1]), run_of_table1())
+    assert found is not None
+    said, peer = row[:2], ""
+    for name in table.head[2:]:
+        if name.endswith(" leaves"):
+            peer = name.removesuffix(" leaves")
+            said.append(f"{found[peer]:.1f}")
+        elif name == "in passes":
+            said.append("{:,.0f}".format(found[f"{peer}'s passes"]))
+        elif name == "MORA as few in":
+            said.append("{:.1f}".format(found[f"MORA's to {peer}'s"]))
+        else:
+            said.append(found[f"of {peer}'s" + name.removeprefix("share")])
+    return said
+
+
+def rounded(values: list[float], printed: str) -> str:
+    """Return a card's figures, of two decimals, with one, as they are printed with what follows; a half goes either way."""
+    figures, between, rest = printed.partition(" (")
+    said = figures.split(" / ")
+    if len(said) != len(values):
+        return " / ".join(f"{value:.1f}" for value in values) + between + rest
+    near = [text if abs(float(text) - value) < HALF else f"{value:.1f}" for text, value in zip(said, values, strict=True)]
+    return " / ".join(near) + between + rest
+
+
+def of_cards(table: Table, row: list[str]) -> list[str]:
+    """Return the clean accuracies of a model, from its card."""
+    accuracy = json.loads((CARDS / row[0] / "Linf" / f"{row[1].strip('`')}.json").read_text())["clean_accuracy"]
+    votes = [name for name in ("softmax", "voting", "logits", "crossmax") if name in accuracy]
+    whole = [accuracy[vote] for vote in votes]
+    return [*row[:2], rounded(accuracy["members"], row[2]), rounded(whole, row[3]), *row[4:]]
+
+
+def of_claims(table: Table, row: list[str]) -> list[str] | None:
+    """Return a row of what is claimed and found, where it is of a cell of Table 1; the claim names its columns."""
+    named = CELL.search(row[4])
+    if named is None:
+        return None
+    model, vote, eps = named.groups()
+    found = table1.row_of(Cell(model, vote, float(eps)), run_of_table1(), table1.ATTACKS)
+    assert found is not None
+    columns = re.findall(r"MORA-mt|\b(?:PGD|CW|AutoAttack|MORA)\b(?! here)", row[0].rpartition(":")[2].partition("(")[0])
+    columns = columns or CLAIMED[len(row[2].split(","))]
+    ours = ", ".join(f"{found[column]:.1f}" for column in columns)
+    claim = re.sub(r"AutoAttack here: [0-9.]+", f"AutoAttack here: {found['AutoAttack']:.1f}", row[0])
+    return [claim, row[1], ours, f"{found['n']}, 0", *row[4:]]
+
+
+VOTES = {"hard votes": "voting", "mean probability": "softmax", "mean logits": "logits"}
+ATTACKS = {"APGD-CE": "apgd-ce?steps=5", "MORA": "mora", "MORA-mt": "mora-mt?steps=5&betas=0.5&targets=1"}
+
+
+def of_imagenet(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of ImageNet, from its record; a vote stands in the first of its rows."""
+    above = table.rows[: 1 + next(number for number, other in enumerate(table.rows) if other is row)]
+    vote = VOTES[[cells[0] for cells in above if cells[0]][-1]]
+    (found,) = [
+        cell["found"]
+        for cell in json.loads(IMAGENET.read_text())
+        if (cell["vote"], f"{cell['eps x 255']:g}") == (vote, row[1])
+    ]
+    figures = [found[ATTACKS[name]] for name in table.head[2:]]
+    return row[:2] + [f"{100 * sum(of['robust']) / len(of['robust']):.1f} ({of['passes']:.1f})" for of in figures]
+
+
+CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
+    5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
+    4: ["PGD", "CW", "MORA", "MORA-mt"],
+}
+SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] = {  # by the first cells of a table's head
+    ("defense (3 members)", "vote", "eps", "clean"): of_table1,
+    ("defense (3 members)", "vote", "APGD-CE leaves"): of_reach,
+    ("dataset", "model", "clean accuracy of the members (%)"): of_cards,
+    ("claim", "theirs", "ours"): of_claims,
+    ("vote", "eps x 255"): of_imagenet,
+}
+
+
+def known(head: tuple[str, ...], among: Any) -> tuple[str, ...] | None:
+    """Return the key that a table's head begins with."""
+    return next((key for key in among if head[: len(key)] == key), None)
+
+
+@click.command()
+def main() -> None:
+    for table in tables():
+        if known(table.head, NO_FIGURES):
+            continue
+        source = known(table.head, SOURCES)
+        if source is None:
+            why = NO_RECORD.get(known(table.head, NO_RECORD) or (), "unknown")
+            click.echo(f"{table.page}: {' | '.join(table.head[:3])} ...: no record ({why})")
+            continue
+        computed = [(row, SOURCES[source](table, row)) for row in table.rows]
+        same = sum(row == found for row, found in computed)
+        click.echo(f"{table.page}: {' | '.join(table.head[:3])} ...: {same} of {len(computed)} rows are as recorded")
+        for row, found in computed:
+            if found != row:
+                click.echo(f"    {row[0]}: " + ("no record" if found is None else f"printed {row}, recorded {found}"))
+
+
+if __name__ == "__main__":
+    main()
