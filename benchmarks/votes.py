@@ -6,8 +6,8 @@
 Every attack is run on every vote of every model, once for each seed, and its images are judged under all the votes: robust
 accuracy (%), mean and standard deviation over seeds. ``own - best other`` is what the attack on the vote itself leaves, less
 what the best attack on another vote does: above 0, its own gradient leads it astray. A second table, ``members``, says of
-how many images (%) no member, one, two, ... are fooled. Goes on where it stopped: every attack on every vote has a record for
-each seed, with one flag for each image and vote.
+how many images (%) no member, one, two, ... are fooled. Goes on where it stopped: every attack on every vote has a record
+for each seed, with one flag for each image and vote.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main(
             path = folder / ("_".join(map(str, key)) + ".json")
             make = partial(find_maker(key.attack), norm="Linf", eps=eps, seed=key.seed)
             if path.exists() or not table_only:
-                told = {"eps": eps, "seed": key.seed, "score": score, "about": about}
+                told: dict[str, Any] = {"eps": eps, "seed": key.seed, "score": score, "about": about}
                 records[key] = measured(path, nets[key.vote], x, y, make, **told)
     if not records:
         raise click.UsageError(f"{folder} holds nothing yet")
