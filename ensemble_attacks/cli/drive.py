@@ -15,7 +15,7 @@ from ensemble_attacks.cli.console import WIDE, console, shown
 from ensemble_attacks.cli.options import key_value
 from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.curves import SHARES, Curve, curves_of
-from ensemble_attacks.evaluation.engines import run, unfinished
+from ensemble_attacks.evaluation.engines import run, terminable, unfinished
 from ensemble_attacks.evaluation.estimate import Plan, plan_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import run_identity
@@ -66,11 +66,12 @@ def drive(
     set_threads(ledger.manifest, threads)
     again = f"ensemble-attacks resume {plain(ledger.folder)}"
     try:
-        if any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in range(total)):
-            plan = plan_of(ledger.manifest, device.split(",")[0] if engine == "local" else None, ledger)
-            console.print(_said(plan, ledger.manifest, workers), **WIDE)
-        with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
-            summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
+        with terminable():  # from here on there is a run to go on with
+            if any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in range(total)):
+                plan = plan_of(ledger.manifest, device.split(",")[0] if engine == "local" else None, ledger)
+                console.print(_said(plan, ledger.manifest, workers), **WIDE)
+            with tqdm(total=total, unit="task", disable=None if total > 1 or workers > 1 else True, leave=False) as bar:
+                summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
     except (KeyboardInterrupt, SystemExit) as stopped:
         console.print(f"\nStopped: the same command, or `{again}`, goes on.", **WIDE)
         sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)

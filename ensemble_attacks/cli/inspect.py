@@ -50,6 +50,7 @@ def diagnose(
 ) -> None:
     """Is a model masking its gradients? Print checks with figure, threshold and verdict, and the attacks to run."""
     from rich.table import Table
+    from tqdm import tqdm
 
     from ensemble_attacks import diagnostics
     from ensemble_attacks.attacks.registry import find_attack, find_maker
@@ -85,8 +86,9 @@ def diagnose(
         check_fit(attack, structure.classes, "Linf", x.shape[1:])
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
-    with console.status(f"Running the checks on {len(x)} images ..."):
-        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, attack=make, box=settings.box)
+    with tqdm(desc=f"checks on {len(x)} images", unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+        looked: dict[str, Any] = {"attack": make, "box": settings.box, "on_pass": bar.update}
+        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, **looked)
     ball = radius_said({"norm": "Linf", "eps": sweep.eps[0], "within": sweep.threat.said(sweep.eps[0])})
     table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):

@@ -46,6 +46,7 @@ def diagnose(
     seed: int = 0,
     attack: Callable[[nn.Module, float], Attack] | None = None,
     box: Box = UNIT,
+    on_pass: Callable[[int], object] | None = None,
 ) -> Diagnosis:
     """Look for reasons not to believe a robust accuracy in Linf.
 
@@ -59,6 +60,7 @@ def diagnose(
             random model)
         box: the values that images can take. What is looked at in another than [0, 1] is the model as seen from there, and
             so is what ``attack`` gets.
+        on_pass: called with the number of images of each forward and backward pass, to show how far it is.
 
     Returns:
         The checks, and the attacks that they call for.
@@ -82,7 +84,7 @@ def diagnose(
     with guarded(model, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
         check_dtype(model, x, "x")
-        examined = Examination(model, x, y, eps, seed, attack)
+        examined = Examination(model, x, y, eps, seed, attack, on_pass)
         check_label_range(y, examined.structure.classes, "y")
         checks = [*attempted("structure", of_structure(examined, was_training))]
         checks += attempted("gradients", of_gradients(examined))

@@ -39,10 +39,11 @@ class Examination:
         eps: float,
         seed: int,
         attack: Callable[[nn.Module, float], Attack] | None,
+        on_pass: Callable[[int], object] | None = None,
     ) -> None:
         self.original, self.x, self.y, self.eps, self.seed = model, x, y, eps, seed
         self.structure = structure_of(model, x, seed)
-        self.counted = count_passes(prepare(model, x[:8]))
+        self.counted = count_passes(prepare(model, x[:8]), on_pass)
         self.model: Any = self.counted
         self.eot_iter = EOT_ITER if self.structure.random else None
         self.attack = attack or self.default_attack

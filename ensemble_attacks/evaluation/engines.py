@@ -51,7 +51,7 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
     check_choice("engine", engine, tuple(ENGINES))
     chains = range(count_chains(ledger.manifest))
     ledger.go_on().forget_dead()
-    with _terminable(), ledger.driving():
+    with terminable(), ledger.driving():
         while True:
             left = [index for index in chains if unfinished(ledger, chain_of(ledger.manifest, index))]
             if left:
@@ -73,7 +73,7 @@ def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM end the process as SIGINT does, within the context: at once, with what was finished kept.
 
     The exit code is 143.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,8 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     logger.info("running %s on %d images", name, len(x))
     cost = find_attack(name).cost
     most = None if cost is None else cost * len(x) * (settings.eot_iter or 1)  # if nothing is fooled
-    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+    silent = None if multiprocessing.parent_process() is None else True  # workers would write over each other's bars
+    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=silent, leave=False) as bar:
         counted = count_passes(twin, bar.update)
         began = time.perf_counter()
         crafted = craft(counted, x, y, settings)
