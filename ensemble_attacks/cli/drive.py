@@ -30,7 +30,8 @@ def begin(manifest: dict[str, Any], out: Path | None, *, dry_run: bool, threads:
     folder = out or Path("runs") / run_identity(manifest)
     if dry_run:
         set_threads(manifest, threads)
-        console.print(_said(plan_of(manifest, machine["device"].split(",")[0]), manifest, machine["workers"]), **WIDE)
+        devices = machine["device"].split(",")
+        console.print(_said(plan_of(manifest, devices[0]), manifest, machine["workers"] or len(devices)), **WIDE)
         console.print(f"Nothing was run; it would be stored in {plain(folder)}", **WIDE)
         return
     drive(Ledger(folder, manifest), threads=threads, **machine)
@@ -48,18 +49,19 @@ def set_threads(manifest: dict[str, Any], threads: int | None) -> None:
 
 
 def drive(
-    ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...], threads: int | None = None
+    ledger: Ledger, engine: str, workers: int | None, device: str, options: tuple[str, ...], threads: int | None = None
 ) -> None:
     """Run what is left of a run, and print its tables; exit with 1 where something was given up."""
-    given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": device.split(",")}
+    devices = device.split(",")
+    given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": devices}
     given |= {"workers": workers} if engine == "local" else {}
     total = count_chains(ledger.manifest)
     set_threads(ledger.manifest, threads)
     again = f"ensemble-attacks resume {plain(ledger.folder)}"
     try:
         if any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in range(total)):
-            plan = plan_of(ledger.manifest, device.split(",")[0] if engine == "local" else None, ledger)
-            console.print(_said(plan, ledger.manifest, workers), **WIDE)
+            plan = plan_of(ledger.manifest, devices[0] if engine == "local" else None, ledger)
+            console.print(_said(plan, ledger.manifest, workers or len(devices)), **WIDE)
         with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
             summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
     except (KeyboardInterrupt, SystemExit) as stopped:

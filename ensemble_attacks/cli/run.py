@@ -75,7 +75,7 @@ def evaluate(
     data_dir: str,
     download: bool,
     engine: str,
-    workers: int,
+    workers: int | None,
     device: str,
     options: tuple[str, ...],
     threads: int | None,

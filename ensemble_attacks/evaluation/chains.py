@@ -27,6 +27,7 @@ from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of, threa
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
+from ensemble_attacks.models.ask import beside, moved
 from ensemble_attacks.models.twins import SEEN, prepare
 
 
@@ -83,21 +84,21 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings, self.device = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device
+        self.settings = cell.settings(cell.eps, cell.seed, threat_of(manifest))
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
             self.model = like.model
         else:
             place = placed(manifest, cell.model)
-            self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+            self.model = moved(providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote), device)
             check_origin(manifest, cell.model, self.model, same_code=same_code)
             if digest(*self.model.state_dict().values()) != cell.weights:
                 raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
             self._check_made(cell, same_code)
 
     def _check_made(self, cell: Cell, same_code: bool) -> None:
-        if (found := made_of(self.model, self.x[:2].to(self.device))) == cell.made:
+        if (found := made_of(self.model, beside(self.model, self.x[:2]))) == cell.made:
             return
         told = f"the options or the code of {cell.model} are not those that the run began with ({cell.made}, now {found})"
         if same_code:
@@ -108,7 +109,7 @@ class Context:
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
         few = self.x[: min(SEEN, self.settings.batch_size)]
-        return prepare(self.model, few.to(self.device), amp=self.settings.amp)
+        return prepare(self.model, beside(self.model, few), amp=self.settings.amp)
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:
