@@ -28,7 +28,7 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import beside, moved
-from ensemble_attacks.models.twins import SEEN, prepare
+from ensemble_attacks.models.tuning import twin_for
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
@@ -108,8 +108,7 @@ class Context:
     @cached_property
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
-        few = self.x[: min(SEEN, self.settings.batch_size)]
-        return prepare(self.model, beside(self.model, few), amp=self.settings.amp)
+        return twin_for(self.model, beside(self.model, self.x[: self.settings.batch_size]), amp=self.settings.amp)
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:
