@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from defenses.randomized import RandomizedEnsemble
-from ensemble_attacks import MORA, Ensemble, evaluate, judge
-from ensemble_attacks.evaluation import engines
+from ensemble_attacks import APGD, MORA, Ensemble, as_ensemble, evaluate, judge
+from ensemble_attacks.evaluation import chains, engines
 from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chain_of
 from ensemble_attacks.models.ask import device_of, moved
+from ensemble_attacks.models.spread import Spread, spread
 from ensemble_attacks.models.twins import prepare
 from tests.evaluation.test_ledger import ledger_in, read, summary
-from tests.helpers import make_ensemble
+from tests.helpers import make_ensemble, make_member
 from tests.simulated_device import AVAILABLE, DEVICE, SECOND, Held, Waits, simulated
 
 needs_devices = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no hooks for devices written in Python")
@@ -38,7 +41,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         yield waits
 
 
-def spread(model: Any, places: tuple[torch.device, ...]) -> Any:
+def lying(model: Any, places: tuple[torch.device, ...]) -> Any:
     for member, place in zip(model.members, places, strict=True):
         member.to(place)
     return model
@@ -71,7 +74,7 @@ def test_members_on_several_devices(places: str, random: bool, devices: Waits, b
         attack.eot_iter = 2 if random else None
         return attack(images, labels).cpu()
 
-    here, there = model(), spread(model(), PLACES[places])
+    here, there = model(), lying(model(), PLACES[places])
     adversarial = attacked(here)
     torch.testing.assert_close(attacked(there), adversarial, rtol=0, atol=1e-9)
     verdict = judge(there, images, labels, adversarial, eps=0.1, draws=2 if random else 1)
@@ -82,7 +85,7 @@ def test_members_on_several_devices(places: str, random: bool, devices: Waits, b
 def test_a_second_device_makes_no_step_wait(devices: Waits, batch: tuple[Tensor, Tensor]) -> None:
     counts = []
     for steps in (4, 12):
-        attack = MORA(spread(make_ensemble(), PLACES["two"]), eps=0.03, steps=steps, betas=(0.5,), aimed=False)
+        attack = MORA(lying(make_ensemble(), PLACES["two"]), eps=0.03, steps=steps, betas=(0.5,), aimed=False)
         images, labels = (t[:12].to(DEVICE) for t in batch)
         before = devices.waits
         attack(images, labels)
@@ -95,8 +98,8 @@ def test_a_run_leaves_members_where_they_lie(devices: Waits, batch: tuple[Tensor
     data = batch[0][:8].float(), batch[1][:8]
     found = []
     for index, places in enumerate([(torch.device("cpu"),) * 3, PLACES["two"]]):
-        model = spread(make_ensemble(dtype=torch.float32), places)
-        run_of = evaluate(model, data, eps=0.1, attacks="torchattacks:FGSM,ea-apgd-ce?steps=3", out=tmp_path / str(index))
+        model = lying(make_ensemble(dtype=torch.float32), places)
+        run_of = evaluate(model, data, eps=0.1, attacks="ea-apgd-ce?steps=3", out=tmp_path / str(index))
         assert [device_of(member, torch.device("meta")) for member in model.members] == list(places)
         found.append(run_of.summary["cells"][0])
     shares = [{name: row["robust"] for name, row in cell["attacks"].items()} for cell in found]
@@ -162,13 +165,61 @@ def test_workers_keep_a_device_each(tmp_path: Path) -> None:
 
 
 def test_each_device_has_a_worker_where_there_is_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One chain needs no processes."""
+    """One chain needs no processes, and shares its batches."""
     asked: list[str] = []
     monkeypatch.setattr(engines, "run_chain", lambda folder, index, device: asked.append(device))
     engines.local(ledger_in(tmp_path / "run"), [0], lambda chain: None, devices=["cuda:0", "cuda:1"])
-    assert asked == ["cuda:0"]
+    assert asked == ["cuda:0,cuda:1"]
 
 
-def test_what_a_program_gives_is_not_shared_among_devices() -> None:
-    with pytest.raises(ValueError, match="device is 'cuda:0,cuda:1', but the model cannot go to other processes"):
-        evaluate(make_ensemble(), (torch.rand(2, 3, 6, 6), torch.zeros(2).long()), eps=0.1, device="cuda:0,cuda:1")
+@needs_devices
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_a_batch_is_shared_among_devices(ensemble: bool, devices: Waits, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch[0][:11], batch[1][:11]
+    model: Any = make_ensemble() if ensemble else make_member().double()
+    there = copy.deepcopy(model).to(DEVICE)
+    shared = spread(there, [str(DEVICE), str(SECOND)], images[:4].to(DEVICE))
+    assert isinstance(shared, Spread)
+    assert [device_of(one, torch.device("meta")) for one in shared.copies] == [DEVICE, SECOND]
+    attack = partial(MORA, eps=0.1, steps=4, betas=(0.5, 0.0)) if ensemble else partial(APGD, eps=0.1, steps=4)
+    torch.testing.assert_close(attack(shared)(images, labels).cpu(), attack(model)(images, labels), rtol=0, atol=1e-9)
+    before = devices.waits
+    x = images.to(DEVICE)
+    with torch.no_grad():
+        assert shared(x).device == DEVICE
+        assert shared(x[:1]).device == DEVICE  # fewer images than devices
+    assert devices.waits == before + 1  # of bringing the images
+
+
+@needs_devices
+def test_what_cannot_be_shared_stays(devices: Waits, caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.rand(4, 3, 6, 6, dtype=torch.double).to(DEVICE)
+    places = [str(DEVICE), str(SECOND)]
+    random = RandomizedEnsemble(list(make_ensemble().members), seed=0).eval().to(DEVICE)
+    elsewhere = lying(make_ensemble(), PLACES["two"])
+    claimed = as_ensemble(make_ensemble().to(DEVICE), ["members.0", "members.1", "members.2"], "softmax")
+    for model, why in ((random, "it is random"), (elsewhere, "on several devices"), (claimed, "claimed")):
+        assert spread(model, places, images) is model
+        assert why in caplog.text
+    assert spread(random, places[:1], images) is random
+
+
+@needs_devices
+def test_a_run_of_a_programs_own_model_on_two_devices(
+    devices: Waits, batch: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = batch[0][:8].float(), batch[1][:8]
+    shared: list[nn.Module] = []
+
+    def watched(*given: Any) -> nn.Module:
+        shared.append(spread(*given))
+        return shared[-1]
+
+    monkeypatch.setattr(chains, "spread", watched)
+    found: list[dict[str, Any]] = []
+    for place in ("cpu", f"{DEVICE},{SECOND}"):
+        given: dict[str, Any] = {"eps": 0.1, "attacks": "ea-apgd-ce?steps=3", "device": place}
+        found.append(evaluate(make_ensemble(dtype=torch.float32), data, out=tmp_path / str(len(found)), **given).summary)
+    assert [isinstance(net, Spread) for net in shared] == [False, True]
+    shares = [{name: row["robust"] for name, row in cell["attacks"].items()} for (cell,) in (one["cells"] for one in found)]
+    assert shares[0] == shares[1]

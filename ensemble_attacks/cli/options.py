@@ -92,7 +92,7 @@ def machines(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--engine", default="local", help=", ".join(ENGINES) + ".", shell_complete=choices.engines),
         click.option("--workers", type=int, help="Processes of the engine local.  [default: one for each device]"),
-        click.option("--device", default="cpu", help="Comma-separated: each worker takes the next one."),
+        click.option("--device", default="cpu", help="Comma-separated: shared among the workers, or the batches of one."),
         click.option("--threads", type=int, help=THREADS),
         click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the engines ray and slurm."),
     ]

@@ -28,7 +28,9 @@ from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import beside, moved
+from ensemble_attacks.models.spread import spread
 from ensemble_attacks.models.tuning import twin_for
+from ensemble_attacks.models.twins import SEEN
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
@@ -64,7 +66,7 @@ class Context:
 
     Args:
         manifest, unit: the run, and a unit of the chain.
-        device: where the model is asked.
+        device: where the model is asked; separated by commas, those among which what attacks craft on is shared.
         same_code: whether the code must be that which the run began with.
         like: another context, whose model serves here, too, where it is the same.
 
@@ -84,14 +86,16 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings = cell.settings(cell.eps, cell.seed, threat_of(manifest))
+        self.settings, self.devices = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device.split(",")
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
             self.model = like.model
         else:
             place = placed(manifest, cell.model)
-            self.model = moved(providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote), device)
+            self.model = moved(
+                providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote), self.devices[0]
+            )
             check_origin(manifest, cell.model, self.model, same_code=same_code)
             if digest(*self.model.state_dict().values()) != cell.weights:
                 raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
@@ -108,7 +112,8 @@ class Context:
     @cached_property
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
-        return twin_for(self.model, beside(self.model, self.x[: self.settings.batch_size]), amp=self.settings.amp)
+        few = beside(self.model, self.x[: self.settings.batch_size])
+        return spread(twin_for(self.model, few, amp=self.settings.amp), self.devices, few[:SEEN])
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,12 +99,13 @@ def local(
 
     Args:
         workers: the number of processes; ``None``: one for each device, where there are as many chains.
-        devices: where they ask the model; each worker keeps one, and halves its own batches where memory runs out.
+        devices: where they ask the model. Each worker keeps one, or its share of them where there are more, among which it
+            shares its batches; it halves its own where memory runs out.
     """
     workers = workers or min(len(devices), len(chains))
     if workers == 1:
         for index in chains:
-            run_chain(str(ledger.folder), index, devices[0])
+            run_chain(str(ledger.folder), index, ",".join(devices))
             report(index)
         return
     left, suspects = list(chains), set[int]()
@@ -115,8 +115,8 @@ def local(
         now = sorted(suspects)[:1] or left
         context = multiprocessing.get_context("spawn")
         places = context.SimpleQueue()
-        for place in islice(cycle(devices), workers):
-            places.put(place)
+        for turn in range(workers):
+            places.put(",".join(devices[turn::workers]) or devices[turn % len(devices)])
         pool = ProcessPoolExecutor(workers, context, _worker, (threads, os.getpid(), places))
         try:
             tasks = {pool.submit(_run_chain, str(ledger.folder), index): index for index in now}
@@ -158,7 +158,7 @@ def _lost(ledger: Ledger, index: int, error: Exception) -> None:
         ledger.fail(unit, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-_places: list[str] = []  # the device of this process, where it is a worker
+_places: list[str] = []  # the devices of this process, where it is a worker
 
 
 def _worker(threads: int, parent: int, places: Any) -> None:

@@ -133,8 +133,9 @@ def evaluate(
         out: the run's folder; ``None``: one of its own in ``runs``.
         name: what the run calls the model; ``None``: its class's name.
         transform: what is done to every image, as ``"resize=256,crop=224"``.
-        device: where a model that is named is put, ``None``: the CPU; several, separated by commas: the workers take turns.
-        workers: the number of processes, ``None``: one for each device; more than one where model and data are names.
+        device: where a model that is named is put, ``None``: the CPU; several, separated by commas, among which workers, or
+            the batches of one, are shared.
+        workers: the number of processes, ``None``: one for each device where model and data are names, else one.
         model_dir, data_dir, download: where named models and datasets lie, and whether the latter may be fetched.
         settings: the attributes of `Sweep`: ``n``, ``first``, ``sample``, ``only_correct``, ``seeds``, ``votes`` (of named
             models), ``cascade``, ``batch_size``, ``shard_size``, ``draws`` and ``eot_iter`` (of random models), ``amp``.
@@ -152,12 +153,13 @@ def evaluate(
     places = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu")).split(",")
     if workers is not None:
         check_count("workers", workers)
-    if (workers or len(places)) > 1 and (own_model or own_images):
-        asked = f"device is {device!r}" if workers is None else f"workers is {workers}"
-        raise ValueError(
-            f"{asked}, but {'the model' if own_model else 'the data'} cannot go to other processes: name a function that "
-            "makes it, as evaluate('nets.py:make', 'images.npz', ...)"
-        )
+    if own_model or own_images:
+        if workers is not None and workers > 1:
+            raise ValueError(
+                f"workers is {workers}, but {'the model' if own_model else 'the data'} cannot go to other processes: name a "
+                "function that makes it, as evaluate('nets.py:make', 'images.npz', ...)"
+            )
+        workers = 1
     sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": _names(attacks), "norm": norm, **settings}
     sweep |= {"box": box, "movable": movable}
     with given(own_model, own_images):

@@ -196,8 +196,12 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
 
 def moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Return the model, put on a device; where its parts lie on several, as it is."""
-    lie_on = {part.device for part in itertools.chain(model.parameters(), model.buffers())}
-    return model if len(lie_on) > 1 else model.to(device)
+    return model if len(devices_of(model)) > 1 else model.to(device)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the devices on which the model's parameters and buffers lie."""
+    return {part.device for part in itertools.chain(model.parameters(), model.buffers())}
 
 
 def beside(model: nn.Module, x: Tensor) -> Tensor:
