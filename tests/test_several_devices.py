@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -198,7 +199,9 @@ def test_what_cannot_be_shared_stays(devices: Waits, caplog: pytest.LogCaptureFi
     random = RandomizedEnsemble(list(make_ensemble().members), seed=0).eval().to(DEVICE)
     elsewhere = lying(make_ensemble(), PLACES["two"])
     claimed = as_ensemble(make_ensemble().to(DEVICE), ["members.0", "members.1", "members.2"], "softmax")
-    for model, why in ((random, "it is random"), (elsewhere, "on several devices"), (claimed, "claimed")):
+    fronted = nn.Sequential(OrderedDict(frontend=nn.Identity(), backbone=make_member().double())).eval().to(DEVICE)
+    obstacles = (random, "it is random"), (elsewhere, "on several devices"), (claimed, "claimed"), (fronted, "front end")
+    for model, why in obstacles:
         assert spread(model, places, images) is model
         assert why in caplog.text
     assert spread(random, places[:1], images) is random

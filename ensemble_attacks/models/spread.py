@@ -61,8 +61,9 @@ class SpreadEnsemble(Spread):
 def spread(model: nn.Module, devices: Sequence[str], x: Tensor) -> nn.Module:
     """Return the model with a copy on each device but the first, where it lies; itself where it cannot be shared.
 
-    A random model is not shared, as its draws follow the place in the batch, nor one whose parts lie on several devices
-    already, or cannot be copied, nor an `AdoptedEnsemble`, which books what is claimed for it; a message says so.
+    A random model is not shared, as its draws follow the place in the batch, nor one with a front end, which attacks ask for
+    by name, or whose parts lie on several devices already, or that cannot be copied, nor an `AdoptedEnsemble`, which books
+    what is claimed for it; a message says so.
 
     Args:
         model: images (N, ...) -> scores (N, K).
@@ -88,4 +89,6 @@ def _obstacle(model: nn.Module, x: Tensor) -> str:
     if len(devices_of(model)) > 1:
         return "its parts lie on several devices"
     structure = structure_of(model, x)
-    return "it is random" if structure.random or structure.known_draws else ""
+    if structure.random or structure.known_draws:
+        return "it is random"
+    return "attacks ask for its front end by name" if structure.frontend else ""
