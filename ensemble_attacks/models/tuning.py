@@ -18,6 +18,7 @@ from ensemble_attacks.models.twins import SEEN, Autocast, prepare
 logger = logging.getLogger(__name__)
 REPEATED = 3  # timed passes, after one that warms up
 CLEARLY = 0.9  # of the time: less is no reason to round
+HOPELESS = 2  # times as long for a few images, which do not fill a device
 
 
 def twin_for(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
@@ -36,7 +37,7 @@ def twin_for(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
     if not any(isinstance(part, Autocast) for part in mixed.modules()):
         return plain
     try:
-        why = _slower(mixed, plain, x[:SEEN]) or _slower(mixed, plain, x) or _otherwise(mixed, plain, x)
+        why = _slower(mixed, plain, x[:SEEN], HOPELESS) or _slower(mixed, plain, x, CLEARLY) or _otherwise(mixed, plain, x)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -46,11 +47,10 @@ def twin_for(model: nn.Module, x: Tensor, *, amp: bool = False) -> nn.Module:
     return plain if why else mixed
 
 
-def _slower(mixed: nn.Module, plain: nn.Module, x: Tensor) -> str:
-    """Say that mixed precision takes too long for images; first of a few, as it may take a hundred times as long."""
+def _slower(mixed: nn.Module, plain: nn.Module, x: Tensor, share: float) -> str:
+    """Say that mixed precision takes more than a share of the time for images."""
     before, after = (seconds(net, x) for net in (plain, mixed))
-    slack = 2 if len(x) <= SEEN else CLEARLY  # a few images do not fill a device
-    return f"{after:.3g} s for {len(x)} images, in place of {before:.3g} s" if after > slack * before else ""
+    return f"{after:.3g} s for {len(x)} images, in place of {before:.3g} s" if after > share * before else ""
 
 
 def _otherwise(mixed: nn.Module, plain: nn.Module, x: Tensor) -> str:
