@@ -13,6 +13,7 @@ It stands on hooks of PyTorch that are experimental: `AVAILABLE` says whether th
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -334,4 +335,14 @@ def simulated() -> Iterator[Waits]:
             waits.arrive(self.copies)
 
     with patch.object(BACKEND, "there", True), patch("torch.Event", Event), Functions(), Operations(waits):
+        yield waits
+
+
+@contextmanager
+def judged() -> Iterator[Waits]:
+    """Have the devices as `simulated`, and a judge that takes their tensors, which it refuses for computing their values."""
+    module = importlib.import_module("ensemble_attacks.judge")
+    stored = module.as_stored
+    taken = patch.object(module, "as_stored", lambda t: t.detach() if isinstance(t, Held) else stored(t))
+    with taken, simulated() as waits:
         yield waits

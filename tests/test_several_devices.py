@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
@@ -26,19 +25,15 @@ from ensemble_attacks.models.spread import Spread, spread
 from ensemble_attacks.models.twins import prepare
 from tests.evaluation.test_ledger import ledger_in, read, summary
 from tests.helpers import make_ensemble, make_member
-from tests.simulated_device import AVAILABLE, DEVICE, SECOND, Held, Waits, simulated
+from tests.simulated_device import AVAILABLE, DEVICE, SECOND, Waits, judged
 
 needs_devices = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no hooks for devices written in Python")
 PLACES = {"two": (DEVICE, SECOND, SECOND), "with the CPU": (DEVICE, torch.device("cpu"), SECOND)}
 
 
 @pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
-    """The devices; the judge takes their tensors, which it would refuse for computing their values themselves."""
-    module = importlib.import_module("ensemble_attacks.judge")
-    stored = module.as_stored
-    monkeypatch.setattr(module, "as_stored", lambda t: t.detach() if isinstance(t, Held) else stored(t))
-    with simulated() as waits:
+def devices() -> Iterator[Waits]:
+    with judged() as waits:
         yield waits
 
 
