@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.waits import counted_looks, measured, ours
-from ensemble_attacks import APGD, MORA, FrontEndReversal
+from benchmarks.waits import measured, ours
+from ensemble_attacks import FrontEndReversal
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.devices import numbers, unlike
 from ensemble_attacks.models.preserve import preserved
@@ -25,25 +25,18 @@ def test_no_attack_waits_at_every_step(name: str) -> None:
     assert device.waits <= MOST * max(steps, 100)
 
 
-def test_more_steps_cost_no_more_waits(batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = batch[0][:8], batch[1][:8]
-    for make in (
-        lambda steps: MORA(make_ensemble().to(DEVICE), eps=0.01, steps=steps, betas=(0.5,), aimed=False),
-        lambda steps: APGD(make_ensemble().to(DEVICE), eps=0.01, steps=steps, norm="L2"),
-        lambda steps: FrontEndReversal(
-            behind_a_front_end(make_ensemble()).to(DEVICE), eps=0.01, steps=steps, amplification=1.0
-        ),
-    ):
-        counts = []
-        for steps in (4, 12):
-            with simulated() as device, counted_looks() as looks:
-                attack, here = make(steps), (images.to(DEVICE), labels.to(DEVICE))
-                before = device.waits
-                attack(*here)
-                counts.append((device.waits - before, looks["steps"]))
-        (few, _), (many, _) = counts
-        assert counts[0][1] < counts[1][1]
-        assert few == many
+def test_what_is_carried_back_through_a_front_end_costs_no_waits(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch[0][:4], batch[1][:4]
+    counts = []
+    for steps in (4, 12):
+        with simulated() as device:
+            fronted = behind_a_front_end(make_ensemble()).to(DEVICE)
+            attack = FrontEndReversal(fronted, eps=0.01, steps=steps, amplification=1.0)
+            here = images.to(DEVICE), labels.to(DEVICE)
+            device.waits = 0
+            attack(*here)
+            counts.append(device.waits)
+    assert counts[0] == counts[1] < 50
 
 
 def test_numbers_are_read_at_once() -> None:
