@@ -23,6 +23,7 @@ from ensemble_attacks.evaluation.origins import given
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import seconds_of
+from ensemble_attacks.evaluation.tracking import check_tracker, log_run
 from ensemble_attacks.extras import extra
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.validation import check_count
@@ -109,6 +110,7 @@ def evaluate(
     model_dir: str | None = None,
     data_dir: str = "data",
     download: bool = False,
+    log: str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Attack a model, judge the images that the attacks return, and store all of it as a run.
@@ -137,6 +139,7 @@ def evaluate(
             the batches of one, are shared.
         workers: the number of processes, ``None``: one for each device where model and data are names, else one.
         model_dir, data_dir, download: where named models and datasets lie, and whether the latter may be fetched.
+        log: the tracker that is told the figures when done: ``"wandb"``, ``"tensorboard"`` or ``"mlflow"``; ``None``: none.
         settings: the attributes of `Sweep`: ``n``, ``first``, ``sample``, ``only_correct``, ``seeds``, ``votes`` (of named
             models), ``cascade``, ``batch_size``, ``shard_size``, ``draws`` and ``eot_iter`` (of random models), ``amp``.
 
@@ -153,6 +156,8 @@ def evaluate(
     places = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu")).split(",")
     if workers is not None:
         check_count("workers", workers)
+    if log is not None:
+        check_tracker(log)
     if own_model or own_images:
         if workers is not None and workers > 1:
             raise ValueError(
@@ -168,6 +173,8 @@ def evaluate(
         )
         ledger = Ledger(Path(out or Path("runs") / run_identity(manifest)), manifest)
         summary = run(ledger, workers=workers, devices=places)
+    if log is not None:
+        log_run(ledger, summary, log)
     return Evaluation(ledger.folder, summary, own_model, own_images, places[0])
 
 
