@@ -61,6 +61,7 @@ def diagnose(
     from ensemble_attacks.evaluation.suite import check_fit
     from ensemble_attacks.evaluation.units import radius_said
     from ensemble_attacks.files import write_whole
+    from ensemble_attacks.models.ask import beside, moved
     from ensemble_attacks.models.structure import structure_of
     from ensemble_attacks.validation import check_device
 
@@ -77,12 +78,12 @@ def diagnose(
         raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
     x, y = subjects.opened.take(subjects.numbers)
-    net = subjects.models[model].to(device)
+    net = moved(subjects.models[model], device)
     make = None
     if attack is not None:
         maker = find_maker(attack)
         find_attack(attack).check(net, attack)
-        structure = structure_of(net, x[:8].to(device), seed)
+        structure = structure_of(net, beside(net, x[:8]), seed)
         check_fit(attack, structure.classes, "Linf", x.shape[1:])
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)

@@ -16,18 +16,19 @@ from tqdm import tqdm
 from ensemble_attacks.appeal import contradicted
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.data import as_tensors
+from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
 from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.adopted import check_claim, check_protocol
-from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
+from ensemble_attacks.models.ask import as_module, ask, beside, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.models.twins import SEEN, prepare
+from ensemble_attacks.models.tuning import twin_for
 from ensemble_attacks.validation import (
     check_count,
     check_eps,
@@ -244,8 +245,7 @@ def evaluate(
     cleanly = clean_unit(model, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
-    few = x[: min(SEEN, settings.batch_size)]
-    twin = prepare(model, few.to(next(model.parameters(), x).device), amp=settings.amp)
+    twin = twin_for(model, beside(model, x[: settings.batch_size]), amp=settings.amp)
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
     standing = Standing.of(len(x)).after(everyone, clean)
@@ -273,7 +273,9 @@ def evaluate(
 def _recraft(
     model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, craft: Craft, settings: Settings
 ) -> Crafted:
-    """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
+    """Craft again, on the model itself and in full precision, the few images that fool its twin but, by a rounding error,
+    not the model.
+    """
     device = next(model.parameters(), x).device
 
     def predict(net: nn.Module) -> Tensor:
@@ -281,12 +283,15 @@ def _recraft(
             parts = crafted.images.split(settings.batch_size)
             return torch.cat([ask(net, batch.to(device)).argmax(1).cpu() for batch in parts])
 
-    rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
+    by_twin = predict(counted.counted)
+    with full_precision():
+        rows = torch.nonzero((by_twin != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
     if not len(rows):
         return crafted
     counted.counted = model
     images = crafted.images.clone()
-    again = craft(counted, x[rows], y[rows], settings)
+    with full_precision():
+        again = craft(counted, x[rows], y[rows], settings)
     images[rows], fooled = again.images, crafted.fooled
     if fooled is not None:
         fooled = fooled.clone()
