@@ -19,7 +19,7 @@ PER_FEATURE = 1000
 DIAGNOSIS, OTHER = 2.5e12, 5e11  # operations that the checks, and each figure, may take: at most a minute of one core
 LEVELS = ((32, 8), (16, 4), (8, 2), (4, 1))  # images that the checks look at: all together, one by one
 TOGETHER, ALONE = 250, 1400  # passes that they take of each of these
-TRANSFERRED = 45  # passes of an image in the matrix of transfers
+TRANSFERRED = 150  # passes of an image in the matrix of transfers, of three members
 GRIDS = (15, 9)  # points of the loss surface along each direction
 
 

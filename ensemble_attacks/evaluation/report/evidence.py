@@ -31,7 +31,7 @@ class Evidence:
         attack: the attack whose version speaks.
         passes: the forward and backward passes that the first of them had spent on each of its images, in the mean, when
             the part of it was done that fooled the model; ``None`` where nothing did, or the clean image.
-        said, predicted: the class that the model sees in the clean image, and in the version that speaks.
+        predicted: the class that the model sees in the version that speaks.
         wrong: the members that are wrong there, by their place; ``None`` where the model shows none.
     """
 
@@ -40,7 +40,6 @@ class Evidence:
     fooled_by: tuple[str, ...]
     attack: str
     passes: float | None
-    said: int
     predicted: int
     wrong: tuple[int, ...] | None
 
@@ -55,11 +54,12 @@ class Evidence:
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """What is known of the images of a cell: all of them in words, and the first few that an attack moved and that fool
-    the model, clean and moved, (n, ...).
+    the model, clean, as which class the model sees them, and moved, (n, ...).
     """
 
     images: list[Evidence]
     shown: list[Evidence]
+    said: list[int]
     clean: Tensor
     moved: Tensor
     members: int
@@ -86,7 +86,9 @@ def gather(ledger: Ledger, chains: list[list[Unit]], context: Context) -> Gather
                 pairs.append((here.x[index].clone(), moved[index].clone()))
     empty = context.x[:0]
     clean, adversarial = (torch.stack(part) for part in zip(*pairs, strict=True)) if pairs else (empty, empty)
-    return Gathered(images, shown, clean, adversarial, members)
+    with private_random_state(context.settings.seed, context.model):
+        said = _predicted(context, clean) if pairs else []
+    return Gathered(images, shown, said, clean, adversarial, members)
 
 
 def _of_range(ledger: Ledger, units: list[Unit], context: Context) -> tuple[list[Evidence], Tensor, int]:
@@ -111,12 +113,11 @@ def _of_range(ledger: Ledger, units: list[Unit], context: Context) -> tuple[list
             by[row].append(unit.attack)
         fooled[rows] |= found.fooled
     with private_random_state(context.settings.seed, context.model):
-        said, _ = _asked(context, context.x)
-        predicted, wrong = _asked(context, speaks)
+        predicted, wrong = _predicted(context, speaks), _wrong(context, speaks)
     numbers = ledger.manifest.get("rows") or range(start + n)
     members = [None if wrong is None else tuple(torch.nonzero(wrong[:, i]).flatten().tolist()) for i in range(n)]
     found_all = [
-        Evidence(numbers[start + i], int(labels[i]), tuple(by[i]), attacks[i], passes[i], said[i], predicted[i], members[i])
+        Evidence(numbers[start + i], int(labels[i]), tuple(by[i]), attacks[i], passes[i], predicted[i], members[i])
         for i in range(n)
     ]
     return found_all, speaks, 0 if wrong is None else len(wrong)
@@ -132,16 +133,19 @@ def _passes(result: Result) -> Tensor:
 
 
 @torch.no_grad()
-def _asked(context: Context, x: Tensor) -> tuple[list[int], Tensor | None]:
-    """Return the classes that the model sees in images, and which members are wrong, (M, N), where it shows them."""
+def _predicted(context: Context, x: Tensor) -> list[int]:
+    """Return the classes that the model sees in images."""
+    device = next(context.model.parameters(), x).device
+    parts = x.split(context.settings.batch_size)
+    return [label for part in parts for label in ask(context.model, part.to(device)).argmax(1).tolist()]
+
+
+@torch.no_grad()
+def _wrong(context: Context, x: Tensor) -> Tensor | None:
+    """Return which members are wrong about the images of a range, (M, N); ``None`` where the model shows none."""
     net: Any = context.model
+    if not hasattr(net, "member_logits"):
+        return None
     device = next(net.parameters(), x).device
-    shows = hasattr(net, "member_logits")
-    predicted, wrong = [], []
-    for images, labels in zip(
-        x.split(context.settings.batch_size), context.y.split(context.settings.batch_size), strict=True
-    ):
-        predicted += ask(net, images.to(device)).argmax(1).tolist()
-        if shows:
-            wrong.append(ask_members(net, images.to(device)).argmax(-1).cpu() != labels)
-    return predicted, torch.cat(wrong, 1) if wrong else None
+    parts = [ask_members(net, part.to(device)).argmax(-1).cpu() for part in x.split(context.settings.batch_size)]
+    return torch.cat(parts, 1) != context.y

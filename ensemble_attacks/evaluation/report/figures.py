@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ensemble_attacks.evaluation.curves import curves_of
 from ensemble_attacks.evaluation.ledger import Ledger
@@ -64,6 +65,8 @@ def _convergence(ledger: Ledger, chains: list[list[Unit]], cell: dict[str, Any],
     if all(name.endswith(JUDGED) for name, *_ in rows):
         return None
     axes.set(xscale="log", xlabel="passes (forward + backward) per image", ylabel="robust images (%)", ylim=(0, 101))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=8)
     caption = (
         f"{title}: what is left robust, against the passes spent; a dot is the judge's verdict, and all there is of an "

@@ -30,7 +30,7 @@ MOST_FEATURES = 2000  # of inputs that are drawn as lines
 
 def gallery(context: Context, gathered: Gathered, unit: Unit, index: int) -> Picture | None:
     """Draw clean and adversarial images, and the perturbations magnified; nothing where no moved image fools the model."""
-    clean, images = gathered.clean, gathered.moved
+    clean, images, said = gathered.clean, gathered.moved, gathered.said
     if not len(clean):
         return None
     if clean.dim() != 4 or clean.shape[1] not in CHANNELS:
@@ -43,7 +43,7 @@ def gallery(context: Context, gathered: Gathered, unit: Unit, index: int) -> Pic
             pixels = UNIT.clamp(image).permute(1, 2, 0).numpy()
             axes[row][column].imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
             axes[row][column].set(xticks=[], yticks=[])
-            told = (f"#{evidence.number}, label {evidence.label}\nseen as {evidence.said}", f"seen as {evidence.predicted}")
+            told = (f"#{evidence.number}, label {evidence.label}\nseen as {said[column]}", f"seen as {evidence.predicted}")
             axes[row][column].set_title("" if row == 2 else told[row], fontsize=7)
         axes[row][0].set_ylabel(name, fontsize=8)
     figure.tight_layout()
@@ -52,7 +52,10 @@ def gallery(context: Context, gathered: Gathered, unit: Unit, index: int) -> Pic
         caption += f"magnified {0.5 / unit.cell.eps:.0f} times"
     else:
         caption += "as shares of eps, black and white being all of it"
-    rows: list[tuple[Any, ...]] = [(e.number, e.label, e.said, e.predicted, e.attack) for e in gathered.shown]
+    rows: list[tuple[Any, ...]] = [
+        (found.number, found.label, seen, found.predicted, found.attack)
+        for found, seen in zip(gathered.shown, said, strict=True)
+    ]
     return Picture(f"gallery_{index}", caption, figure, ("image", "label", "clean", "adversarial", "attack"), rows)
 
 
@@ -79,7 +82,8 @@ def _lines(context: Context, gathered: Gathered, unit: Unit, index: int) -> Pict
         axes[1][column].set(ylim=(-1.05, 1.05), xlabel="feature")
         evidence = gathered.shown[column]
         axes[0][column].set_title(
-            f"#{evidence.number}, label {evidence.label}\nseen as {evidence.said}, then {evidence.predicted}", fontsize=7
+            f"#{evidence.number}, label {evidence.label}\nseen as {gathered.said[column]}, then {evidence.predicted}",
+            fontsize=7,
         )
         rows += [(evidence.number, *row) for row in zip(features, before, after, strict=True)]
     axes[0][0].legend(fontsize=6)

@@ -193,10 +193,14 @@ TEMPLATES = Path(__file__).parent
 
 
 def render_page(template: Path, **content: Any) -> str:
-    """Return a self-contained page; the template extends ``page.html.jinja``, and all content is escaped."""
+    """Return a self-contained page; the template extends ``page.html.jinja``, and all content is escaped.
+
+    ``inlined(name)`` puts a file beside the template into the page as it is.
+    """
     loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     environment.filters["code"] = _code
+    environment.globals["inlined"] = lambda name: Markup((template.parent / name).read_text())
     return environment.get_template(template.name).render(**content)
 
 
@@ -233,7 +237,9 @@ def _lead(sections: list[Section]) -> str:
     lowest = min(known, key=lambda section: section.overview[columns["worst case %"]])
     highest = max(known, key=lambda section: section.overview[columns["worst case %"]])
     low, high = (section.overview[columns["worst case %"]] for section in (lowest, highest))
-    found = f"{len(sections)} cells: the worst case lies between {low}% ({lowest.title}) and {high}% ({highest.title})"
+    found = f"{len(sections)} cells: the worst case is {low}% in all of them"
+    if low < high:
+        found = f"{len(sections)} cells: the worst case lies between {low}% ({lowest.title}) and {high}% ({highest.title})"
     gaps = [section for section in known if section.overview[columns["gap"]] != ""]
     if gaps:
         widest = max(gaps, key=lambda section: section.overview[columns["gap"]])

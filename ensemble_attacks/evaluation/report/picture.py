@@ -19,8 +19,7 @@ from matplotlib.transforms import Bbox
 
 from ensemble_attacks.evaluation.report.tables import write_csv
 
-INK = "#23242a"  # of text and lines; on a dark page the SVG's is light
-LIGHT = "#d9dae0"
+INK = "#23242a"  # of text and lines
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito's, told apart by all eyes
 DASHES = ("-", "--", "-.", ":")
 STYLE: dict[str, Any] = {
@@ -37,7 +36,17 @@ STYLE: dict[str, Any] = {
         ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
     ),
 }
-ADAPTS = f"<style>svg {{ color: {INK} }} @media (prefers-color-scheme: dark) {{ svg {{ color: {LIGHT} }} }}</style>"
+DARK = {INK: "#d9dae0", HUES[0]: "#3d97dc"}  # what the SVG has in their place on a dark page
+
+
+def _adapting(drawing: str) -> str:
+    """Return an SVG whose colours follow the page's."""
+    light = dark = ""
+    for index, (colour, instead) in enumerate(DARK.items()):
+        drawing = drawing.replace(colour, f"var(--c{index})")
+        light, dark = f"{light}--c{index}: {colour}; ", f"{dark}--c{index}: {instead}; "
+    rule = f"<style>svg {{ {light}}} @media (prefers-color-scheme: dark) {{ svg {{ {dark}}} }}</style>"
+    return drawing.replace("<defs>", f"{rule}<defs>", 1)
 
 
 @contextmanager
@@ -67,9 +76,7 @@ class Picture:
         """Return the figure as SVG whose ink is dark on a light page, and light on a dark one."""
         metadata = {"Date": None, "Creator": f"matplotlib {matplotlib.__version__}"}
         self.figure.savefig(buffer := io.BytesIO(), format="svg", bbox_inches=self._box, transparent=True, metadata=metadata)
-        drawing = buffer.getvalue().decode().replace(INK, "currentColor")
-        before, tag, after = drawing.partition("<defs>")
-        return f"{before}{ADAPTS}{tag}{after}".encode()
+        return _adapting(buffer.getvalue().decode()).encode()
 
     def address(self) -> str:
         """Return the SVG as an address that holds all of it, for an ``img``, in which nothing can be run."""
