@@ -169,7 +169,9 @@ def test_the_page_escapes_what_others_chose() -> None:
     section = pages.Section(
         0, bad, bad, (bad,) * len(pages.OVERVIEW), [], diagnosis, [(0, 1, bad, 2.0, 3, bad)], 3, bad, flags_of(diagnosis)
     )
-    given: dict[str, Any] = dict(columns=(bad,), rows=[(bad,)], absent=[bad], lead=bad, overview=pages.OVERVIEW, shared=[], evidence=(bad,))
+    given: dict[str, Any] = dict(
+        columns=(bad,), rows=[(bad,)], absent=[bad], lead=bad, overview=pages.OVERVIEW, shared=[], evidence=(bad,)
+    )
     given |= dict(most=1, command=bad, toml=bad, record=bad, title=bad)
     for sections in ([section], [section, section]):
         page = pages.render_page(pages.TEMPLATES / "report.html.jinja", sections=sections, **given)

@@ -128,7 +128,7 @@ def _shares(row: dict[str, Any]) -> tuple[float, ...]:
     return tuple(100 * value for value in (row["accuracy"], *row["interval"]))
 
 
-def _by_distance(ledger: Ledger) -> list[Picture]:
+def by_distance(ledger: Ledger) -> list[Picture]:
     """Draw robust accuracy against the radius, image by image, of searches for the smallest one, down to chance."""
     pictures = []
     for index, (cell, curves, classes) in enumerate(curves_of(ledger)):

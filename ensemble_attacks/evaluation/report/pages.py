@@ -25,7 +25,7 @@ from ensemble_attacks.evaluation.report.again import as_command, as_toml
 from ensemble_attacks.evaluation.report.argument import flags_of, standard_of, verdict
 from ensemble_attacks.evaluation.report.effort import Effort
 from ensemble_attacks.evaluation.report.picture import Picture, drawn_alike
-from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, write_csv
+from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, without_empty, write_csv
 from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import Unit, by_cell, threat_of
 from ensemble_attacks.files import whole_folder
@@ -97,7 +97,7 @@ def write_report(
     rows = table_rows(summary, seconds_of(ledger))
     with drawn_alike():
         sections = _sections(ledger, summary, device, tell or str)
-        shared = [*figures.by_eps(summary), *figures._by_distance(ledger)]
+        shared = [*figures.by_eps(summary), *figures.by_distance(ledger)]
         with whole_folder(out) as folder:
             (folder / "figures").mkdir()
             for picture in [*shared, *(picture for section in sections for picture in section.pictures)]:
@@ -212,11 +212,12 @@ def _code(text: str) -> Markup:
 def _page(
     ledger: Ledger, rows: list[tuple[Any, ...]], absent: list[str], sections: list[Section], shared: list[Picture]
 ) -> str:
+    columns, told = without_empty(rows)
     return render_page(
         TEMPLATES / "report.html.jinja",
         title=_name(ledger),
-        columns=COLUMNS,
-        rows=rows,
+        columns=columns,
+        rows=told,
         absent=absent,
         sections=sections,
         lead=_lead(sections),
@@ -252,11 +253,12 @@ def _lead(sections: list[Section]) -> str:
 def _markdown(
     ledger: Ledger, rows: list[tuple[Any, ...]], absent: list[str], sections: list[Section], shared: list[Picture]
 ) -> str:
-    text = [index for index, column in enumerate(COLUMNS) if column in ("model", "vote", "attack")]
-    shown = [[in_markdown(value) for value in row] for row in rows]
+    columns, told = without_empty(rows)
+    text = [index for index, column in enumerate(columns) if column in ("model", "vote", "attack")]
+    shown = [[in_markdown(value) for value in row] for row in told]
     parts = [f"# {in_markdown(_name(ledger))}"]
     parts += [f"{in_markdown(section.title)}: {in_markdown(section.sentence)}" for section in sections]
-    parts.append(tabulate(shown, COLUMNS, tablefmt="github", disable_numparse=text))
+    parts.append(tabulate(shown, columns, tablefmt="github", disable_numparse=text))
     parts += [f"Not complete: {in_markdown(line)}." for line in absent]
     parts += map(_drawing, shared)
     for section in sections:
