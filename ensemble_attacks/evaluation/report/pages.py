@@ -270,6 +270,8 @@ def _markdown(
             parts += [f"## Is the gradient masked? {in_markdown(section.title)}"]
             parts += [f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
             parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
+        if section.left_out:
+            parts.append(f"Left out, as it takes too long with this model: {section.left_out}.")
         parts += map(_drawing, section.pictures)
     fenced = [
         part.replace("```", "~~~") for part in (as_command(ledger.manifest), as_toml(ledger.manifest), _record(ledger))
