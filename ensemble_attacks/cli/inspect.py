@@ -136,8 +136,12 @@ def report(run: Path, out: Path | None, device: str, model: str | None, dataset:
 
     check_device(device)
     check_out(out)
-    with console.status("Reading the run, drawing the figures ..."):
-        page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
+    with console.status("Reading the run ...") as status:
+
+        def tell(what: str) -> None:
+            status.update(f"Writing the report: {plain(what)} ...")
+
+        page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset, tell=tell)
     console.print(f"Written: {plain(page)}", **WIDE)
 
 
