@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.evaluation.leases import sealed
-from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
+from ensemble_attacks.evaluation.ledger import Ledger, Result, read_manifest
 from ensemble_attacks.evaluation.report.tables import in_markdown
 from ensemble_attacks.evaluation.summary import called, finished, lacking, run_digest
 from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
 from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
 from ensemble_attacks.norms import UNIT, Box
-from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
+from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, read_json
 from ensemble_attacks.validation import check_images
 from ensemble_attacks.version import __version__
 
@@ -147,13 +147,14 @@ def run_of(bundle: Path) -> dict[str, Any] | None:
     """Return the manifest of the run that a bundle was exported from; ``None`` where the bundle has none.
 
     Raises:
+        LedgerError: Where another version wrote it.
         ValueError: Where it is damaged.
     """
     path = bundle / RUN
     if not bundle.is_dir() or not is_file(path):
         return None
     try:
-        return unsealed(read_whole(path, MOST_JSON), StoredManifest)
+        return read_manifest(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
