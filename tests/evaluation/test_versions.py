@@ -46,7 +46,7 @@ def of_schema(today: Path, place: Path, schema: object) -> Path:
     for unit in chains_of(Ledger(today).manifest)[0]:
         path = folder / "units" / f"{unit.identity}.json"
         content = json.loads(path.read_text())
-        for key in ("sha256", "failed", "disagreement"):
+        for key in ("sha256", "failed", "disagreement", "zero_gradients"):
             content.pop(key)
         path.write_bytes(sealed(content))
     return folder
