@@ -1,9 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-PAGES := ensemble_attacks ensemble_attacks.autoattack ensemble_attacks.robustbench ensemble_attacks.diagnostics \
-	ensemble_attacks.registry ensemble_attacks.data ensemble_attacks.evaluation.ledger \
-	ensemble_attacks.evaluation.runner ensemble_attacks.evaluation.sweep defenses
+DOCS := .venv-docs
 
 .PHONY: install demo test test-hosts lint docs
 
@@ -30,5 +28,10 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 
-docs: $(STAMP)
-	$(VENV)/bin/python -c "import ensemble_attacks as ea, pdoc.__main__; [getattr(ea, name) for name in ea.__all__]; pdoc.__main__.cli(['-d', 'google', '-o', 'site', *'$(PAGES)'.split()])"
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: docs/requirements.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --disable-pip-version-check -q -r docs/requirements.txt
+	touch $(DOCS)/.installed

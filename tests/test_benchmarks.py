@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
-from benchmarks import reach, table1
+from benchmarks import reach, table1, votes
 from benchmarks.cells import Cell, Run, choose
+from ensemble_attacks.models.votes import VOTES
 
 CELL = Cell("standard_convnet_3", "voting", 0.3)  # at which images are fooled soon
 
@@ -59,3 +61,18 @@ def test_passes_until_counts_over_stages() -> None:
     assert reach.passes_until(trace, 10, 3) == 38
     assert reach.passes_until(trace, 10, 0) == 44
     assert reach.passes_until(trace, 11, 0) == float("inf")
+
+
+def test_what_an_attack_on_a_vote_is_worth_under_others(tmp_path: Path) -> None:
+    options = {"models": "gal_convnet_3", "dataset": "digits", "eps": 0.12, "n": 8, "seeds": 2, "attacks": "pgd?steps=3"}
+    arguments = [f"--{name}={value}" for name, value in options.items()] + [f"--out={tmp_path}"]
+    run = CliRunner().invoke(votes.main, arguments, catch_exceptions=False)
+    rows = json.loads((tmp_path / "digits_transfers.json").read_text())
+    assert [row["judged on"] for row in rows] == list(VOTES)
+    record = json.loads((tmp_path / "digits" / "gal_convnet_3_pgd?steps=3_voting_1.json").read_text())
+    assert record["judged"]["voting"] == record["flags"]
+    assert all((count > 1) == (flag == "0") for count, flag in zip(record["fooled"], record["flags"], strict=True))
+    members = json.loads((tmp_path / "digits_members.json").read_text())
+    assert all(sum(row[f"{count} fooled"] for count in range(4)) == pytest.approx(100) for row in members)
+    again = CliRunner().invoke(votes.main, [*arguments, "--table-only"], catch_exceptions=False)
+    assert again.output == run.output

@@ -20,7 +20,7 @@ from ensemble_attacks.attacks.mora_as_written import ReleasedTargetedSteps, chec
 from ensemble_attacks.descent.objectives import Goal, cross_entropy, normalize_margin
 from ensemble_attacks.descent.stages import CLOSEST, Stage
 from ensemble_attacks.descent.steps import CosineSteps
-from ensemble_attacks.models.aggregations import log_mean_softmax
+from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax
 from ensemble_attacks.models.softening import softened
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.models.votes import Vote, vote_of
@@ -136,7 +136,10 @@ def mora(
     logits_MNK = vote.over_classes(logits_MNK)
     detached_MNK = logits_MNK.detach()
     temperature = vote.temperature(detached_MNK) if tau is None else tau
-    ensemble_NK = scores_NK if vote.soft is None or probabilities is not None else vote.soft(logits_MNK / temperature)
+    if probabilities is not None:
+        ensemble_NK = log_expected_softmax(logits_MNK / temperature, probabilities)
+    else:
+        ensemble_NK = scores_NK if vote.soft is None else vote.soft(logits_MNK, temperature)
     others = best_other(ensemble_NK.detach(), leave) if reach is None else reach
     if (vote.linear and rule == "derivative") or logits_MNK.shape[-1] != scores_NK.shape[-1]:
         # E is the mean of the logits: its derivative by k^m is 1 / M for every member; or nobody knows what they say of y
@@ -175,6 +178,9 @@ class MORA(DescentAttack):
 
     - Under hard votes tau is each member's own gap, not 0.1, and the ensemble's term the logarithm of the mean probability,
       which counts where y no longer leads it, too: with nothing else, beta 0 and five untargeted descents, 21, 5, 12, 27.
+    - Under other votes tau is each member's gap, too, but at least 1: the probabilities of members that are sure of
+      themselves have no gradient, and one that is not would drown them. Of three public CIFAR-10 networks, one of them
+      adversarially trained, mean probability, Linf 1/255, n = 64, 5 x 50 steps: 37.5; with tau 1, 51.6.
     - The weights of eq. 10 are the true derivative, not the printed one, and sum to 1; members are masked where they prefer
       the class to overtake, not any other; with mean logits, where all weigh the same, none is. On these four it makes no
       difference: equal weights leave 21, 3, 8, 24.
@@ -188,7 +194,8 @@ class MORA(DescentAttack):
         steps (int): gradient steps for each beta, and for each target. (Default: 100)
         betas (sequence of float): shares of the reweighed members, eq. 11, in order. (Default: (0.5, 0, 0.25, 0.75, 1))
         targets (int): descents at single classes after the sweep; at most one less than there are classes. (Default: 0)
-        tau (float): temperature of the members' softmax, eq. 10. (Default: None: 1; each member's gap under hard votes)
+        tau (float): temperature of the members' softmax, eq. 10. (Default: None: each member's gap,
+            at least 1 where the vote is not a hard one)
         seed (int): seed of the random starts. (Default: 0)
         aimed (bool): whether the first beta's descent is cut, and all but the first aim at single classes. (Default: True)
         weight_rule (str): the reading of eq. 10: ``"derivative"``, ``"published"``, ``"runner-up"``, ``"code"`` or

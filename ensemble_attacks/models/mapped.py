@@ -128,9 +128,12 @@ def ecoc(code: Sequence[Sequence[int]], *, hard: bool = False) -> Vote:
         bits_MN = _bits(logits_MN2)
         return says(bits_MN / bits_MN.detach().abs().clamp_min(torch.finfo(bits_MN.dtype).eps))
 
+    def agreement(seen_MNK: Tensor, temperature: float | Tensor) -> Tensor:
+        return seen_MNK.sigmoid().mean(0)  # all are equally sure already
+
     members = code_KM.shape[1]
     if hard:
-        soft = Vote("ecoc", agreeing, soft=lambda seen_MNK: seen_MNK.sigmoid().mean(0), seen=evened, hard=True)
+        soft = Vote("ecoc", agreeing, soft=agreement, seen=evened, hard=True)
         return replace(soft, members=members)
     own = replace(LOGITS, name="ecoc", aggregate=lambda logits_MN2: likelihood(logits_MN2).sum(0))
     return replace(own, seen=likelihood, members=members)

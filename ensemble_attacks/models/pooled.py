@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.models.aggregations import TIE_BREAKER, log_expected_softmax, log_mean_softmax, shares
 from ensemble_attacks.models.ask import ask
-from ensemble_attacks.models.votes import EQUAL, LOGITS, MORE, VOTING, Vote, weighted
+from ensemble_attacks.models.votes import EQUAL, LOGITS, MORE, VOTING, Vote, at_temperature, weighted
 from ensemble_attacks.validation import check_count
 
 
@@ -48,9 +48,9 @@ def soft_borda(logits_MNK: Tensor) -> Tensor:
 
 
 MEDIAN = Vote("median", median_logits)
-MAXIMUM = Vote("max", log_max_softmax, masked=False)
+MAXIMUM = Vote("max", log_max_softmax, soft=at_temperature(log_max_softmax), masked=False)
 PRODUCT = replace(LOGITS, name="product", aggregate=log_product_softmax)
-BORDA = Vote("borda", borda, soft=soft_borda, own_gaps=True, masked=False, hard=True)
+BORDA = Vote("borda", borda, soft=at_temperature(soft_borda), least=0.0, masked=False, hard=True)
 MORE.update({vote.name: vote for vote in (MEDIAN, MAXIMUM, PRODUCT, BORDA)})
 
 
@@ -108,7 +108,7 @@ def abstaining(threshold: float, weights: Sequence[float] | None = None) -> Vote
         return torch.cat([logits_MNK, logits_MNK.topk(2, -1).values[..., 1:]], -1)
 
     members = None if weights is None else len(weights)
-    named = replace(VOTING, name="abstaining", aggregate=aggregate, soft=soft, hard=True)
+    named = replace(VOTING, name="abstaining", aggregate=aggregate, soft=at_temperature(soft), hard=True)
     return replace(named, log_weights=log_weights, seen=seen, members=members)
 
 

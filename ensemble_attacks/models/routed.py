@@ -25,10 +25,13 @@ def confidence(logits_MNK: Tensor) -> Tensor:
 
 
 def _chosen(name: str, choose: Callable[[Tensor], Tensor], log_weights: Callable[[Tensor], Tensor]) -> Vote:
-    """Return the vote of the member, (N,), that ``choose`` names; its soft form is an expectation over a soft choice."""
+    """Return the vote of the member, (N,), that ``choose`` names; its soft form is an expectation over a soft choice.
 
-    def soft(logits_MNK: Tensor) -> Tensor:
-        return (logits_MNK.log_softmax(-1) + log_weights(logits_MNK).unsqueeze(-1)).logsumexp(0)
+    The temperature is that of the answers, not of the choice.
+    """
+
+    def soft(logits_MNK: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        return ((logits_MNK / temperature).log_softmax(-1) + log_weights(logits_MNK).unsqueeze(-1)).logsumexp(0)
 
     def aggregate(logits_MNK: Tensor) -> Tensor:
         chosen_N = choose(logits_MNK)
@@ -97,8 +100,8 @@ def gated(gate: nn.Module, top: int | None = None) -> Vote:
     def log_weights(joint_MNK: Tensor) -> Tensor:
         return joint_MNK.logsumexp(-1)
 
-    def soft(joint_MNK: Tensor) -> Tensor:
-        return joint_MNK.logsumexp(0)
+    def soft(joint_MNK: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        return ((joint_MNK / temperature).log_softmax(-1) + log_weights(joint_MNK).unsqueeze(-1)).logsumexp(0)
 
     def aggregate(joint_MNK: Tensor) -> Tensor:
         if top is None:

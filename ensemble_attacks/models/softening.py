@@ -19,7 +19,7 @@ from ensemble_attacks.models.aggregations import (
     straight_through,
     wants_gradient,
 )
-from ensemble_attacks.models.votes import Aggregate, Vote, log_weights_of
+from ensemble_attacks.models.votes import Aggregate, Vote, at_temperature, log_weights_of
 
 PROBES = 256  # members' answers on which a vote without gradient is tried
 RIVALS = 3  # classes among which a probe's members choose, so that they agree often enough to outvote one another
@@ -31,13 +31,15 @@ SURE = 1e-6  # by which a probe's best class must lead, to be compared
 
 
 def softened(vote: Vote, logits_MNK: Tensor) -> Vote:
-    """Return the vote, and where its scores have no gradient, one of the same values with a soft form to differentiate.
+    """Return the vote, with a soft form to differentiate where one is found; its values stay as they are.
 
-    The soft form is ``log sum_m w_m softmax(z^m / tau)`` with the temperature of hard votes. The weights are those with
-    which weighted votes are nearest to what the vote makes of some hundred sets of members' answers (least squares), or all
-    the same where no weights decide as it does (thresholds, ranks). Where the vote is over other classes than its members',
-    the soft form is ``sum_m softmax(z^m / tau) A_m`` with matrices found likewise. A vote whose scores hardly change with
-    how sure its members are has no gradient worth following, either.
+    A vote with a gradient that mostly decides alike where all members are less sure is its own soft form, at their mean
+    temperature; others with a gradient have none. Where its scores have no gradient, the soft form is
+    ``log sum_m w_m softmax(z^m / tau)`` with the temperature of hard votes. The weights are those with which weighted votes
+    are nearest to what the vote makes of some hundred sets of members' answers (least squares), or all the same where no
+    weights decide as it does (thresholds, ranks). Where such a vote is over other classes than its members', the soft form
+    is ``sum_m softmax(z^m / tau) A_m`` with matrices found likewise. A vote whose scores hardly change with how sure its
+    members are has no gradient worth following, either.
 
     Args:
         vote: any vote.
@@ -63,21 +65,33 @@ def scores_of(vote: Vote, logits_MNK: Tensor) -> Tensor:
         assert vote.soft is not None
         with torch.no_grad():
             values_NK = vote.aggregate(logits_MNK.detach())
-        return straight_through(values_NK, vote.soft(vote.over_classes(logits_MNK) / VOTING_TEMPERATURE))
+        return straight_through(values_NK, vote.soft(vote.over_classes(logits_MNK), VOTING_TEMPERATURE))
     return vote.aggregate(logits_MNK)
 
 
 def _softened(vote: Vote, members: int, like_MNK: Tensor) -> Vote:
     logits_MPK = _probes(members, like_MNK, PROBES)
     if _has_gradient(vote.aggregate, logits_MPK):
-        return vote
+        return replace(vote, soft=partial(_less_sure, vote.aggregate)) if _scales(vote.aggregate, logits_MPK) else vote
     with torch.no_grad():
         scores_PK = vote.aggregate(logits_MPK)
         if scores_PK.shape[1] != logits_MPK.shape[2]:
             return _of_other_classes(vote, members, like_MNK)
     weights_M = _weights(logits_MPK, scores_PK)
     soft: Aggregate = log_mean_softmax if weights_M is None else partial(log_expected_softmax, probabilities_M=weights_M)
-    return replace(vote, soft=soft, own_gaps=True, hard=True, log_weights=log_weights_of(weights_M))
+    return replace(vote, soft=at_temperature(soft), least=0.0, hard=True, log_weights=log_weights_of(weights_M))
+
+
+def _less_sure(aggregate: Aggregate, logits_MNK: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return the scores of members that are less sure, all alike, so that which of them decides stays as it is."""
+    return aggregate(logits_MNK / (temperature.mean(0) if isinstance(temperature, Tensor) else temperature))
+
+
+def _scales(aggregate: Aggregate, logits_MPK: Tensor) -> bool:
+    """Tell whether the vote mostly decides alike where all members are less sure than the surest probes."""
+    with torch.no_grad():
+        sure_PK, less_PK = aggregate(logits_MPK), aggregate(logits_MPK / SURER)
+    return (sure_PK.argmax(-1) == less_PK.argmax(-1)).double().mean().item() >= AGREEMENT
 
 
 def _of_other_classes(vote: Vote, members: int, like_MNJ: Tensor) -> Vote:
@@ -89,7 +103,7 @@ def _of_other_classes(vote: Vote, members: int, like_MNJ: Tensor) -> Vote:
     votes_PA = F.one_hot(logits_MPJ.argmax(-1), logits_MPJ.shape[-1]).double().transpose(0, 1).flatten(1)
     scores_PK = _finite(vote.aggregate(logits_MPJ).double())
     matrix_AK = torch.linalg.pinv(votes_PA.T @ votes_PA, hermitian=True) @ (votes_PA.T @ scores_PK)
-    return replace(vote, soft=partial(_linear, matrix_AK), own_gaps=True, hard=True)
+    return replace(vote, soft=at_temperature(partial(_linear, matrix_AK)), least=0.0, hard=True)
 
 
 def _linear(matrix_AK: Tensor, logits_MNJ: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ensemble_attacks.models.aggregations import (
 from ensemble_attacks.models.ask import ask_aggregate
 
 Aggregate = Callable[[Tensor], Tensor]  # (M, N, K) -> (N, K)
+Soft = Callable[[Tensor, float | Tensor], Tensor]  # (M, N, K) and the temperature of their softmax, (M, N, 1) -> (N, K)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +38,11 @@ class Vote:
     Attributes:
         name: the name by which it is asked for.
         aggregate: the function from the members' logits (M, N, K) to the ensemble's scores (N, K).
-        soft: what is differentiated in its place, a function of logits divided by a temperature; ``None``: the scores
-            themselves are differentiated.
-        own_gaps: whether that temperature is each member's gap between its two best logits, sample by sample, which follows
-            a hard vote more closely than any fixed one; else it is 1.
+        soft: what is differentiated in its place, a function of the members' logits and a temperature (`Soft`); ``None``:
+            the scores themselves are differentiated.
+        least: the least temperature. It is each member's gap between its two best logits, sample by sample, where that is
+            more: so a hard vote (0) is followed more closely than at any fixed one, and members that are so sure of
+            themselves that their probabilities have no gradient (1) keep theirs.
         masked: whether members that prefer another class already cannot change the vote (MORA, the indicator of eq. 11).
         linear: whether every member moves the scores alike, by 1 / M.
         counted: whether answers are counted, so that counts may tie.
@@ -57,8 +59,8 @@ class Vote:
 
     name: str
     aggregate: Aggregate
-    soft: Aggregate | None = None
-    own_gaps: bool = False
+    soft: Soft | None = None
+    least: float = 1.0
     masked: bool = True
     linear: bool = False
     counted: bool = False
@@ -74,9 +76,9 @@ class Vote:
         """Return the members' logits over the ensemble's classes, (M, N, K)."""
         return logits_MNK if self.seen is None else self.seen(logits_MNK)
 
-    def temperature(self, logits_MNK: Tensor) -> float | Tensor:
-        """Return the temperature of the members' softmax (MORA, eq. 10: tau): a number, or a tensor (M, N, 1)."""
-        return gaps(logits_MNK) if self.own_gaps else 1.0
+    def temperature(self, logits_MNK: Tensor) -> Tensor:
+        """Return the temperature of the members' softmax (MORA, eq. 10: tau), (M, N, 1)."""
+        return gaps(logits_MNK).clamp_min(self.least)
 
     def tied(self, logits_MNK: Tensor) -> Tensor:
         """Return the samples whose counts tie, (N,) bool."""
@@ -90,10 +92,19 @@ class Vote:
 EQUAL = 1e-6  # shares of votes that differ by no more are the same
 
 
-SOFTMAX = Vote("softmax", log_mean_softmax, soft=log_mean_softmax)
-VOTING = Vote("voting", log_votes, soft=log_mean_softmax, own_gaps=True, counted=True)
+def at_temperature(aggregate: Aggregate) -> Soft:
+    """Return the soft form that is an aggregation of the logits divided by the temperature."""
+    return partial(_at_temperature, aggregate)
+
+
+def _at_temperature(aggregate: Aggregate, logits_MNK: Tensor, temperature: float | Tensor) -> Tensor:
+    return aggregate(logits_MNK / temperature)
+
+
+SOFTMAX = Vote("softmax", log_mean_softmax, soft=at_temperature(log_mean_softmax))
+VOTING = Vote("voting", log_votes, soft=SOFTMAX.soft, least=0.0, counted=True)
 LOGITS = Vote("logits", mean_logits, masked=False, linear=True)
-SOFT_VOTES = Vote("soft votes", log_soft_votes, soft=log_mean_softmax, own_gaps=True)  # no ensemble's, but a surrogate's
+SOFT_VOTES = Vote("soft votes", log_soft_votes, soft=SOFTMAX.soft, least=0.0)  # no ensemble's, but a surrogate's
 VOTES: dict[str, Vote] = {vote.name: vote for vote in (SOFTMAX, VOTING, LOGITS)}
 MORE: dict[str, Vote] = {}  # those of pooled.py and routed.py, which need no settings
 OWN = "own"  # the name of a vote that has none
@@ -142,7 +153,10 @@ def weighted(vote: str, weights: Sequence[float]) -> Vote:
     weights_M = torch.tensor(values, dtype=torch.float64) / sum(values)
     aggregate, soft = (None if function is None else partial(function, weights_M) for function in WEIGHTED[vote])
     assert aggregate is not None
-    return replace(VOTES[vote], aggregate=aggregate, soft=soft, log_weights=log_weights_of(weights_M), members=len(values))
+    tempered = None if soft is None else at_temperature(soft)
+    return replace(
+        VOTES[vote], aggregate=aggregate, soft=tempered, log_weights=log_weights_of(weights_M), members=len(values)
+    )
 
 
 def _softmax(weights_M: Tensor, logits_MNK: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from ensemble_attacks.attacks.mora import WEIGHT_RULES, log_reweighing, mora, reweigh
 from ensemble_attacks.descent.objectives import Goal, ce, dlr, dlr_targeted, normalize_margin
-from ensemble_attacks.models.votes import LOGITS, OWN, SOFTMAX, Vote, mean_logits
+from ensemble_attacks.models.aggregations import gaps
+from ensemble_attacks.models.votes import LOGITS, OWN, SOFTMAX, Vote, as_vote, mean_logits
 from ensemble_attacks.models.votes import VOTES as AGGREGATES
 from ensemble_attacks.scores import best_other, gather, margin
 from tests.helpers import VOTES
@@ -60,7 +63,7 @@ def test_the_gradient_is_that_of_the_reweighed_mixture() -> None:
     logits, labels, others = problem()
     leaf = logits.clone().requires_grad_()
     scores = leaf.softmax(-1).mean(0).log()
-    (gradient,) = torch.autograd.grad(mora(leaf, scores, Goal(labels), beta=0.3, vote=SOFTMAX).sum(), leaf)
+    (gradient,) = torch.autograd.grad(mora(leaf, scores, Goal(labels), beta=0.3, tau=1.0, vote=SOFTMAX).sum(), leaf)
 
     plain = logits.clone().requires_grad_()
     s = logits.softmax(-1)
@@ -164,3 +167,22 @@ def test_margin_and_dlr_on_known_scores() -> None:
     assert dlr(scores, label).item() == pytest.approx(-2 / 4)
     assert dlr_targeted(scores, label, torch.tensor([2])).item() == pytest.approx(-4 / 4.5)
     assert normalize_margin(scores, label)[0].tolist() == [2.5, 1.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("vote", ["softmax", "max", "decided", lambda logits: logits.softmax(-1).mean(0)])
+def test_sure_members_are_not_lost_beside_an_unsure_one(vote: str | Callable[[Tensor], Tensor]) -> None:
+    """The probabilities of those that are sure have no gradient, but they decide: the loss follows them all the same."""
+    labels = torch.zeros(1, dtype=torch.long)
+    logits = torch.tensor([[[40.0, 0, 0]], [[40.0, 0, 0]], [[1.0, 0, 0.5]]], dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        scores = as_vote(vote).aggregate(logits)
+    (gradient,) = torch.autograd.grad(mora(logits, scores, Goal(labels), beta=0.5, vote=as_vote(vote)).sum(), logits)
+    of_members = gradient.abs().sum((1, 2)) * gaps(logits).flatten()  # relative to how sure they are
+    assert of_members[:2].min() > 0.1 * of_members[2]
+
+
+def test_the_temperature_is_one_where_no_member_is_sure() -> None:
+    logits, labels, _ = problem(scale=0.2)
+    scores = logits.softmax(-1).mean(0).log()
+    losses = [mora(logits, scores, Goal(labels), beta=0.5, vote=SOFTMAX, tau=tau) for tau in (None, 1.0)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)

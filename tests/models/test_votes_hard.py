@@ -79,7 +79,12 @@ def test_the_weights_of_a_counted_vote_are_found(vote: Callable[[Tensor], Tensor
 @pytest.mark.parametrize("vote", [lambda logits: logits.mean(0), lambda logits: logits.median(0).values])
 def test_votes_with_a_gradient_stay_as_they_are(vote: Callable[[Tensor], Tensor]) -> None:
     theirs = as_vote(vote)
-    assert softened(theirs, torch.randn(3, 4, 10)) is theirs
+    logits_MNK = torch.randn(3, 40, 10)
+    found = softened(theirs, logits_MNK)
+    assert not found.hard
+    assert found.aggregate is theirs.aggregate
+    if found.soft is not None:  # the same, of less sure members
+        torch.testing.assert_close(found.soft(logits_MNK, 2.0), vote(logits_MNK / 2))
 
 
 def test_looking_for_a_soft_form_draws_nothing() -> None:
