@@ -213,9 +213,9 @@ def of_threat(folder: Path) -> Iterator[tuple[str, Forge]]:
     changed: dict[str, Any] = {name: other.stored() for name, other in others(Threat.restored(stored)).items()}
     changed |= {"is {}": {}, "is []": [], "is x": "x", "is None": None}
     for key, value in stored.items():
-        changed |= {f"{key} = {other!r}": stored | {key: other} for other in WRONG}
+        changed |= {f"{key} = {other!r}": stored | {key: other} for other in WRONG if other is True or other != value}
         array = value[0] if key == "radii" else value
-        for part, wrong in MISREAD.items() if key != "sha256" else ():
+        for part, wrong in MISREAD.items() if isinstance(array, dict) else ():
             for other in wrong:
                 one = {**array, part: other}
                 changed[f"{key}.{part} = {other!r}"] = stored | {key: [one] if key == "radii" else one}
