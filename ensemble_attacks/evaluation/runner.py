@@ -80,6 +80,12 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
     """Raise, before anything is run, where a model, images, attacks or settings cannot be used."""
     check_images(x, "x", box=settings.box)
     check_labels(y, x, "y")
+    check_settings(model, x, attacks, settings)
+    check_model(model, x, y, attacks, settings)
+
+
+def check_settings(model: nn.Module, x: Tensor, attacks: Sequence[str], settings: Settings) -> None:
+    """Raise where settings cannot be used, for images (N, ...), or attacks with them; the model is not asked."""
     check_eps(settings.eps)
     check_norm(settings.norm)
     if len(x):
@@ -92,6 +98,10 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         check_count("eot_iter", settings.eot_iter)
     for name in attacks:
         check_attack(name, model, settings)
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
+    """Raise where a model, once it is asked, does not suit images (N, ...), labels (N,) or attacks, at any eps."""
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
