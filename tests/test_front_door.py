@@ -18,6 +18,7 @@ from ensemble_attacks.cli.group import COMMANDS
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.evaluation.engines import ENGINES
 from ensemble_attacks.evaluation.estimate import cost_of
+from ensemble_attacks.evaluation.tracking import LOGGERS, MODULES
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.votes import VOTES
 from ensemble_attacks.norms import NORMS
@@ -57,6 +58,7 @@ def test_choices_are_those_of_the_registries() -> None:
     assert set(choices.VOTES) == set(VOTES)
     assert set(choices.NORMS) == set(NORMS)
     assert tuple(ENGINES) == choices.ENGINES
+    assert tuple(MODULES) == tuple(LOGGERS) == choices.TRACKERS
     assert choices.shipped() == providers.list_models()
     assert {f"{kind}:" for kind in (*providers._all("KINDS"), *providers._all("COMBINATIONS"))} == set(choices.KINDS)
 

@@ -16,6 +16,7 @@ DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagenet")
 VOTES = ("softmax", "voting", "logits")
 NORMS = ("Linf", "L2", "L1")
 ENGINES = ("local", "ray", "slurm")
+TRACKERS = ("wandb", "tensorboard", "mlflow")
 KINDS = ("torchvision:", "timm:", "hf:", "robustbench:", "ensemble:", "crossmax:", "randomized:")
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 

@@ -20,12 +20,15 @@ from ensemble_attacks.evaluation.estimate import Plan, plan_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import run_identity
 from ensemble_attacks.evaluation.summary import called, lacking, run_digest, seconds_of
+from ensemble_attacks.evaluation.tracking import log_run
 from ensemble_attacks.evaluation.units import CLEAN, chain_of, count_chains, radius_said, seed_said
 
 SMALL = 64  # pixels a side of images whose networks are too small for several threads
 
 
-def begin(manifest: dict[str, Any], out: Path | None, *, dry_run: bool, threads: int | None, **machine: Any) -> None:
+def begin(
+    manifest: dict[str, Any], out: Path | None, *, dry_run: bool, log: str | None, threads: int | None, **machine: Any
+) -> None:
     """Begin a run, or go on with it; with ``dry_run`` only say what it would be."""
     folder = out or Path("runs") / run_identity(manifest)
     if dry_run:
@@ -33,7 +36,7 @@ def begin(manifest: dict[str, Any], out: Path | None, *, dry_run: bool, threads:
         console.print(_said(plan_of(manifest, machine["device"].split(",")[0]), manifest, machine["workers"]), **WIDE)
         console.print(f"Nothing was run; it would be stored in {plain(folder)}", **WIDE)
         return
-    drive(Ledger(folder, manifest), threads=threads, **machine)
+    drive(Ledger(folder, manifest), log=log, threads=threads, **machine)
 
 
 def set_threads(manifest: dict[str, Any], threads: int | None) -> None:
@@ -48,9 +51,15 @@ def set_threads(manifest: dict[str, Any], threads: int | None) -> None:
 
 
 def drive(
-    ledger: Ledger, engine: str, workers: int, device: str, options: tuple[str, ...], threads: int | None = None
+    ledger: Ledger,
+    engine: str,
+    workers: int,
+    device: str,
+    options: tuple[str, ...],
+    threads: int | None = None,
+    log: str | None = None,
 ) -> None:
-    """Run what is left of a run, and print its tables; exit with 1 where something was given up."""
+    """Run what is left of a run, print its tables, tell the tracker ``log``; exit with 1 where something was given up."""
     given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": device.split(",")}
     given |= {"workers": workers} if engine == "local" else {}
     total = count_chains(ledger.manifest)
@@ -75,6 +84,8 @@ def drive(
         console.print(_overview(summary["cells"]))
     console.print(f"Stored in {plain(ledger.folder)}", **WIDE)
     console.print(f"digest {run_digest(ledger)}", **WIDE)
+    if log is not None:
+        log_run(ledger, summary, log)
     if quarantined := ledger.quarantined():
         console.print(
             f"{len(quarantined)} damaged files are in {plain(ledger.folder)}/quarantine; what they held was computed anew.",

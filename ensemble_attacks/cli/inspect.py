@@ -157,3 +157,17 @@ def robustbench(run: Path, out: Path, partial: bool) -> None:
     export_robustbench(run, out, partial=partial)
     console.print("\n".join(map(plain, (out / TEXT).read_text().splitlines())), **WIDE)
     console.print(f"Stored in {plain(out)}", **WIDE)
+
+
+@export.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--repo", required=True, help="user/name, which is made where it is not there.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The model's file or folder: it is shared, not the run.")
+@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+def hub(run: Path, repo: str, weights: Path | None, private: bool) -> None:
+    """Share a run on the Hugging Face hub, or with --weights its model, with a card that holds the figures."""
+    from ensemble_attacks.cli.console import WIDE, console
+    from ensemble_attacks.errors import plain
+    from ensemble_attacks.evaluation.hub import push_to_hub
+
+    console.print(f"Shared: {plain(push_to_hub(run, repo, weights=weights, private=private))}", **WIDE)

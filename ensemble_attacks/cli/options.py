@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ensemble_attacks.cli import choices
-from ensemble_attacks.cli.choices import DATASETS, ENGINES
+from ensemble_attacks.cli.choices import DATASETS, ENGINES, TRACKERS
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.names import literal
 
@@ -72,6 +72,14 @@ def planned(command: Callable[..., None]) -> Callable[..., None]:
     )
 
 
+LOG = "When done, tell wandb, tensorboard or mlflow the figures, the settings and the digest (an extra of that name)."
+
+
+def tracked(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option that names a tracker of experiments."""
+    return click.option("--log", type=click.Choice(TRACKERS), help=LOG)(command)
+
+
 THREADS = (
     "Of torch, shared by the workers.  [default: $OMP_NUM_THREADS, else 1 for images of up to 64 pixels, whose networks "
     "are slower with more on a busy machine, else torch's]"
@@ -116,6 +124,14 @@ def check_machine(engine: str, workers: int, device: str, options: tuple[str, ..
     if engine == "local":
         for name in device.split(","):
             check_device(name)
+
+
+def check_log(log: str | None) -> None:
+    """Raise where a tracker is not installed."""
+    if log is not None:
+        from ensemble_attacks.evaluation.tracking import check_tracker
+
+        check_tracker(log)
 
 
 def key_value(text: str) -> tuple[str, Any]:

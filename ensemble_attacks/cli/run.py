@@ -13,6 +13,7 @@ from ensemble_attacks.cli import choices
 from ensemble_attacks.cli.options import (
     EPS,
     NAMED,
+    check_log,
     check_machine,
     check_out,
     elsewhere,
@@ -20,6 +21,7 @@ from ensemble_attacks.cli.options import (
     machines,
     places,
     planned,
+    tracked,
     within,
 )
 
@@ -61,6 +63,7 @@ class ListsAttacks(click.Command):
 @click.option("--amp", is_flag=True, help="Craft in mixed precision, which is faster; the judge does not.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
 @planned
+@tracked
 @places
 @machines
 def evaluate(
@@ -80,6 +83,7 @@ def evaluate(
     options: tuple[str, ...],
     threads: int | None,
     dry_run: bool,
+    log: str | None,
     **settings: Any,
 ) -> None:
     """Attack a model, judge the images, print the comparison. The same command again goes on where it was stopped."""
@@ -94,17 +98,19 @@ def evaluate(
         raise ValueError("attacks is empty: name at least one, such as --attacks autoattack,mora")
     names = [MINIMAL * (curve and not name.startswith(MINIMAL)) + name for name in names]
     check_machine(engine, workers, device, options, threads)
+    check_log(log)
     check_out(out)
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": names, **settings}
     manifest = manifest_of(Sweep.of(given, "the command"), model_dir=model_dir, data_dir=data_dir, download=download)
     machine: dict[str, Any] = {"engine": engine, "workers": workers, "device": device, "options": options}
-    begin(manifest, out, dry_run=dry_run, threads=threads, **machine)
+    begin(manifest, out, dry_run=dry_run, log=log, threads=threads, **machine)
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
 @planned
+@tracked
 @places
 @machines
 def sweep(
@@ -114,6 +120,7 @@ def sweep(
     data_dir: str,
     download: bool,
     dry_run: bool,
+    log: str | None,
     **machine: Any,
 ) -> None:
     """Evaluate what a TOML file describes: models x votes x eps x seeds, as `evaluate` does one."""
@@ -122,27 +129,30 @@ def sweep(
     from ensemble_attacks.evaluation.settings import Sweep
 
     check_machine(**machine)
+    check_log(log)
     check_out(out)
     manifest = manifest_of(Sweep.read(config), model_dir=model_dir, data_dir=data_dir, download=download)
-    begin(manifest, out, dry_run=dry_run, **machine)
+    begin(manifest, out, dry_run=dry_run, log=log, **machine)
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @elsewhere
+@tracked
 @machines
-def resume(run: Path, model: str | None, dataset: str | None, **machine: Any) -> None:
+def resume(run: Path, model: str | None, dataset: str | None, log: str | None, **machine: Any) -> None:
     """Go on with a run; units that were given up are tried again."""
     from ensemble_attacks.cli.drive import drive
     from ensemble_attacks.evaluation.ledger import Ledger
     from ensemble_attacks.evaluation.origins import placed_anew
 
     check_machine(**machine)
+    check_log(log)
     ledger = Ledger(run).go_on()
     if model or dataset:
         ledger = Ledger(run, placed_anew(ledger.manifest, model, dataset))
     ledger.retry_failed()
-    drive(ledger, **machine)
+    drive(ledger, log=log, **machine)
 
 
 @click.command()

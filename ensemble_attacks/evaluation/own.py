@@ -23,6 +23,7 @@ from ensemble_attacks.evaluation.origins import given
 from ensemble_attacks.evaluation.report.tables import COLUMNS, table_rows
 from ensemble_attacks.evaluation.settings import Sweep
 from ensemble_attacks.evaluation.summary import seconds_of
+from ensemble_attacks.evaluation.tracking import check_tracker, log_run
 from ensemble_attacks.extras import extra
 from ensemble_attacks.models.ask import as_module, device_of
 from ensemble_attacks.validation import check_count
@@ -109,6 +110,7 @@ def evaluate(
     model_dir: str | None = None,
     data_dir: str = "data",
     download: bool = False,
+    log: str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Attack a model, judge the images that the attacks return, and store all of it as a run.
@@ -136,6 +138,7 @@ def evaluate(
         device: where a model that is named is put; ``None``: the CPU.
         workers: the number of processes; more than one where model and data are names.
         model_dir, data_dir, download: where named models and datasets lie, and whether the latter may be fetched.
+        log: the tracker that is told the figures when done: ``"wandb"``, ``"tensorboard"`` or ``"mlflow"``; ``None``: none.
         settings: the attributes of `Sweep`: ``n``, ``first``, ``sample``, ``only_correct``, ``seeds``, ``votes`` (of named
             models), ``cascade``, ``batch_size``, ``shard_size``, ``draws`` and ``eot_iter`` (of random models), ``amp``.
 
@@ -150,6 +153,8 @@ def evaluate(
     model_name = own_model[0] if own_model else fspath(model)  # type: ignore[arg-type]
     data_name = own_images[0] if own_images else fspath(data)
     check_count("workers", workers)
+    if log is not None:
+        check_tracker(log)
     if workers > 1 and (own_model or own_images):
         raise ValueError(
             f"workers is {workers}, but {'the model' if own_model else 'the data'} cannot go to other processes: name a "
@@ -164,6 +169,8 @@ def evaluate(
         )
         ledger = Ledger(Path(out or Path("runs") / run_identity(manifest)), manifest)
         summary = run(ledger, workers=workers, devices=[where])
+    if log is not None:
+        log_run(ledger, summary, log)
     return Evaluation(ledger.folder, summary, own_model, own_images, where)
 
 

@@ -16,7 +16,12 @@ from packaging.requirements import Requirement
 OURS = "ensemble-attacks"
 OK, NOTE, ABSENT, BROKEN = "ok", "note", "absent", "broken"
 EXTRAS = {"robustbench": "robustbench", "timm": "timm", "report": "matplotlib", "hf": "transformers", "ray": "ray"}
-EXTRAS |= {"slurm": "submitit"}  # by extra: the package whose presence tells that somebody asked for it
+EXTRAS |= {
+    "slurm": "submitit",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+}  # by extra: the package whose presence tells that somebody asked for it
 REINSTALL = "pip install --force-reinstall --no-deps robustbench==1.1.1"
 
 
