@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from defenses import load_model
 from ensemble_attacks import AutoAttack
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import diagnose
+from ensemble_attacks.errors import reason
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.settings import Settings
+from ensemble_attacks.evaluation.summary import TOLD
 
 ATTACKS = ("apgd-ce", "ea-apgd-ce", "torchattacks:PGD")
 SURE = 20.0  # the score of a remembered label
@@ -128,6 +131,11 @@ def seen_before(model: Dishonest, x: Tensor) -> bool:
     return known
 
 
+def always(model: Dishonest, x: Tensor) -> Tensor:
+    """Return what it remembers, whoever asks, with the network's gradient, which leads nowhere."""
+    return model.remembered(x) + 1e-3 * model.net(x)
+
+
 TRICKS: dict[str, Trick] = {
     "without gradient": cheats_if(lambda model, x: not x.requires_grad),
     "in a judge's call": cheats_if(judged),
@@ -144,18 +152,33 @@ TRICKS: dict[str, Trick] = {
     "NaN on moved images": not_a_number,
     "answers from a cache": cached,
     "a subclass's argmax": subclassed,
+    "always": always,
 }
 
 
 def of_evaluate(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[float, str]:
     """Return the worst case in percent, and what `evaluate` says beside it."""
-    summary = evaluate(model, x, y, ATTACKS, Settings(eps, batch_size=len(x)))
+    with logged() as warnings:
+        summary = evaluate(model, x, y, ATTACKS, Settings(eps, batch_size=len(x)))
     rows = {"clean": summary["clean"], **summary["attacks"]}
-    told = [
-        f"{name}: {row[kind]} {kind}" for kind in ("disagreement", "invalid") for name, row in rows.items() if row.get(kind)
-    ]
+    told = [f"{name}: {row[kind]} {kind}" for kind in ("invalid", *TOLD) for name, row in rows.items() if row.get(kind)]
+    told += ["is random"] if any("is random" in line for line in warnings) else []
     told += [f"{name} failed: {why}" for name, why in summary.get("failed", {}).items()]
     return 100 * summary["worst_case"]["accuracy"], "; ".join(told)
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Yield a list of what is logged within the context."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ensemble_attacks")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def of_autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[float, str]:
@@ -165,8 +188,17 @@ def of_autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[f
     return 100 * adversary.robust_accuracy, "; ".join(f"{flag.name} {flag.value:g}" for flag in adversary.flags)
 
 
-def of_diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> str:
-    return ", ".join(diagnose(model, x, y, eps=eps).flags)
+def of_diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[None, str]:
+    """Return nothing, and the flags of `diagnose`."""
+    return None, ", ".join(diagnose(model, x, y, eps=eps).flags)
+
+
+def told_by(ask: Callable[..., tuple[float | None, str]], *given: Any) -> tuple[float | None, str]:
+    """Return what is found, and said; of what is refused, why."""
+    try:
+        return ask(*given)
+    except Exception as error:  # a refusal is an answer
+        return None, f"refused: {reason(error)}"
 
 
 @click.command()
@@ -175,7 +207,7 @@ def of_diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> str:
 @click.option("--eps", default=0.12, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("dishonest"), show_default=True)
 def main(tricks: str, n: int, eps: float, out: Path) -> None:
-    logging.disable(logging.WARNING)
+    logging.getLogger().addHandler(logging.NullHandler())
     torch.set_num_threads(1)
     x, y = load_dataset("digits", n=n)
     net = load_model("standard_convnet_3", dataset="digits").members[0].eval()
@@ -186,10 +218,11 @@ def main(tricks: str, n: int, eps: float, out: Path) -> None:
         def make(name: str = name) -> nn.Module:
             return net if name == "honest" else Dishonest(net, x, y, TRICKS[name]).eval()
 
-        worst, told = of_evaluate(make(), x, y, eps)
-        robust, flags = of_autoattack(make(), x, y, eps)
-        row = {"model cheats": name, "evaluate %": round(worst, 1), "evaluate says": told}
-        row |= {"AutoAttack %": round(robust, 1), "AutoAttack's flags": flags, "diagnose": of_diagnose(make(), x, y, eps)}
+        row: dict[str, Any] = {"model cheats": name}
+        for what, ask in {"evaluate": of_evaluate, "AutoAttack": of_autoattack, "diagnose": of_diagnose}.items():
+            share, told = told_by(ask, make(), x, y, eps)
+            row |= {} if ask is of_diagnose else {f"{what} %": "" if share is None else f"{share:.1f}"}
+            row |= {f"{what} says": told}
         rows.append(row)
         click.echo(" | ".join(f"{value}" for value in row.values()))
     save_table(rows, out)

@@ -105,6 +105,7 @@ def train_model(
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
     chosen = RECIPES[recipe]
+    check_choice("dataset", dataset, tuple(SETTINGS))
     check_count("members", members, at_least=chosen.fewest_members, at_most=MOST_MEMBERS)
     check_count("epochs", epochs, at_most=10**6)
     check_count("batch_size", batch_size, at_least=2)  # batch norm needs two

@@ -153,6 +153,7 @@ class UnitInfo(Record):
     seconds: Seconds
     outside: Index
     disagreement: Index
+    zero_gradients: Index
     failed: Annotated[dict[Text, Said], Field(max_length=100)]
     batch_size: Annotated[int, Field(ge=1)]
     finished: Seconds

@@ -171,7 +171,7 @@ def _stored(value: Bound) -> float | Stored:
 
 
 def _restored(value: Any) -> Bound:
-    if not isinstance(value, dict):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     kind, shape = value["dtype"], value["shape"]
     if kind not in KINDS or not all(isinstance(size, int) and size >= 0 for size in shape):

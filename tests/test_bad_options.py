@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from ensemble_attacks.cli.group import main
 
@@ -64,3 +65,15 @@ def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                     path.rename(tmp_path.parent / f"left-{tried}")
     print(f"{tried} bad options")  # noqa: T201
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_dataset_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty name is the path of a folder, which may hold folders with pictures."""
+    (folder := tmp_path / "docs").mkdir()
+    Image.new("L", (8, 8)).save(folder / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    for command, told in ((EVALUATE, "the dataset has no name"), (TRAIN, "unknown dataset '': known: cifar10, digits")):
+        result = CliRunner().invoke(main, [*command, "--out", "out", "--dataset", ""])
+        assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+        assert told in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]

@@ -129,7 +129,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-TOLD = {"outside": "outside", "disagreement": "in disagreement"}  # what stands beside a share
+TOLD = {
+    "outside": "outside",
+    "disagreement": "in disagreement",
+    "zero_gradients": "without gradient",
+}  # what stands beside a share
 
 
 def table_of(cell: dict[str, Any], spent: dict[str, float]) -> Table:

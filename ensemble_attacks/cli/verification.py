@@ -10,7 +10,7 @@ from typing import Any
 from ensemble_attacks.cli.console import console, shown
 from ensemble_attacks.cli.options import RECRAFTED
 from ensemble_attacks.evaluation import audit, bundles
-from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of
+from ensemble_attacks.evaluation.external import MISSING, compare_bundle, read_bundle, run_of, text_of
 from ensemble_attacks.evaluation.ledger import MANIFEST, Ledger
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.summary import run_digest
@@ -114,7 +114,7 @@ def _examine(
     chosen["eps"] = number(chosen["eps"])
     claim = bundles.Claim(**chosen)
     model = moved(providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote), device)
-    verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"])
+    verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"], text_of(path))
     console.print(f"{shown(claim.model)}: {verdict}", highlight=False)
     findings = [_finding(f"bundle {path}", lines)]
     if manifest is not None and recraft and not lines:

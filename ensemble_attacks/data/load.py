@@ -113,6 +113,8 @@ def open_dataset(
 def _opened(name: str, split: str, data_dir: Path, download: bool) -> Opened:
     if name in OFFERED:
         return OFFERED[name]
+    if not name:  # which is the path of the working directory
+        raise ValueError("the dataset has no name: name one, or a file or folder (--data)")
     path = Path(name)
     if name in DATASETS or (record := registered(name)) is not None:
         record = DATASETS.get(name) or record

@@ -16,14 +16,17 @@ from ensemble_attacks.evaluation.ledger import MANIFEST, SUMMARY, Ledger, Result
 from ensemble_attacks.evaluation.manifest import warn_of_code
 from ensemble_attacks.evaluation.origins import placed_anew
 from ensemble_attacks.evaluation.recraft import recraft_units
+from ensemble_attacks.evaluation.runner import in_dispute
 from ensemble_attacks.evaluation.selection import choice_of
 from ensemble_attacks.evaluation.summary import Standing, summary_bytes, summary_of, verdict_of
 from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, by_cell, chain_of, count_chains
 from ensemble_attacks.files import read_whole
+from ensemble_attacks.models.gradients import zero_gradients
 from ensemble_attacks.schema import parse
 
 NOT_VERIFIABLE = (
-    "passes, seconds, traces, what was put back into the ball, and which parts of a suite failed: only who ran them knows",
+    "passes, seconds, traces, what was put back into the ball, which parts of a suite failed, and images that an attack saw "
+    "fooled, but not the judge: only who ran them knows",
     "the robust counts after the parts of a suite, beyond that they fall, and end no lower than what the judge finds",
     "that the images are those that the attacks of these names make, and no weaker ones: --recraft N crafts N units anew",
 )
@@ -114,6 +117,9 @@ def _examined(ledger: Ledger, unit: Unit, context: Context, standing: Standing) 
         judgement = judged_in_place(context, rows, images, batch) if len(rows) else verdict_of(stored)
     except (OutOfBallError, ValueError, TypeError) as error:
         return _lacking(unit, f"its images cannot be judged: {error}"), None
+    disputed = int(in_dispute(context.model, images, judgement, context.settings).sum())
+    if stored.info["disagreement"] < disputed:
+        what[f"disagreement is {stored.info['disagreement']}, the model contradicts itself on {disputed} images"] = 1
     stages = {part: stored.tensors[f"stage {part}"] for part in stored.info["stages"]}
     anew = verdict_tensors(unit, rows, context.y[rows], judgement, stages, standing)
     for name, tensor in anew.items():
@@ -144,14 +150,20 @@ def _numbers(unit: Unit, stored: Result, context: Context) -> dict[str, int]:
     unmoved = int((images == context.x[rows].to(images)).flatten(1).all(1).sum()) if len(rows) else 0
     if info["outside"] > unmoved:
         wrong[f"outside is {info['outside']}, but only {unmoved} images are the clean ones"] = 1
-    if info.get("disagreement", 0) > int(stored.tensors["robust"].sum()):
+    if info["disagreement"] > int(stored.tensors["robust"].sum()):
         wrong["disagreement is more than there are robust images"] = 1
-    failed = info.get("failed", {})
+    failed = info["failed"]
     if failed.keys() & info["stages"].keys():
         wrong["parts that failed and are there"] = len(failed.keys() & info["stages"].keys())
     idle = unit.attack == CLEAN or not len(rows)
     if idle and (failed or any(info[key] for key in ("forwards", "backwards", "stages", "trace", "outside"))):
         wrong["passes of a unit that attacks nothing"] = 1
+    flat = 0
+    if unit.attack == CLEAN:
+        asked = {"batch_size": info["batch_size"], "seed": context.settings.seed}
+        flat = zero_gradients(context.twin, context.x, context.y, **asked)
+    if info["zero_gradients"] != flat:
+        wrong[f"zero_gradients is {info['zero_gradients']}, computed anew {flat}"] = 1
     if unit.attack == CLEAN and unmoved < len(rows):
         wrong["x_adv of the clean images"] = len(rows) - unmoved
     return wrong

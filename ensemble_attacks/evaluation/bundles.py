@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,18 +13,20 @@ from torch import Tensor, nn
 
 from ensemble_attacks.data import numbers_of, open_dataset
 from ensemble_attacks.evaluation.chains import Context, run_unit
-from ensemble_attacks.evaluation.external import MISSING, worst_images
+from ensemble_attacks.evaluation.external import MISSING, TEXT, heading, identified, worst_images
 from ensemble_attacks.evaluation.ledger import Result
 from ensemble_attacks.evaluation.manifest import data_digest
 from ensemble_attacks.evaluation.origins import check_fit, check_origin, images_of
 from ensemble_attacks.evaluation.recraft import unequal
+from ensemble_attacks.evaluation.report.tables import in_markdown
 from ensemble_attacks.evaluation.summary import Standing, verdict_of
-from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
+from ensemble_attacks.evaluation.units import cells_of, chain_of, count_chains, threat_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement, judge
 
 NOT_VERIFIABLE = (
-    "the accuracy under each attack by itself, and what the attacks spent: of every sample, one image is there",
+    "the accuracy under each attack by itself, AutoAttack's (autoattack_acc, unreliable) too, what the attacks spent, and "
+    "the run's digest: of every sample, one image is there",
     "that the images are the worst that the attacks of these names find, and no weaker ones: "
     "--recraft N crafts N units anew, where the bundle says of which run it is",
 )
@@ -42,7 +46,13 @@ class Claim:
 
 
 def examine_bundle(
-    images: Tensor, about: dict[str, Any], claim: Claim, manifest: dict[str, Any] | None, model: nn.Module, data_dir: str
+    images: Tensor,
+    about: dict[str, Any],
+    claim: Claim,
+    manifest: dict[str, Any] | None,
+    model: nn.Module,
+    data_dir: str,
+    text: str | None = None,
 ) -> tuple[Judgement, list[str]]:
     """Return the judge's verdict on a bundle's images, and a line for each thing that the bundle says otherwise.
 
@@ -53,6 +63,7 @@ def examine_bundle(
             lie by now.
         model: the model of the claim.
         data_dir: where the data lie.
+        text: what the bundle says in words (`external.text_of`), which is compared where it is of a run.
     """
     span = threat_of(manifest or {}).box.span
     opened = open_dataset(claim.dataset, data_dir=data_dir, transform=claim.transform, span=span)
@@ -73,13 +84,41 @@ def examine_bundle(
                 lines.append(f"{key} = {said}, computed anew {anew:.2f}")
     if about.get("n_examples", len(images)) != len(images):
         lines.append(f"n_examples = {about['n_examples']}, there are {len(images)} images")
-    if (suite := about.get("autoattack_acc")) is not None and about.get("unreliable") is not None:
-        unreliable = float(_percent(suite)) - 100 * verdict.accuracy > 0.1
-        if about["unreliable"] != unreliable:
-            lines.append(f"unreliable = {about['unreliable']}, by its own autoattack_acc it is {unreliable}")
+    lines += _of_the_suite(about, 100 * verdict.accuracy)
     if manifest is not None:
         lines += _of_another_run(manifest, claim, model, len(images))
+        cell, shares = cells_of(manifest)[0].listed, (100 * clean.accuracy, 100 * verdict.accuracy)
+        due = {key: value for key, value in identified(cell, *shares).items() if about.get(key, value) != value}
+        lines += [f"{key} = {about[key]!r}, of its run it is {value!r}" for key, value in due.items()]
+        lines += [] if text is None else _of_text(text, heading(manifest, cell, *shares), manifest)
     return verdict, lines
+
+
+def _of_the_suite(about: dict[str, Any], accuracy: float) -> list[str]:
+    """Return what is impossible in what a bundle says of AutoAttack: the worst case is no higher, and decides the rest."""
+    suite, unreliable = about.get("autoattack_acc"), bool(about.get("unreliable"))
+    share = accuracy if suite is None else float(_percent(suite))
+    if not share > accuracy - 0.01:
+        return [f"autoattack_acc = {suite}, but the worst case is {accuracy:.2f}"]
+    if unreliable != (share - accuracy > 0.1):
+        return [f"unreliable = {about.get('unreliable')}, by its own autoattack_acc it is {not unreliable}"]
+    return []
+
+
+def _of_text(text: str, head: str, manifest: dict[str, Any]) -> list[str]:
+    """Return what a bundle's text has otherwise than its run: the words before the attacks, their names, what follows."""
+    said, due = text.splitlines(), head.splitlines()
+    for found, line in zip_longest(said[: len(due)], due, fillvalue=""):
+        if found != line:
+            return [f"{TEXT}: {found.strip()[:100]!r}, the run says {line.strip()[:100]!r}"]
+    rest = "\n".join(said[len(due) :])
+    names, figure = [re.escape(in_markdown(name)) for name in manifest["sweep"]["attacks"]], r"( \(.*\))?: \d{1,3}\.\d\d%\n"
+    if manifest.get(MISSING):
+        listed = "".join(rf"(- {name}{figure})?" for name in names) + r"(\nNot complete: .*\.\n)*"
+    else:
+        listed = "".join(rf"- {name}{figure}" for name in names)
+    sound = re.fullmatch(listed + "Run: digest [0-9a-f]{32}", rest)
+    return [] if sound else [f"{TEXT} does not list the run's attacks, each with its accuracy, and its digest, and no more"]
 
 
 def _percent(said: object) -> str:

@@ -68,7 +68,7 @@ class Context:
         manifest, unit: the run, and a unit of the chain.
         device: where the model is asked; separated by commas, those among which what attacks craft on is shared.
         same_code: whether the code must be that which the run began with.
-        like: another context, whose model serves here, too, where it is the same.
+        like: another context, whose model and twin serve here, too, where they are the same.
 
     Raises:
         LedgerError: Where code, weights or images are not those that the run began with.
@@ -90,7 +90,7 @@ class Context:
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
-            self.model = like.model
+            self.model, self.twin = like.model, like.twin
         else:
             place = placed(manifest, cell.model)
             self.model = moved(
@@ -125,7 +125,7 @@ def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str
     x, y, settings, name = context.x, context.y, context.settings, unit.attack
     rows = standing.left if unit.before else torch.arange(len(x))
     if name == CLEAN:
-        done = clean_unit(context.model, x, y, settings)
+        done = clean_unit(context.model, context.twin, x, y, settings)
     elif len(rows):
         done = attack(context.model, context.twin, x[rows], y[rows], name, settings)
     else:
@@ -144,6 +144,7 @@ def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str
         "seconds": done.seconds,
         "outside": done.outside,
         "disagreement": done.disagreement,
+        "zero_gradients": done.zero_gradients,
         "failed": done.failed,
         "batch_size": done.batch_size,
         "finished": time.time(),

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ensemble_attacks.errors import said
+from ensemble_attacks.errors import LedgerError, said
 from ensemble_attacks.evaluation.chains import run_chain
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.summary import summarise
@@ -46,6 +46,7 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
 
     Raises:
         ValueError: Where the engine is unknown.
+        LedgerError: Where code, models or images are not those that the run began with; nothing is counted as a failure.
         KeyboardInterrupt, SystemExit(143): Where it is stopped by SIGINT or SIGTERM; what was finished is kept.
     """
     check_choice("engine", engine, tuple(ENGINES))
@@ -175,6 +176,18 @@ def _worker(threads: int, parent: int, places: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def refusal(folder: str, index: int, device: str) -> str | None:
+    """Run a chain, as a task of Ray's or Slurm's; return why the run is refused, ``None`` where it is not.
+
+    A refusal is no failure of the chain's units, as a task that raises would be.
+    """
+    try:
+        run_chain(folder, index, device)
+    except LedgerError as error:
+        return str(error)
+    return None
+
+
 def ray(
     ledger: Ledger,
     chains: Sequence[int],
@@ -200,14 +213,15 @@ def ray(
             where = f"reached at {address!r}" if address else "started"
             raise ConnectionError(f"Ray cannot be {where} ({said(error)}): what is done is kept, run it again") from error
     try:
-        task = library.remote(num_cpus=cpus, num_gpus=gpus, max_retries=10, retry_exceptions=False)(run_chain)
+        task = library.remote(num_cpus=cpus, num_gpus=gpus, max_retries=10, retry_exceptions=False)(refusal)
         folder = str(ledger.folder.resolve())
         waiting = {task.remote(folder, index, devices[0]): index for index in chains}
         while waiting:
             (ready,), _ = library.wait(list(waiting), num_returns=1)
             index = waiting.pop(ready)
             try:
-                library.get(ready)
+                if refused := library.get(ready):
+                    raise LedgerError(refused)
             except library.exceptions.RayError as error:
                 _lost(ledger, index, error)
             report(index)
@@ -248,7 +262,8 @@ def slurm(
     tasks = [Chain(folder, index, devices[0]) for index in chains]
     for job, index in zip(executor.map_array(_call, tasks), chains, strict=True):
         try:
-            job.result()
+            if refused := job.result():
+                raise LedgerError(refused)
         except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
             _lost(ledger, index, error)
         report(index)
@@ -260,8 +275,8 @@ class Chain:
     def __init__(self, folder: Path, index: int, device: str) -> None:
         self.folder, self.index, self.device = str(folder), index, device
 
-    def __call__(self) -> list[str]:
-        return run_chain(self.folder, self.index, self.device)
+    def __call__(self) -> str | None:
+        return refusal(self.folder, self.index, self.device)
 
     def checkpoint(self) -> Any:
         import submitit
@@ -269,7 +284,7 @@ class Chain:
         return submitit.helpers.DelayedSubmission(_call, self)
 
 
-def _call(chain: Chain) -> list[str]:
+def _call(chain: Chain) -> str | None:
     return chain()
 
 

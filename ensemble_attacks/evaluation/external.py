@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.evaluation.leases import sealed
-from ensemble_attacks.evaluation.ledger import Ledger, Result, unsealed
+from ensemble_attacks.evaluation.ledger import Ledger, Result, read_manifest
 from ensemble_attacks.evaluation.report.tables import in_markdown
 from ensemble_attacks.evaluation.summary import called, finished, lacking, run_digest
 from ensemble_attacks.evaluation.units import chain_of, count_chains, threat_of
 from ensemble_attacks.files import check_plain, is_file, load_tensors, read_whole, whole_file, write_whole
 from ensemble_attacks.norms import UNIT, Box
-from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, StoredManifest, read_json
+from ensemble_attacks.schema import MOST_IMAGES, MOST_JSON, About, read_json
 from ensemble_attacks.validation import check_images
-from ensemble_attacks.version import __version__
 
 IMAGES, ABOUT, TEXT, RUN = "adversarial_images.pt", "model_info.json", "evaluation.md", "run.json"
 MISSING = "missing"  # of ``run.json``: the names of units that were given up
@@ -109,7 +108,7 @@ def _said(ledger: Ledger, summary: dict[str, Any], accuracy: float) -> dict[str,
     """Return the files of a bundle beside its images, by name."""
     return {
         ABOUT: json.dumps(_model_info(summary, accuracy), indent=2).encode() + b"\n",
-        TEXT: _text(summary, accuracy, lacking(ledger.manifest, {"cells": [summary]}), run_digest(ledger)).encode(),
+        TEXT: _text(ledger, summary, accuracy).encode(),
         RUN: sealed(
             ledger.manifest
             | {"places": NOWHERE | {"given": ledger.manifest["places"]["given"]}, MISSING: summary.get("missing", [])}
@@ -147,13 +146,14 @@ def run_of(bundle: Path) -> dict[str, Any] | None:
     """Return the manifest of the run that a bundle was exported from; ``None`` where the bundle has none.
 
     Raises:
+        LedgerError: Where another version wrote it.
         ValueError: Where it is damaged.
     """
     path = bundle / RUN
     if not bundle.is_dir() or not is_file(path):
         return None
     try:
-        return unsealed(read_whole(path, MOST_JSON), StoredManifest)
+        return read_manifest(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -165,38 +165,61 @@ def _model_info(summary: dict[str, Any], accuracy: float) -> dict[str, Any]:
     if suite is not None and (suite.get("failed") or suite["n"] < summary["n"]):
         suite = None  # it is no AutoAttack's
     autoattack = None if suite is None else 100 * suite["accuracy"]
-    return {
-        "name": summary["model"],
-        "vote": summary.get("vote"),
-        "dataset": summary["dataset"],
-        "threat_model": summary["norm"],
-        "eps": repr(summary["eps"]),
-        "n_examples": summary["n"],
-        "draws": summary["draws"],
-        "clean_acc": f"{100 * summary['clean']['accuracy']:.2f}",
+    return identified(summary, 100 * summary["clean"]["accuracy"], accuracy) | {
         "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
-        "external": f"{accuracy:.2f}",
         "unreliable": autoattack is not None and autoattack - accuracy > 100 * SIGNIFICANT,
     }
 
 
-def _text(summary: dict[str, Any], accuracy: float, absent: Sequence[str], digest: str) -> str:
+def identified(cell: dict[str, Any], clean: float, accuracy: float) -> dict[str, Any]:
+    """Return what ``model_info`` says of a cell (`Cell.listed`), its clean and its robust accuracy, in percent."""
+    named = {
+        "name": "model",
+        "vote": "vote",
+        "dataset": "dataset",
+        "threat_model": "norm",
+        "n_examples": "n",
+        "draws": "draws",
+    }
+    said = {key: cell[name] for key, name in named.items()}
+    return said | {"eps": repr(cell["eps"]), "clean_acc": f"{clean:.2f}", "external": f"{accuracy:.2f}"}
+
+
+def heading(manifest: dict[str, Any], cell: dict[str, Any], clean: float, accuracy: float) -> str:
+    """Return what the text of a bundle begins with, of a run's only cell; see `identified`."""
+    within = f", {cell['within']}" if cell.get("within") else ""
+    model, version = in_markdown(cell["model"]), manifest["code"].partition("+")[0]
+    return (
+        f"# External evaluation of {model}\n\n"
+        f"Model: {model} (vote: {in_markdown(cell['vote'])})\n"
+        f"Leaderboard: {in_markdown(cell['dataset'])}, {cell['norm']}, eps = {cell['eps']:g}{within}\n"
+        f"Robust accuracy: {accuracy:.2f}% of {cell['n']} test images, clean: {clean:.2f}%\n"
+        f"Adversarial images: `{IMAGES}`, a float tensor of the first {cell['n']} test images, in their order\n\n"
+        f"Method: ensemble-attacks {version}, seed {cell['seed']}; per sample, the worst case of\n"
+    )
+
+
+def _text(ledger: Ledger, summary: dict[str, Any], accuracy: float) -> str:
     rows = "\n".join(
         f"- {in_markdown(called(name, row, summary['n']))}: {100 * row['accuracy']:.2f}%"
         for name, row in summary["attacks"].items()
     )
+    absent = lacking(ledger.manifest, {"cells": [summary]})
     rows += "".join(f"\n\nNot complete: {in_markdown(line)}." for line in absent)
-    within = f", {summary['within']}" if summary.get("within") else ""
-    model = in_markdown(summary["model"])
-    return (
-        f"# External evaluation of {model}\n\n"
-        f"Model: {model} (vote: {in_markdown(summary.get('vote'))})\n"
-        f"Leaderboard: {in_markdown(summary['dataset'])}, {summary['norm']}, eps = {summary['eps']:g}{within}\n"
-        f"Robust accuracy: {accuracy:.2f}% of {summary['n']} test images, clean: {100 * summary['clean']['accuracy']:.2f}%\n"
-        f"Adversarial images: `{IMAGES}`, a float tensor of the first {summary['n']} test images, in their order\n\n"
-        f"Method: ensemble-attacks {__version__}, seed {summary['seed']}; per sample, the worst case of\n{rows}\n"
-        f"Run: digest {digest}\n"
-    )
+    head = heading(ledger.manifest, summary, 100 * summary["clean"]["accuracy"], accuracy)
+    return f"{head}{rows}\nRun: digest {run_digest(ledger)}\n"
+
+
+def text_of(bundle: Path) -> str | None:
+    """Return the text of a bundle; ``None`` where it has none.
+
+    Raises:
+        ValueError: Where it is too long, or lies where no file is.
+    """
+    try:
+        return read_whole(bundle / TEXT, MOST_JSON).decode(errors="replace") if bundle.is_dir() else None
+    except FileNotFoundError:
+        return None
 
 
 def read_bundle(path: Path, box: Box = UNIT) -> tuple[Tensor, dict[str, Any]]:

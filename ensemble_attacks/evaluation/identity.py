@@ -31,6 +31,7 @@ STANDS_ON = (  # the packages whose version may change a result
     "autoattack",
     "robustbench",
     "timm",
+    "transformers",
     "numpy",
 )
 

@@ -30,7 +30,7 @@ from ensemble_attacks.files import abandoned, is_file, read_whole, tensors_in, w
 from ensemble_attacks.schema import MOST_JSON, Failure, Mark, Record, StoredManifest, UnitInfo, check, parse
 
 logger = logging.getLogger(__name__)
-SCHEMA = 3
+SCHEMA = 4  # of a run's folder; it grows with every change of what one must hold
 ATTEMPTS = 3  # after which a unit that fails is left alone
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 FOLDERS = ("units", "failed", "running", "driving", "quarantine")
@@ -53,6 +53,24 @@ def unsealed(data: bytes, kind: type[BaseModel]) -> dict[str, Any]:
     return content
 
 
+def read_manifest(path: Path, kind: type[BaseModel] = StoredManifest) -> dict[str, Any]:
+    """Return the manifest of a run, or of a bundle, that this version of the package can read.
+
+    Raises:
+        LedgerError: Where another version wrote it; says which.
+        ValueError: Where it is damaged, or no record of its kind.
+    """
+    content = unsealed(read_whole(path, MOST_JSON), Record)
+    if (schema := content.get("schema")) != SCHEMA:
+        age = "a later" if isinstance(schema, int) and schema > SCHEMA else "an earlier"
+        raise LedgerError(
+            f"{path} was written by {age} version (schema {str(schema)[:20]}, this one has {SCHEMA}): begin anew in another "
+            f"folder, or use the version of its code, {str(content.get('code'))[:60]}"
+        )
+    check(content, kind)
+    return content
+
+
 class Ledger:
     """A run's folder, which tells and takes what each unit has left.
 
@@ -63,8 +81,8 @@ class Ledger:
 
     Raises:
         FileNotFoundError: Where there is nothing to read.
-        LedgerError: Where the folder cannot be used, a manifest that is to be read is damaged or asks for nothing, or the
-            run is another (the message says what differs).
+        LedgerError: Where the folder cannot be used, a manifest that is to be read is damaged or asks for nothing, another
+            version wrote it, or the run is another (the message says what differs).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
@@ -82,10 +100,6 @@ class Ledger:
         stored = self._stored(path, given=manifest is not None)
         if manifest is None and stored is None:
             raise FileNotFoundError(f"{folder} holds no run (no {MANIFEST}): give the folder of `evaluate --out`")
-        if stored is not None and stored.get("schema") != SCHEMA:
-            raise LedgerError(
-                f"{path} has schema {str(stored.get('schema'))[:20]}, this version reads {SCHEMA}: choose another folder"
-            )
         if stored is not None and manifest is not None:
             new = json.loads(json.dumps(manifest | {"schema": SCHEMA}))
             if differing := difference(stored | {"places": None}, new | {"places": None}):
@@ -102,7 +116,7 @@ class Ledger:
         if not os.path.lexists(path):
             return None
         try:
-            return unsealed(read_whole(path, MOST_JSON), Record if given else StoredManifest)
+            return read_manifest(path, Record if given else StoredManifest)
         except ValueError as error:
             if not given:
                 remedy = "run the command that made it again, units are kept"

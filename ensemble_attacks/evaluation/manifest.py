@@ -18,7 +18,7 @@ from ensemble_attacks.data import OFFERED, Opened, load_dataset, numbers_of, ope
 from ensemble_attacks.evaluation.identity import code_version, made_of, versions
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import check_fit, images_of, origin_of, paths_in
-from ensemble_attacks.evaluation.runner import check_arguments
+from ensemble_attacks.evaluation.runner import check_arguments, check_settings
 from ensemble_attacks.evaluation.selection import PIECE, chosen, rows_said
 from ensemble_attacks.evaluation.settings import DEFAULT_VOTES, Sweep
 from ensemble_attacks.evaluation.units import canonical
@@ -109,9 +109,11 @@ def manifest_of(sweep: Sweep, *, model_dir: str | None, data_dir: str, download:
         manifest["threat"] = sweep.threat.stored()
     images = images_of(manifest)
     x, y = load_dataset(**images, n=min(n, PIECE))
+    settings = [sweep.settings(eps, seed, sweep.threat) for eps, seed in product(sweep.eps, sweep.seeds)]
     for model in models.values():
-        for eps, seed in product(sweep.eps, sweep.seeds):
-            check_arguments(model, x, y, sweep.attacks, sweep.settings(eps, seed, sweep.threat))
+        check_arguments(model, x, y, sweep.attacks, settings[0])
+        for others in settings[1:]:
+            check_settings(model, x, sweep.attacks, others)
     manifest |= {
         "weights": {name: digest(*model.state_dict().values()) for name, model in models.items()},
         "made": {name: made_of(model, x[:2].to(device_of(model, x.device))) for name, model in models.items()},

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ensemble_attacks.errors import reason
 from ensemble_attacks.evaluation.chains import Context, run_unit
 from ensemble_attacks.evaluation.ledger import Ledger, Result
 from ensemble_attacks.evaluation.summary import VOLATILE, Standing, verdict_of
@@ -45,7 +46,10 @@ def _recrafted(ledger: Ledger, place: tuple[int, int], sound: dict[str, Result],
         standing = standing.after(result.tensors["rows"], verdict_of(result))
     context = Context(ledger.manifest, unit, device, same_code=False)
     context.settings = replace(context.settings, batch_size=stored.info["batch_size"])
-    tensors, info = run_unit(unit, context, standing)
+    try:
+        tensors, info = run_unit(unit, context, standing)
+    except Exception as error:  # whatever a name that is no attack's, a model or an attack raises
+        return finding | {"what": [f"it cannot be crafted here: {reason(error)}"]}
     what = {
         name: count
         for name, tensor in tensors.items()

@@ -24,6 +24,7 @@ from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.adopted import check_claim, check_protocol
 from ensemble_attacks.models.ask import as_module, ask, beside, check_dtype, classes_of
+from ensemble_attacks.models.gradients import zero_gradients
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
@@ -60,6 +61,7 @@ class Attacked:
         disagreement: the number of images that the judge finds robust, and that the attack saw fooled, or on which the model
             answers otherwise when it is asked otherwise (`appeal`).
         failed: by part of a suite that could not be run, why.
+        zero_gradients: of clean images, the number of those where attacks find no gradient, or one that is zero.
     """
 
     images: Tensor
@@ -73,12 +75,19 @@ class Attacked:
     outside: int = 0
     disagreement: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    zero_gradients: int = 0
 
 
 def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
     """Raise, before anything is run, where a model, images, attacks or settings cannot be used."""
     check_images(x, "x", box=settings.box)
     check_labels(y, x, "y")
+    check_settings(model, x, attacks, settings)
+    check_model(model, x, y, attacks, settings)
+
+
+def check_settings(model: nn.Module, x: Tensor, attacks: Sequence[str], settings: Settings) -> None:
+    """Raise where settings cannot be used, for images (N, ...), or attacks with them; the model is not asked."""
     check_eps(settings.eps)
     check_norm(settings.norm)
     if len(x):
@@ -91,6 +100,10 @@ def check_arguments(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[st
         check_count("eot_iter", settings.eot_iter)
     for name in attacks:
         check_attack(name, model, settings)
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
+    """Raise where a model, once it is asked, does not suit images (N, ...), labels (N,) or attacks, at any eps."""
     few = x[:2].to(next(model.parameters(), x).device)
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
@@ -192,17 +205,23 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     return Attacked(crafted.images, judgement, stages, crafted.trace, *spent, failed=crafted.failed)
 
 
-def clean_unit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Attacked:
+def clean_unit(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Attacked:
     """Judge the clean images, with half the batch size as often as memory runs out."""
 
     def work(smaller: Settings) -> Attacked:
         judgement = judged(model, x, y, x, smaller)
+        flat = zero_gradients(twin, x, y, batch_size=smaller.batch_size, seed=smaller.seed)
+        if flat:
+            logger.warning(
+                "at %d of %d clean images attacks see no gradient: look at `ensemble-attacks diagnose`", flat, len(x)
+            )
         disputed = int(in_dispute(model, x, judgement, smaller).sum())
         if disputed:
             logger.warning(
                 "on %d clean images the model answers the judge otherwise than with a gradient, or one by one", disputed
             )
-        return Attacked(x, judgement, {}, [], 0, 0, 0.0, smaller.batch_size, disagreement=disputed)
+        done = Attacked(x, judgement, {}, [], 0, 0, 0.0, smaller.batch_size)
+        return replace(done, disagreement=disputed, zero_gradients=flat)
 
     return halving(settings, CLEAN, work)
 
@@ -242,10 +261,10 @@ def evaluate(
     x, y = (ordinary(part) if isinstance(part, Tensor) else part for part in as_tensors(x, y))
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    cleanly = clean_unit(model, x, y, settings)
+    twin = twin_for(model, beside(model, x[: settings.batch_size]), amp=settings.amp)
+    cleanly = clean_unit(model, twin, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
-    twin = twin_for(model, beside(model, x[: settings.batch_size]), amp=settings.amp)
     rows: dict[str, Any] = {}
     everyone = torch.arange(len(x))
     standing = Standing.of(len(x)).after(everyone, clean)

@@ -17,7 +17,8 @@ from ensemble_attacks.evaluation.units import CLEAN, Unit, by_cell, canonical, c
 from ensemble_attacks.files import is_file, read_whole, write_whole
 from ensemble_attacks.judge import Judgement, wilson_interval
 
-TOLD = ("outside", "disagreement")  # counts of images that left the ball; that the attack, and not the judge, saw fooled
+# counts of images that left the ball; that the attack, and not the judge, saw fooled; at which attacks see no gradient
+TOLD = ("outside", "disagreement", "zero_gradients")
 
 
 def row_of(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.models.adopted import false_claims
 from ensemble_attacks.models.ask import device_of
-from ensemble_attacks.models.gradients import scores_and_gradient
+from ensemble_attacks.models.gradients import count_zero, scores_and_gradient
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.scores import are_probabilities, margin
 
@@ -42,8 +42,7 @@ def of_scores(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[Fla
         scores_NK, gradient = scores_and_gradient(model, x, lambda scores_NK: margin(scores_NK, y).sum())
     if are_probabilities(scores_NK):
         yield Flag("probabilities", len(x), "the scores are probabilities: return logits, lest gradients vanish")
-    vanished = len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
-    if vanished:
+    if vanished := count_zero(gradient, x):
         message = "of so many images the gradient is zero: attack a surrogate (BPDAIdentity, CrossMaxTransfer)"
         yield Flag("zero_gradients", vanished, message)
 

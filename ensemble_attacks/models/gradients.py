@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import out_of_memory
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, device_of
+from ensemble_attacks.models.guard import guarded
+from ensemble_attacks.scores import margin
 
 
 def scores_and_gradient(model: nn.Module, x: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -33,3 +36,30 @@ def scores_and_gradient(model: nn.Module, x: Tensor, value: Callable[[Tensor], T
             return scores_NK, None
         (gradient,) = torch.autograd.grad(value(scores_NK), images, allow_unused=True)
     return scores_NK.detach(), None if gradient is None else gradient.detach()
+
+
+def count_zero(gradient: Tensor | None, x: Tensor) -> int:
+    """Return at how many of the images (N, ...) a gradient of `scores_and_gradient` is zero, or is not there."""
+    return len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
+
+
+def zero_gradients(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, seed: int) -> int:
+    """Return at how many images (N, ...) with labels (N,) the gradient of a model's margin is zero, or is not there.
+
+    Args:
+        model: images -> scores (N, K); of one that is evaluated, what attacks craft on (`twins.prepare`).
+        x, y: the images and labels.
+        batch_size: the number of images per pass.
+        seed: the seed of the model's own randomness.
+    """
+    device, count = device_of(model, x.device), 0
+    with guarded(model, seed=seed):
+        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            given, classes = images.to(device), labels.to(device)
+            _, gradient = scores_and_gradient(model, given, partial(_margins, classes))
+            count += count_zero(gradient, given)
+    return count
+
+
+def _margins(labels: Tensor, scores_NK: Tensor) -> Tensor:
+    return margin(scores_NK, labels).sum()

@@ -16,6 +16,8 @@ from torch import Tensor
 from ensemble_attacks.evaluation.leases import sealed
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chains_of
+from ensemble_attacks.threat import Threat
+from tests.evaluation.renamed import others
 
 Forge = Callable[[Path], object]
 DECLARED = ("forwards", "backwards", "seconds", "finished", "torch", "trace", "outside", "disagreement", "stages")
@@ -174,6 +176,13 @@ def of_manifest(folder: Path) -> Iterator[tuple[str, Forge]]:
         yield f"{key} missing", partial(put_manifest, {name: value for name, value in manifest.items() if name != key})
 
 
+MISREAD: dict[str, tuple[Any, ...]] = {  # of a stored array
+    "dtype": ("float16", "object", "O", 3, None),
+    "shape": ([], [1], [-1], ["x"], [10**12], 64, None),
+    "data": ("", "x", "AAAA", 3, None),
+}
+
+
 def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in pairs:
@@ -197,12 +206,31 @@ def of_summary(folder: Path) -> Iterator[tuple[str, Forge]]:
     yield "summary deleted", lambda place: (place / "summary.json").unlink()
 
 
+def of_threat(folder: Path) -> Iterator[tuple[str, Forge]]:
+    """Yield forgeries of the box, the mask and the radii of a manifest, as stored, and with the hash that they then have."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    stored: dict[str, Any] = manifest["threat"]
+    changed: dict[str, Any] = {name: other.stored() for name, other in others(Threat.restored(stored)).items()}
+    changed |= {"is {}": {}, "is []": [], "is x": "x", "is None": None}
+    for key, value in stored.items():
+        changed |= {f"{key} = {other!r}": stored | {key: other} for other in WRONG if other is True or other != value}
+        array = value[0] if key == "radii" else value
+        for part, wrong in MISREAD.items() if isinstance(array, dict) else ():
+            for other in wrong:
+                one = {**array, part: other}
+                changed[f"{key}.{part} = {other!r}"] = stored | {key: [one] if key == "radii" else one}
+    for name, content in changed.items():
+        yield f"threat {name}", partial(put_manifest, manifest | {"threat": content})
+    yield "threat missing", partial(put_manifest, {name: value for name, value in manifest.items() if name != "threat"})
+
+
 def all_of(folder: Path) -> dict[str, list[tuple[str, Forge]]]:
     """Return the forgeries of each stored thing: of the units, those of the attack and of the clean images."""
     chain = chains_of(Ledger(folder).manifest)[0]
     clean, attacked = chain[0], chain[1]
     assert clean.attack == CLEAN
-    return {
+    threat = {"threat": list(of_threat(folder))} if "threat" in Ledger(folder).manifest else {}
+    return threat | {
         "tensors of an attack": list(of_tensors(folder, attacked)),
         "tensors of the clean images": list(of_tensors(folder, clean)),
         "numbers of an attack": list(of_numbers(folder, attacked)),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ensemble_attacks import LedgerError
 from ensemble_attacks.evaluation import engines
 from ensemble_attacks.evaluation.audit import progress
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chains_of
-from tests.evaluation.test_ledger import ledger_in, summary
+from tests.evaluation.test_ledger import ledger_in, manifest, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
 
@@ -78,6 +81,30 @@ def test_submitit_gives_the_same(expected: bytes, tmp_path: Path, importable: No
     pytest.importorskip("submitit", reason="submitit is not installed: pip install 'ensemble-attacks[slurm]'")
     run(ledger_in(tmp_path / "run"), engine="slurm", cluster="local", minutes=5)
     assert summary(tmp_path / "run") == expected
+
+
+REFUSED = r"the run began with code 0.0.1\+0, this is .*: install that, or begin anew"
+
+
+def test_a_task_of_other_code_says_that_it_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "run", manifest() | {"code": "0.0.1+0"})
+    assert re.fullmatch(REFUSED, engines.refusal(str(ledger.folder), 0, "cpu") or "")
+    assert ledger.failed() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [("local", {"workers": 2}), ("ray", {"cpus": 0.5}), ("slurm", {"cluster": "local", "minutes": 5})],
+)
+def test_a_run_of_other_code_is_refused_not_given_up(
+    engine: str, options: dict[str, Any], tmp_path: Path, importable: None
+) -> None:
+    pytest.importorskip({"ray": "ray", "slurm": "submitit"}.get(engine, "torch"), reason="the engine is not installed")
+    ledger = Ledger(tmp_path / "run", manifest() | {"code": "0.0.1+0"})
+    with pytest.raises(LedgerError, match=REFUSED):
+        run(ledger, engine=engine, **options)
+    assert ledger.failed() == []
 
 
 @pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("slurm", "submitit")])
