@@ -190,8 +190,8 @@ def precision(model: nn.Module, default: torch.dtype) -> torch.dtype:
 
 def device_of(model: nn.Module, default: torch.device) -> torch.device:
     """Return the device of the model's first parameter or buffer, or ``default``."""
-    held: list[Tensor] = [*itertools.islice(model.parameters(), 1), *itertools.islice(model.buffers(), 1)]
-    return held[0].device if held else default
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return default if held is None else held.device
 
 
 def moved(model: nn.Module, device: torch.device | str) -> nn.Module:
