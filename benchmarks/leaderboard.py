@@ -3,13 +3,18 @@
     python benchmarks/leaderboard.py --datasets digits,cifar10 --data-dir DIR --out runs/leaderboard
 
 Goes on where it stopped (see `cells`). Writes ``leaderboard.json``, from which all else is made, ``leaderboard.html`` (one
-page that needs nothing else), and the table as Markdown and CSV.
+page that needs nothing else), and the table as Markdown and CSV. ``--page-only`` makes the page from the JSON alone.
+
+The page links a defense's card and paper, the records of its attacks where they lie beside the page, and a report
+(``ensemble-attacks report RUN --out CELL/report``) where one was written among them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from defenses import list_models, load_model
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.evaluation.report.pages import render_page
+from ensemble_attacks.files import write_whole
 from ensemble_attacks.models.passes import passes_per_image
 from ensemble_attacks.models.votes import VOTES
 
@@ -31,17 +37,29 @@ FRONT_ENDED = "frontend"
 AUTO = "auto"
 SUITES = {False: "autoattack", True: "autoattack-rand"}
 SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
-ATTACKS = {False: ("cw", SOFT, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+MEAN = "crossmax-transfer?refine=None"  # the same of the mean logits
+ATTACKS = {False: ("cw", SOFT, MEAN, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
+WEIGHTS = Path(__file__).resolve().parents[1] / "defenses" / "weights"
+SURROGATES = (SOFT, MEAN)  # APGD on one stand-in for the vote, whose images are judged on the vote
+PAPERS = {  # of the defenses, by the beginning of their names
+    "adp": "https://arxiv.org/abs/1901.08846",
+    "dverge": "https://arxiv.org/abs/2009.14720",
+    "frontend": "https://arxiv.org/abs/2402.17018",
+    "gal": "https://arxiv.org/abs/1901.09981",
+    "multiresolution": "https://arxiv.org/abs/2408.05446",
+    "trs": "https://arxiv.org/abs/2104.00671",
+}
 RULES = (
     "Every figure is the judge's, from stored images and fresh forward passes; NaN is no success, images outside the "
-    "ball are refused. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
-    "Wilson's 95% interval over images; auto is what --attacks auto leaves, which is not told which attack that is. "
-    f"Randomized defenses are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their "
-    "accuracy is the share of right draws, and one lucky draw is no success; worst of draws is the share of images that "
-    "are right in all of them. Soft APGD is the plain baseline, APGD on the "
-    "margin of the members' mean probability, judged on the vote itself. An empty field was not run."
+    "ball are refused. The standard suite is AutoAttack's, of random models that for them. The best plain surrogate "
+    "is the lower of APGD on the margin of the members' mean probability and of their mean logits, judged on the vote "
+    "itself. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
+    "Wilson's 95% interval over images; the gap is how far it lies below the standard suite; auto is what --attacks "
+    f"auto leaves, which is not told which attack that is. Randomized defenses are judged by {DRAWS} fresh draws of "
+    "each image, none of which an attack saw: their accuracy is the share of right draws, and one lucky draw is no "
+    "success; worst of draws is the share of images that are right in all of them. An empty field was not run."
 )
 
 
@@ -104,6 +122,7 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "clean": 100 * first["clean"]["accuracy"],
         "AutoAttack": 100 * rows[suite]["accuracy"] if suite in rows else None,
         "soft APGD": 100 * rows[SOFT]["accuracy"] if SOFT in rows else None,
+        "best plain surrogate": min((100 * rows[name]["accuracy"] for name in SURROGATES if name in rows), default=None),
         "best known": 100 * rows[best]["accuracy"],
         "low": 100 * low,
         "high": 100 * high,
@@ -113,16 +132,64 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "auto": 100 * rows[AUTO]["accuracy"] if AUTO in rows else None,
         "auto's passes": passes_per_image(rows[AUTO]) if AUTO in rows else None,
         "flags": ", ".join(json.loads(entry.flags_file().read_text())) or "none" if entry.flags_file().exists() else None,
+        "seed": entry.run.seed,
         "weights": first["weights"][:12],
         "images": hashlib.sha256(images.read_bytes()).hexdigest()[:12] if images.exists() else None,
     }
 
 
-def shown(value: Any, digits: int) -> Any:
-    """A value of a row, as the page has it."""
+COLUMNS = (
+    *("dataset", "defense", "vote", "eps", "n", "clean", "standard suite", "best plain surrogate", "best known"),
+    *("95% interval", "gap", "found by", "flags", "links", "passes / image", "worst of draws", "auto"),
+)
+OPTIONAL = ("worst of draws", "auto")  # columns that are left out where nothing of them was run
+
+
+def cells_of(row: dict[str, Any], folder: Path) -> list[Any]:
+    """A row of the board in the order of `COLUMNS`; ``folder`` is that of the page."""
+    suite, best = row.get("AutoAttack"), row["best known"]
+    gap = None if suite is None else suite - best
+    found = row | {
+        "standard suite": suite,
+        "gap": gap and {"text": f"{gap:.1f}", "bar": round(max(0.0, min(100.0, gap)), 1)},
+    }
+    found |= {"gap": 0.0} if gap == 0 else {}
+    found |= {"95% interval": f"{row['low']:.1f} to {row['high']:.1f}"}
+    found |= {"links": {"links": list(links(row, folder))}}
+    return [_rounded(found.get(column), 3 if column == "eps" else 1) for column in COLUMNS]
+
+
+def _rounded(value: Any, digits: int) -> Any:
     if value is None:
         return ""
     return round(value, digits) if isinstance(value, float) else value
+
+
+def links(row: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """What stands behind a row, as texts and addresses relative to the page."""
+    card = next(WEIGHTS.glob(f"{row['dataset']}/*/{row['defense']}.json"), None)
+    if card is not None and folder.resolve().is_relative_to(WEIGHTS.parents[1]):
+        yield "card", os.path.relpath(card, folder.resolve())
+    for name, address in PAPERS.items():
+        if row["defense"].startswith(name):
+            yield "paper", address
+    vote = "softmax" if row["vote"] == "own" else row["vote"]
+    cell = f"{row['defense']}_{vote}_{row['eps']:g}_seed{row.get('seed', 0)}"
+    places = [folder / row["dataset"] / cell, folder.parent / "table1" / cell]
+    records = next((place for place in places if place.is_dir()), None)
+    yield "records", os.path.relpath(records or folder / "leaderboard.json", folder)
+    if records is not None and (page := records / "report" / "report.html").is_file():
+        yield "report", os.path.relpath(page, folder)
+
+
+def write_page(board: list[dict[str, Any]], folder: Path) -> None:
+    """Write ``leaderboard.html``."""
+    template = Path(__file__).with_name("leaderboard.html.jinja")
+    rows = [cells_of(row, folder) for row in board]
+    told = [i for i, column in enumerate(COLUMNS) if column not in OPTIONAL or any(row[i] != "" for row in rows)]
+    rows, columns = [[row[i] for i in told] for row in rows], [COLUMNS[i] for i in told]
+    page = render_page(template, title="What ensemble defenses are worth", rules=RULES, columns=columns, rows=rows)
+    write_whole(folder / "leaderboard.html", page.encode())
 
 
 @click.command()
@@ -134,6 +201,7 @@ def shown(value: Any, digits: int) -> Any:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--models", help="Comma-separated names.  [default: all that ship]")
 @click.option("--table-only", is_flag=True, help="Run nothing, write the page from what is there.")
+@click.option("--page-only", is_flag=True, help="Run nothing, write the page from --out's leaderboard.json.")
 def main(
     datasets: str,
     data_dir: str,
@@ -143,7 +211,10 @@ def main(
     seed: int,
     models: str | None,
     table_only: bool,
+    page_only: bool,
 ) -> None:
+    if page_only:
+        return write_page(json.loads((out / "leaderboard.json").read_text()), out)
     board: list[dict[str, Any]] = []
     radii = {
         "digits": {"plain": 0.12, "trained": 0.12, "random": 0.1},
@@ -163,10 +234,7 @@ def main(
     if not board:
         raise click.UsageError(f"{out} holds nothing yet")
     click.echo(save_table(board, out / "leaderboard"))
-    template = Path(__file__).with_name("leaderboard.html.jinja")
-    rows = [[shown(value, 3 if key == "eps" else 1) for key, value in row.items()] for row in board]
-    title = "What ensemble defenses are worth"
-    (out / "leaderboard.html").write_text(render_page(template, title=title, rules=RULES, columns=list(board[0]), rows=rows))
+    write_page(board, out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE1 = ROOT / "benchmarks" / "results" / "table1"
 IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
+WAITS = ROOT / "benchmarks" / "results" / "waits"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
     ("model", "vote", "eps", "seed", "attack"): "what the page's ten lines print: run them (tests/test_docs.py)",
@@ -160,6 +161,17 @@ def of_imagenet(table: Table, row: list[str]) -> list[str]:
     return row[:2] + [f"{100 * sum(of['robust']) / len(of['robust']):.1f} ({of['passes']:.1f})" for of in figures]
 
 
+def of_waits(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of waits, from its records, before the loop knew of devices and after."""
+    after, before = (
+        next((found for found in json.loads((WAITS / name).read_text()) if f"`{found['attack']}`" == row[0]), None)
+        for name in ("after.json", "before.json")
+    )
+    assert after is not None
+    said = [row[0], f"{after['steps']:,}", str(after["waits"]), f"{after['waits'] / after['steps']:.2f}"]
+    return [*said, "" if before is None else f"{before['waits'] / before['steps']:.1f}"]
+
+
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
@@ -170,6 +182,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("dataset", "model", "clean accuracy of the members (%)"): of_cards,
     ("claim", "theirs", "ours"): of_claims,
     ("vote", "eps x 255"): of_imagenet,
+    ("attack", "steps", "waits"): of_waits,
 }
 
 

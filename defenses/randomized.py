@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.draws import OwnDraws
+from ensemble_attacks.models.ask import beside
 from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.votes import log_expected_softmax
 from ensemble_attacks.validation import check_choice, check_same_classes
@@ -69,8 +70,12 @@ class RandomizedEnsemble(OwnDraws, Ensemble):
         generator = self.next_draws()
         chosen = torch.multinomial(self.probabilities.to(generator.device), count, replacement=True, generator=generator)
         if len(chosen) == 1:
-            return self.members[int(chosen)](x)
+            return _answer(self.members[int(chosen)], x)
         rows = [torch.nonzero(chosen == index).squeeze(-1).to(x.device) for index in range(len(self.members))]
-        parts = [member(x[own]) for member, own in zip(self.members, rows, strict=True) if len(own)]
+        parts = [_answer(member, x[own]) for member, own in zip(self.members, rows, strict=True) if len(own)]
         check_same_classes(parts, "members drawn")
         return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+def _answer(member: nn.Module, x: Tensor) -> Tensor:
+    return member(beside(member, x)).to(x.device)

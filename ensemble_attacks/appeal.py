@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import out_of_memory, reason
 from ensemble_attacks.models.ask import ask, device_of
 from ensemble_attacks.models.guard import guarded
@@ -42,7 +43,7 @@ def contradicted(model: nn.Module, images: Tensor, *, batch_size: int = 250, see
             asked = (batch.to(device).clone().requires_grad_(gradient) for batch in part.detach().split(size))
             return torch.cat([ask(model, batch).detach().cpu() for batch in asked])
 
-    with guarded(model, seed=seed), uncounted(model):
+    with guarded(model, seed=seed), full_precision(), uncounted(model):
         plain, again = (_attempted(lambda: scores(images, batch_size, False)) for _ in range(2))
         if plain is None or again is None or otherwise(again, plain).any():
             return found

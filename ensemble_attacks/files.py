@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import platform
 import secrets
+import shutil
 import stat
 import time
 import zipfile
@@ -77,8 +79,36 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which takes the name of ``path`` once all of it is written and flushed.
+
+    Until then it lies beside, under a name that nobody can guess; what a process that is no more has left there is removed.
+
+    Raises:
+        FileExistsError: Where something is there already, or by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{machine()}.{os.getpid()}.{secrets.token_hex(8)}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists: choose another folder")
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def abandoned(temporary: Path) -> bool:
-    """Tell whether nobody writes to a temporary file of `whole_file` any more, as far as this machine can tell.
+    """Tell whether nobody writes to what `whole_file` or `whole_folder` began any more, as far as this machine can tell.
 
     A file of another machine is somebody's until it has not been touched for a day.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.data import as_tensors
+from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import OutOfBallError
 from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
@@ -293,7 +294,7 @@ def judge(
 
     parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
-    with guarded(model, seed=seed), torch.no_grad():
+    with guarded(model, seed=seed), full_precision(), torch.no_grad():
         check_dtype(model, x_adv, "x_adv")
         with private_random_state(seed, model):
             check_label_range(y, classes_of(model, x_adv[:2].to(parameter.device)), "y")

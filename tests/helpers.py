@@ -24,7 +24,7 @@ def slow_but(kept: Container[Any], family: Iterable[Any]) -> list[Any]:
 
 def make_member(classes: int = 4, seed: int = 0) -> nn.Module:
     """An untrained network on 3x6x6 images, with batch norm and dropout, whose statistics are not trivial."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1),

@@ -1,4 +1,4 @@
-"""Simulate an accelerator on a machine that has none: tensors on the device ``simgpu:0`` that hold the CPU's memory.
+"""Simulate accelerators on a machine that has none: tensors on ``simgpu:0`` and ``simgpu:1`` that hold the CPU's memory.
 
 It refuses what a GPU refuses: to mix devices in one operation, to hand a tensor to NumPy, to draw for the device from a
 generator of the CPU. It counts what a GPU makes the host wait for: reading a value, finding the rows of a mask, copying
@@ -8,12 +8,12 @@ between the devices. A copy to the host that nobody waits for holds garbage unti
         attack(model.to(DEVICE))(images.to(DEVICE), labels.to(DEVICE))
         device.waits, device.places
 
-Import it before the first backward pass of the process, when autograd starts a thread for every device. It stands on hooks
-of PyTorch that are experimental: `AVAILABLE` says whether they are there.
+It stands on hooks of PyTorch that are experimental: `AVAILABLE` says whether they are there.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ NAME = "simgpu"
 GARBAGE = -77
 SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 AVAILABLE = SETUP is not None
-DEVICE = torch.device("cpu")
+DEVICE = SECOND = torch.device("cpu")
 
 
 class Backend:
@@ -50,7 +50,7 @@ class Backend:
         return 0
 
     def device_count(self) -> int:
-        return 1
+        return 2
 
     def _is_in_bad_fork(self) -> bool:
         return False
@@ -80,7 +80,7 @@ def in_bfloat16(operation: Any, *args: Any) -> Any:
 BACKEND = Backend()
 if SETUP is not None:
     SETUP(rename=NAME, backend_module=BACKEND)
-    DEVICE = torch.device(NAME, 0)
+    DEVICE, SECOND = (torch.device(NAME, index) for index in range(2))
     LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     LIBRARIES[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for operation in (torch.ops.aten.linear, torch.ops.aten.conv2d, torch.ops.aten.matmul):
@@ -109,7 +109,7 @@ class Held(Tensor):
     elem: Tensor
 
     @staticmethod
-    def __new__(cls, elem: Tensor) -> Held:
+    def __new__(cls, elem: Tensor, device: torch.device = DEVICE) -> Held:
         held = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             elem.shape,
@@ -117,7 +117,7 @@ class Held(Tensor):
             storage_offset=elem.storage_offset(),
             dtype=elem.dtype,
             layout=elem.layout,
-            device=DEVICE,
+            device=device,
         )
         held.elem = elem
         return held
@@ -126,12 +126,12 @@ class Held(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return run(func, args, kwargs or {}, None)
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["elem"], None
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["elem"], self.device
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Held:
-        return Held(inner["elem"])
+        return Held(inner["elem"], meta)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"Held({self.elem!r})"
@@ -193,6 +193,8 @@ def check(name: str, args: Any, kwargs: dict[str, Any], held: list[Held], plain:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two, {DEVICE} and cpu! ({name})"
         )
+    if name not in (COPY, "aten::copy_") and len({tensor.device for tensor in held}) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and {SECOND}! ({name})")
     if name in INDEXES and held and not on_device:
         raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu) ({name})")
     if name in WRITES and args[2].dim() > 0 and isinstance(args[2], Held) != on_device:
@@ -265,11 +267,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], waits: Waits | None) -> An
     if not on_device:
         return out
     known = {id(tensor.elem): tensor for tensor in held}
+    place = held[0].device if wanted is None else torch.device(NAME, wanted.index or 0)
 
     def above(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return known[id(value)] if id(value) in known else Held(value)
+        return known[id(value)] if id(value) in known else Held(value, place)
 
     out = each(above, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if aliases(func) else out
@@ -292,8 +295,14 @@ class Operations(TorchDispatchMode):
         return run(func, args, kwargs or {}, self.counted)
 
 
+BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
 class Functions(TorchFunctionMode):
-    """Functions that take no tensor, and make one of the device."""
+    """Functions that take no tensor, and make one of the device; and backward passes.
+
+    These are made in one thread, as autograd has none for a second device.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
@@ -301,12 +310,15 @@ class Functions(TorchFunctionMode):
             device = torch.device(options.get("device") or torch.get_default_device())
             if device.type == NAME:
                 return func(*args, **{**options, "device": "cpu"}).to(device)
+        if func in BACKWARD:
+            with torch.autograd.set_multithreading_enabled(False):
+                return func(*args, **options)
         return func(*args, **options)
 
 
 @contextmanager
 def simulated() -> Iterator[Waits]:
-    """Have a device `DEVICE` within the context, and count the waits for it."""
+    """Have the devices `DEVICE` and `SECOND` within the context, and count the waits for them."""
     waits = Waits()
 
     class Event:
@@ -323,4 +335,14 @@ def simulated() -> Iterator[Waits]:
             waits.arrive(self.copies)
 
     with patch.object(BACKEND, "there", True), patch("torch.Event", Event), Functions(), Operations(waits):
+        yield waits
+
+
+@contextmanager
+def judged() -> Iterator[Waits]:
+    """Have the devices as `simulated`, and a judge that takes their tensors, which it refuses for computing their values."""
+    module = importlib.import_module("ensemble_attacks.judge")
+    stored = module.as_stored
+    taken = patch.object(module, "as_stored", lambda t: t.detach() if isinstance(t, Held) else stored(t))
+    with taken, simulated() as waits:
         yield waits

@@ -5,7 +5,6 @@ The device is simulated (`simulated_device`), so that this needs none; docs/devi
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from ensemble_attacks.diagnostics import diagnose
 from ensemble_attacks.models.twins import prepare
 from tests.attacks import test_contract as contract
 from tests.helpers import make_ensemble
-from tests.simulated_device import AVAILABLE, DEVICE, Held, Waits, simulated
+from tests.simulated_device import AVAILABLE, DEVICE, Waits, judged
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no hooks for devices written in Python")
 QUICK = {"mora": "Linf", "apgd-ce": "L2", "eot-apgd": "Linf", "crossmax": "L2"}
@@ -33,12 +32,8 @@ ROUNDING = 1e-9  # in float64: sums over other batches, as a device lets samples
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
-    """The device; the judge takes its tensors, which it would refuse for computing their values themselves."""
-    module = importlib.import_module("ensemble_attacks.judge")
-    stored = module.as_stored
-    monkeypatch.setattr(module, "as_stored", lambda t: t.detach() if isinstance(t, Held) else stored(t))
-    with simulated() as waits:
+def device() -> Iterator[Waits]:
+    with judged() as waits:
         yield waits
 
 

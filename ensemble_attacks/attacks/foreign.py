@@ -48,15 +48,16 @@ def craft(
     model = as_module(attack.model)
     check_images(x)
     check_labels(y, x)
+    place = device_of(model, x.device)  # of a function, other people's attacks do not find it
     with guarded(model, seed=seed, evaluate=False), _asking(attack):
         x, y = ordinary(x), ordinary(y).long()
         if not checked:
             with uncounted(model):
-                classes_of(Asked(model), x[:2].float().to(device_of(model, x.device)), y)
+                classes_of(Asked(model), x[:2].float().to(place), y)
         images = torch.empty_like(x, dtype=torch.float32)
         with default_dtype(torch.float32), _told(attack):
             for rows in torch.arange(len(x)).split(batch_size):  # it may write into what it gets
-                crafted = attack(x[rows].float().clone(), y[rows].clone()).detach()
+                crafted = attack(x[rows].to(place, torch.float32, copy=True), y[rows].to(place, copy=True)).detach()
                 if crafted.shape != x[rows].shape:
                     raise ValueError(f"it returned images of shape {tuple(crafted.shape)}, not {tuple(x[rows].shape)}")
                 images[rows] = crafted.to(images)

@@ -52,7 +52,7 @@ class Climb:
 def reverse_hinge(climb: Climb, outputs: Outputs, goal: Goal) -> Tensor:
     """Return minus the sum of ``max(0, hinge + margin)`` over the members that are wanted, (N,); 0 where all are wrong."""
     assert outputs.logits_MNK is not None
-    margin_MN = goal.margin(outputs.logits_MNK[climb.order])
+    margin_MN = goal.margin(torch.stack([outputs.logits_MNK[member] for member in climb.order]))
     members, samples = margin_MN.shape
     known = climb.wanted.shape[1]
     copies = samples // known if known and samples % known == 0 else 0

@@ -24,7 +24,7 @@ from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.parts import check_output, find_parts, not_called
 from ensemble_attacks.norms import NORMS, UNIT, Box
-from ensemble_attacks.scores import decided
+from ensemble_attacks.scores import decided, per_sample
 from ensemble_attacks.validation import check_count, check_norm, check_positive
 
 REACH = 128.0  # the front end's outputs are attacked as images in [0, 1], which stand for [-REACH, REACH]
@@ -183,8 +183,8 @@ class FrontEndReversal(ComposedAttack):
             for share in range(1, SHARES + 1):
                 trial = ball.select(rows).project(start[rows] + share / SHARES * step)
                 fooled = robust[rows] & ~self._right(trial, labels[rows])
-                best[rows[fooled]] = trial[fooled]
-                robust[rows[fooled]] = False
+                best = best.index_copy(0, rows, torch.where(per_sample(fooled, trial), trial, best[rows]))
+                robust = robust.index_copy(0, rows, robust[rows] & ~fooled)
             start = start.index_copy(0, rows, ball.select(rows).project(start[rows] + step / 2))
         return best
 

@@ -21,6 +21,7 @@ COLUMNS = ("defense", "vote", "clean", "AutoAttack", "MORA", "passes / image: Au
 def demo(n: int, seed: int) -> None:
     """Handwritten digits: print what the standard AutoAttack and MORA say of two ensembles, in about a minute."""
     import torch
+    from tqdm import tqdm
 
     from ensemble_attacks.data import load_dataset
 
@@ -31,8 +32,9 @@ def demo(n: int, seed: int) -> None:
     cells = [(model, vote, n, seed) for model in DEMO_MODELS for vote in DEMO_VOTES]
     workers = min(len(cells), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for row in pool.map(demo_row, *zip(*cells, strict=True)):
-            click.echo(_line(row))
+        rows = pool.map(demo_row, *zip(*cells, strict=True))
+        for row in tqdm(rows, total=len(cells), unit="row", disable=None, leave=False):
+            tqdm.write(_line(row))
     click.echo(f"Judged anew from the images. {time.perf_counter() - began:.0f} seconds.")
 
 

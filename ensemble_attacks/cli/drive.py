@@ -15,7 +15,7 @@ from ensemble_attacks.cli.console import WIDE, console, shown
 from ensemble_attacks.cli.options import key_value
 from ensemble_attacks.errors import plain
 from ensemble_attacks.evaluation.curves import SHARES, Curve, curves_of
-from ensemble_attacks.evaluation.engines import run, unfinished
+from ensemble_attacks.evaluation.engines import run, terminable, unfinished
 from ensemble_attacks.evaluation.estimate import Plan, plan_of
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.manifest import run_identity
@@ -33,7 +33,8 @@ def begin(
     folder = out or Path("runs") / run_identity(manifest)
     if dry_run:
         set_threads(manifest, threads)
-        console.print(_said(plan_of(manifest, machine["device"].split(",")[0]), manifest, machine["workers"]), **WIDE)
+        devices = machine["device"].split(",")
+        console.print(_said(plan_of(manifest, devices[0]), manifest, machine["workers"] or len(devices)), **WIDE)
         console.print(f"Nothing was run; it would be stored in {plain(folder)}", **WIDE)
         return
     drive(Ledger(folder, manifest), log=log, threads=threads, **machine)
@@ -53,24 +54,27 @@ def set_threads(manifest: dict[str, Any], threads: int | None) -> None:
 def drive(
     ledger: Ledger,
     engine: str,
-    workers: int,
+    workers: int | None,
     device: str,
     options: tuple[str, ...],
     threads: int | None = None,
     log: str | None = None,
 ) -> None:
     """Run what is left of a run, print its tables, tell the tracker ``log``; exit with 1 where something was given up."""
-    given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": device.split(",")}
+    devices = device.split(",")
+    given: dict[str, Any] = dict(key_value(text) for text in options) | {"devices": devices}
     given |= {"workers": workers} if engine == "local" else {}
     total = count_chains(ledger.manifest)
     set_threads(ledger.manifest, threads)
     again = f"ensemble-attacks resume {plain(ledger.folder)}"
     try:
-        if any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in range(total)):
-            plan = plan_of(ledger.manifest, device.split(",")[0] if engine == "local" else None, ledger)
-            console.print(_said(plan, ledger.manifest, workers), **WIDE)
-        with tqdm(total=total, unit="task", disable=None if total > 1 else True, leave=False) as bar:
-            summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
+        with terminable():  # from here on there is a run to go on with
+            if any(unfinished(ledger, chain_of(ledger.manifest, index)) for index in range(total)):
+                plan = plan_of(ledger.manifest, devices[0] if engine == "local" else None, ledger)
+                console.print(_said(plan, ledger.manifest, workers or len(devices)), **WIDE)
+            several = total > 1 or (workers or 1) > 1
+            with tqdm(total=total, unit="task", disable=None if several else True, leave=False) as bar:
+                summary = run(ledger, engine=engine, report=lambda chain: bar.update(), **given)
     except (KeyboardInterrupt, SystemExit) as stopped:
         console.print(f"\nStopped: the same command, or `{again}`, goes on.", **WIDE)
         sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)

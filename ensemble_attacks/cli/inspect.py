@@ -50,6 +50,7 @@ def diagnose(
 ) -> None:
     """Is a model masking its gradients? Print checks with figure, threshold and verdict, and the attacks to run."""
     from rich.table import Table
+    from tqdm import tqdm
 
     from ensemble_attacks import diagnostics
     from ensemble_attacks.attacks.registry import find_attack, find_maker
@@ -60,6 +61,7 @@ def diagnose(
     from ensemble_attacks.evaluation.suite import check_fit
     from ensemble_attacks.evaluation.units import radius_said
     from ensemble_attacks.files import write_whole
+    from ensemble_attacks.models.ask import beside, moved
     from ensemble_attacks.models.structure import structure_of
     from ensemble_attacks.validation import check_device
 
@@ -76,17 +78,18 @@ def diagnose(
         raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
     x, y = subjects.opened.take(subjects.numbers)
-    net = subjects.models[model].to(device)
+    net = moved(subjects.models[model], device)
     make = None
     if attack is not None:
         maker = find_maker(attack)
         find_attack(attack).check(net, attack)
-        structure = structure_of(net, x[:8].to(device), seed)
+        structure = structure_of(net, beside(net, x[:8]), seed)
         check_fit(attack, structure.classes, "Linf", x.shape[1:])
         eot_iter = diagnostics.EOT_ITER if structure.random else None
         make = partial(_of_radius, maker, seed, eot_iter)
-    with console.status(f"Running the checks on {len(x)} images ..."):
-        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, attack=make, box=settings.box)
+    with tqdm(desc=f"checks on {len(x)} images", unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+        looked: dict[str, Any] = {"attack": make, "box": settings.box, "on_pass": bar.update}
+        found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, **looked)
     ball = radius_said({"norm": "Linf", "eps": sweep.eps[0], "within": sweep.threat.said(sweep.eps[0])})
     table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
@@ -133,8 +136,12 @@ def report(run: Path, out: Path | None, device: str, model: str | None, dataset:
 
     check_device(device)
     check_out(out)
-    with console.status("Reading the run, drawing the figures ..."):
-        page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset)
+    with console.status("Reading the run ...") as status:
+
+        def tell(what: str) -> None:
+            status.update(f"Writing the report: {plain(what)} ...")
+
+        page = write_report(run, out or run / "report", device=device, model=model, dataset=dataset, tell=tell)
     console.print(f"Written: {plain(page)}", **WIDE)
 
 

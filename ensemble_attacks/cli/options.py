@@ -99,21 +99,24 @@ def machines(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say who does the work."""
     options = [
         click.option("--engine", default="local", help=", ".join(ENGINES) + ".", shell_complete=choices.engines),
-        click.option("--workers", type=int, default=1, help="Processes of the engine local."),
-        click.option("--device", default="cpu", help="Comma-separated: the workers take turns."),
+        click.option("--workers", type=int, help="Processes of the engine local.  [default: one for each device]"),
+        click.option("--device", default="cpu", help="Comma-separated: shared among the workers, or the batches of one."),
         click.option("--threads", type=int, help=THREADS),
         click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the engines ray and slurm."),
     ]
     return reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
-def check_machine(engine: str, workers: int, device: str, options: tuple[str, ...], threads: int | None = None) -> None:
+def check_machine(
+    engine: str, workers: int | None, device: str, options: tuple[str, ...], threads: int | None = None
+) -> None:
     """Raise on an engine or options that cannot be used; the devices of other machines are not looked at."""
     from ensemble_attacks.evaluation import engines
     from ensemble_attacks.validation import check_choice, check_count, check_device
 
     check_choice("engine", engine, tuple(engines.ENGINES))
-    check_count("workers", workers, at_most=10_000)
+    if workers is not None:
+        check_count("workers", workers, at_most=10_000)
     if threads is not None:
         check_count("threads", threads, at_most=10_000)
     known = [name for name, of in signature(engines.ENGINES[engine]).parameters.items() if of.kind is of.KEYWORD_ONLY]

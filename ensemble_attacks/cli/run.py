@@ -60,7 +60,11 @@ class ListsAttacks(click.Command):
 @click.option("--seed", type=int, default=0)
 @click.option("--draws", type=int, default=1, help="Forward passes by which the judge decides, of a random model.")
 @click.option("--eot-iter", type=int, help="Draws of every iterate, of a random model.")
-@click.option("--amp", is_flag=True, help="Craft in mixed precision, which is faster; the judge does not.")
+@click.option(
+    "--amp",
+    is_flag=True,
+    help="Craft in mixed precision, where that is measured to be faster and shows the same; the judge does not.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
 @planned
 @tracked
@@ -78,7 +82,7 @@ def evaluate(
     data_dir: str,
     download: bool,
     engine: str,
-    workers: int,
+    workers: int | None,
     device: str,
     options: tuple[str, ...],
     threads: int | None,

@@ -17,6 +17,7 @@ from ensemble_attacks.evaluation.summary import run_digest
 from ensemble_attacks.evaluation.units import threat_of
 from ensemble_attacks.extras import extra
 from ensemble_attacks.models import providers
+from ensemble_attacks.models.ask import moved
 from ensemble_attacks.threat import number
 from ensemble_attacks.validation import check_count, check_device
 
@@ -112,7 +113,7 @@ def _examine(
             raise ValueError(f"{path} does not say its {key}: pass --{key}")
     chosen["eps"] = number(chosen["eps"])
     claim = bundles.Claim(**chosen)
-    model = providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote).to(device)
+    model = moved(providers.load_model(claim.model, places["model_dir"], claim.dataset, vote=claim.vote), device)
     verdict, lines = bundles.examine_bundle(images, about, claim, manifest, model, places["data_dir"], text_of(path))
     console.print(f"{shown(claim.model)}: {verdict}", highlight=False)
     findings = [_finding(f"bundle {path}", lines)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ensemble_attacks.descent.look import Point
 from ensemble_attacks.descent.objectives import Objective
 from ensemble_attacks.descent.steps import StepRule
+from ensemble_attacks.devices import numbers
 
 NEVER = 2**31 - 1  # the stage in which a sample that held out was fooled
 FEWEST = 100  # samples that a stage takes, if there are as many, however small its share
@@ -93,8 +95,11 @@ class Trace:
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows in the order of the run, each with ``robust``, the number of samples not fooled so far."""
         rows, robust = [], sum(map(len, self.fooled_in))
-        for (stage, step), booked in sorted(self._booked.items()):
-            *counts, loss = (sum(map(float, column)) for column in zip(*booked, strict=True))
+        all_booked = sorted(self._booked.items())
+        columns = zip(*(row for _, booked in all_booked for row in booked), strict=True)
+        read = zip(*map(numbers, columns), strict=True)
+        for (stage, step), booked in all_booked:
+            *counts, loss = map(sum, zip(*islice(read, len(booked)), strict=True))
             fooled, forwards, backwards = map(int, counts)
             robust -= fooled
             mean_loss = loss / backwards if backwards else None

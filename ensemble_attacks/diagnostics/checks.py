@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.data import as_tensors
 from ensemble_attacks.diagnostics.advice import attacks_for
-from ensemble_attacks.diagnostics.examination import FEWEST_DIAGNOSED, Examination
+from ensemble_attacks.diagnostics.examination import ALONE, FEWEST_DIAGNOSED, Examination
 from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
@@ -46,6 +46,8 @@ def diagnose(
     seed: int = 0,
     attack: Callable[[nn.Module, float], Attack] | None = None,
     box: Box = UNIT,
+    alone: int = ALONE,
+    on_pass: Callable[[int], object] | None = None,
 ) -> Diagnosis:
     """Look for reasons not to believe a robust accuracy in Linf.
 
@@ -59,6 +61,8 @@ def diagnose(
             random model)
         box: the values that images can take. What is looked at in another than [0, 1] is the model as seen from there, and
             so is what ``attack`` gets.
+        alone: the number of images on which the attack is looked into one by one, which takes the most time.
+        on_pass: called with the number of images of each forward and backward pass, to show how far it is.
 
     Returns:
         The checks, and the attacks that they call for.
@@ -74,6 +78,7 @@ def diagnose(
     if len(x):
         check_radius(eps, "Linf", x[0], box)
     check_count("the number of images", len(x), at_least=FEWEST_DIAGNOSED)
+    check_count("alone", alone)
     if box != UNIT or isinstance(eps, Tensor):
         eps = share_of(eps, box, "the checks")
         model, x = seen_from_unit_box(model, x, box)
@@ -82,7 +87,7 @@ def diagnose(
     with guarded(model, seed=seed):
         x, y = x.detach().clone().to(device), y.clone().to(device).long()
         check_dtype(model, x, "x")
-        examined = Examination(model, x, y, eps, seed, attack)
+        examined = Examination(model, x, y, eps, seed, attack, alone, on_pass)
         check_label_range(y, examined.structure.classes, "y")
         checks = [*attempted("structure", of_structure(examined, was_training))]
         checks += attempted("gradients", of_gradients(examined))

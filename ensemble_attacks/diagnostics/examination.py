@@ -39,10 +39,12 @@ class Examination:
         eps: float,
         seed: int,
         attack: Callable[[nn.Module, float], Attack] | None,
+        alone: int = ALONE,
+        on_pass: Callable[[int], object] | None = None,
     ) -> None:
-        self.original, self.x, self.y, self.eps, self.seed = model, x, y, eps, seed
+        self.original, self.x, self.y, self.eps, self.seed, self.alone = model, x, y, eps, seed, alone
         self.structure = structure_of(model, x, seed)
-        self.counted = count_passes(prepare(model, x[:8]))
+        self.counted = count_passes(prepare(model, x[:8]), on_pass)
         self.model: Any = self.counted
         self.eot_iter = EOT_ITER if self.structure.random else None
         self.attack = attack or self.default_attack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.diagnostics.binarization import binarization
-from ensemble_attacks.diagnostics.examination import ALONE, STEPS, UNBOUNDED, Examination, share
+from ensemble_attacks.diagnostics.examination import STEPS, UNBOUNDED, Examination, share
 from ensemble_attacks.diagnostics.findings import FLAG, NOTE, OK, Check, attempted, measure, measured
 from ensemble_attacks.diagnostics.indicators import RADIUS, indicators
 from ensemble_attacks.errors import out_of_memory
@@ -69,7 +69,7 @@ def of_one_attack(examined: Examination) -> Iterator[Check]:
     """
     with torch.no_grad():
         right = ask(examined.original, examined.x).argmax(1) == examined.y
-    x, y = examined.x[right][:ALONE], examined.y[right][:ALONE]
+    x, y = examined.x[right][: examined.alone], examined.y[right][: examined.alone]
     if not len(x):
         yield Check("attack", NOTE, 0.0, None, "no image is classified rightly: no attack is looked into")
         return

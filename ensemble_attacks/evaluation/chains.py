@@ -27,7 +27,10 @@ from ensemble_attacks.evaluation.units import CLEAN, Cell, Unit, chain_of, threa
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
-from ensemble_attacks.models.twins import SEEN, prepare
+from ensemble_attacks.models.ask import beside, moved
+from ensemble_attacks.models.spread import spread
+from ensemble_attacks.models.tuning import twin_for
+from ensemble_attacks.models.twins import SEEN
 
 
 def run_chain(folder: str, index: int, device: str = "cpu") -> list[str]:
@@ -63,7 +66,7 @@ class Context:
 
     Args:
         manifest, unit: the run, and a unit of the chain.
-        device: where the model is asked.
+        device: where the model is asked; separated by commas, those among which what attacks craft on is shared.
         same_code: whether the code must be that which the run began with.
         like: another context, whose model and twin serve here, too, where they are the same.
 
@@ -83,21 +86,23 @@ class Context:
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
-        self.settings, self.device = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device
+        self.settings, self.devices = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device.split(",")
         self.model_key = (cell.model, cell.vote)
         self.model: nn.Module
         if like is not None and like.model_key == self.model_key:
             self.model, self.twin = like.model, like.twin
         else:
             place = placed(manifest, cell.model)
-            self.model = providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
+            self.model = moved(
+                providers.load_model(place, places["model_dir"], cell.dataset, vote=cell.vote), self.devices[0]
+            )
             check_origin(manifest, cell.model, self.model, same_code=same_code)
             if digest(*self.model.state_dict().values()) != cell.weights:
                 raise LedgerError(f"the weights of {cell.model} are not those that the run began with: restore them")
             self._check_made(cell, same_code)
 
     def _check_made(self, cell: Cell, same_code: bool) -> None:
-        if (found := made_of(self.model, self.x[:2].to(self.device))) == cell.made:
+        if (found := made_of(self.model, beside(self.model, self.x[:2]))) == cell.made:
             return
         told = f"the options or the code of {cell.model} are not those that the run began with ({cell.made}, now {found})"
         if same_code:
@@ -107,8 +112,8 @@ class Context:
     @cached_property
     def twin(self) -> nn.Module:
         """Return the model that attacks craft on."""
-        few = self.x[: min(SEEN, self.settings.batch_size)]
-        return prepare(self.model, few.to(self.device), amp=self.settings.amp)
+        few = beside(self.model, self.x[: self.settings.batch_size])
+        return spread(twin_for(self.model, few, amp=self.settings.amp), self.devices, few[:SEEN])
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:

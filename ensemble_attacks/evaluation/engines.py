@@ -52,7 +52,7 @@ def run(ledger: Ledger, *, engine: str = "local", report: Report = lambda chain:
     check_choice("engine", engine, tuple(ENGINES))
     chains = range(count_chains(ledger.manifest))
     ledger.go_on().forget_dead()
-    with _terminable(), ledger.driving():
+    with terminable(), ledger.driving():
         while True:
             left = [index for index in chains if unfinished(ledger, chain_of(ledger.manifest, index))]
             if left:
@@ -74,7 +74,7 @@ def unfinished(ledger: Ledger, units: Sequence[Unit]) -> bool:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM end the process as SIGINT does, within the context: at once, with what was finished kept.
 
     The exit code is 143.
@@ -94,12 +94,19 @@ def _terminable() -> Iterator[None]:
 
 
 def local(
-    ledger: Ledger, chains: Sequence[int], report: Report, *, workers: int = 1, devices: Sequence[str] = ("cpu",)
+    ledger: Ledger, chains: Sequence[int], report: Report, *, workers: int | None = None, devices: Sequence[str] = ("cpu",)
 ) -> None:
-    """Run chains in processes of this machine, each with its share of the threads; with one worker, in this process."""
+    """Run chains in processes of this machine, each with its share of the threads; with one worker, in this process.
+
+    Args:
+        workers: the number of processes; ``None``: one for each device, where there are as many chains.
+        devices: where they ask the model. Each worker keeps one, or its share of them where there are more, among which it
+            shares its batches; it halves its own where memory runs out.
+    """
+    workers = workers or min(len(devices), len(chains))
     if workers == 1:
         for index in chains:
-            run_chain(str(ledger.folder), index, devices[0])
+            run_chain(str(ledger.folder), index, ",".join(devices))
             report(index)
         return
     left, suspects = list(chains), set[int]()
@@ -107,12 +114,13 @@ def local(
     others = multiprocessing.active_children()
     while left:
         now = sorted(suspects)[:1] or left
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _worker, (threads, os.getpid()))
+        context = multiprocessing.get_context("spawn")
+        places = context.SimpleQueue()
+        for turn in range(workers):
+            places.put(",".join(devices[turn::workers]) or devices[turn % len(devices)])
+        pool = ProcessPoolExecutor(workers, context, _worker, (threads, os.getpid(), places))
         try:
-            tasks = {
-                pool.submit(run_chain, str(ledger.folder), index, devices[turn % len(devices)]): index
-                for turn, index in enumerate(now)
-            }
+            tasks = {pool.submit(_run_chain, str(ledger.folder), index): index for index in now}
             for task in as_completed(tasks):
                 task.result()
                 left.remove(tasks[task])
@@ -139,6 +147,10 @@ def local(
             ledger.forget_dead()
 
 
+def _run_chain(folder: str, index: int) -> list[str]:
+    return run_chain(folder, index, _places[0])
+
+
 def _lost(ledger: Ledger, index: int, error: Exception) -> None:
     """Book a task that did not come back as a failure of the first open unit of its chain, at which it must have been."""
     unit = next((unit for unit in chain_of(ledger.manifest, index) if ledger.open(unit)), None)
@@ -147,10 +159,14 @@ def _lost(ledger: Ledger, index: int, error: Exception) -> None:
         ledger.fail(unit, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def _worker(threads: int, parent: int) -> None:
-    """Prepare a worker: leave interrupts to the parent, and end with it."""
+_places: list[str] = []  # the devices of this process, where it is a worker
+
+
+def _worker(threads: int, parent: int, places: Any) -> None:
+    """Prepare a worker: take one of the ``places`` to keep, leave interrupts to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    _places[:] = [places.get()]
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -14,7 +14,7 @@ from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import images_of, placed
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chain_of, count_chains
 from ensemble_attacks.models import providers
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, beside, moved
 from ensemble_attacks.models.guard import guarded
 
 FEW = 32  # images whose passes are timed
@@ -79,8 +79,8 @@ def _rate(manifest: dict[str, Any], unit: Unit, few: torch.Tensor, device: str) 
     """Return how many passes of an image the first of the models makes in a second; ``None`` where it has no gradient."""
     cell = unit.cell
     name, places = placed(manifest, cell.model), manifest["places"]
-    model = providers.load_model(name, places["model_dir"], cell.dataset, vote=cell.vote).to(device)
-    x = few.to(device).requires_grad_()
+    model = moved(providers.load_model(name, places["model_dir"], cell.dataset, vote=cell.vote), device)
+    x = beside(model, few).detach().requires_grad_()
     with guarded(model, seed=cell.seed):
         for _ in range(2):  # the first warms up
             began = time.perf_counter()

@@ -106,7 +106,7 @@ def evaluate(
     name: str | None = None,
     transform: str = "",
     device: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     model_dir: str | None = None,
     data_dir: str = "data",
     download: bool = False,
@@ -135,8 +135,9 @@ def evaluate(
         out: the run's folder; ``None``: one of its own in ``runs``.
         name: what the run calls the model; ``None``: its class's name.
         transform: what is done to every image, as ``"resize=256,crop=224"``.
-        device: where a model that is named is put; ``None``: the CPU.
-        workers: the number of processes; more than one where model and data are names.
+        device: where a model that is named is put, ``None``: the CPU; several, separated by commas, among which workers, or
+            the batches of one, are shared.
+        workers: the number of processes, ``None``: one for each device where model and data are names, else one.
         model_dir, data_dir, download: where named models and datasets lie, and whether the latter may be fetched.
         log: the tracker that is told the figures when done: ``"wandb"``, ``"tensorboard"`` or ``"mlflow"``; ``None``: none.
         settings: the attributes of `Sweep`: ``n``, ``first``, ``sample``, ``only_correct``, ``seeds``, ``votes`` (of named
@@ -152,15 +153,18 @@ def evaluate(
     own_model, own_images = _own_model(model, name), _own_images(data, transform)
     model_name = own_model[0] if own_model else fspath(model)  # type: ignore[arg-type]
     data_name = own_images[0] if own_images else fspath(data)
-    check_count("workers", workers)
+    places = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu")).split(",")
+    if workers is not None:
+        check_count("workers", workers)
     if log is not None:
         check_tracker(log)
-    if workers > 1 and (own_model or own_images):
-        raise ValueError(
-            f"workers is {workers}, but {'the model' if own_model else 'the data'} cannot go to other processes: name a "
-            "function that makes it, as evaluate('nets.py:make', 'images.npz', ...)"
-        )
-    where = str(device or (device_of(own_model[1], Device("cpu")) if own_model else "cpu"))
+    if own_model or own_images:
+        if workers is not None and workers > 1:
+            raise ValueError(
+                f"workers is {workers}, but {'the model' if own_model else 'the data'} cannot go to other processes: name a "
+                "function that makes it, as evaluate('nets.py:make', 'images.npz', ...)"
+            )
+        workers = 1
     sweep = {"models": model_name, "dataset": data_name, "eps": eps, "attacks": _names(attacks), "norm": norm, **settings}
     sweep |= {"box": box, "movable": movable}
     with given(own_model, own_images):
@@ -168,10 +172,10 @@ def evaluate(
             Sweep.of(sweep | {"transform": transform}, "evaluate"), model_dir=model_dir, data_dir=data_dir, download=download
         )
         ledger = Ledger(Path(out or Path("runs") / run_identity(manifest)), manifest)
-        summary = run(ledger, workers=workers, devices=[where])
+        summary = run(ledger, workers=workers, devices=places)
     if log is not None:
         log_run(ledger, summary, log)
-    return Evaluation(ledger.folder, summary, own_model, own_images, where)
+    return Evaluation(ledger.folder, summary, own_model, own_images, places[0])
 
 
 def verify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,19 +16,20 @@ from tqdm import tqdm
 from ensemble_attacks.appeal import contradicted
 from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.data import as_tensors
+from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
 from ensemble_attacks.evaluation.units import CLEAN
 from ensemble_attacks.judge import Judgement, judge
 from ensemble_attacks.models.adopted import check_claim, check_protocol
-from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
+from ensemble_attacks.models.ask import as_module, ask, beside, check_dtype, classes_of
 from ensemble_attacks.models.gradients import zero_gradients
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.models.twins import SEEN, prepare
+from ensemble_attacks.models.tuning import twin_for
 from ensemble_attacks.validation import (
     check_count,
     check_eps,
@@ -178,7 +180,8 @@ def _attack(model: nn.Module, twin: nn.Module, x: Tensor, y: Tensor, name: str, 
     logger.info("running %s on %d images", name, len(x))
     cost = find_attack(name).cost
     most = None if cost is None else cost * len(x) * (settings.eot_iter or 1)  # if nothing is fooled
-    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=None, leave=False) as bar:
+    silent = None if multiprocessing.parent_process() is None else True  # workers would write over each other's bars
+    with tqdm(desc=name, total=most, unit=" passes", unit_scale=True, disable=silent, leave=False) as bar:
         counted = count_passes(twin, bar.update)
         began = time.perf_counter()
         crafted = craft(counted, x, y, settings)
@@ -258,8 +261,7 @@ def evaluate(
     x, y = (ordinary(part) if isinstance(part, Tensor) else part for part in as_tensors(x, y))
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    few = x[: min(SEEN, settings.batch_size)]
-    twin = prepare(model, few.to(next(model.parameters(), x).device), amp=settings.amp)
+    twin = twin_for(model, beside(model, x[: settings.batch_size]), amp=settings.amp)
     cleanly = clean_unit(model, twin, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
@@ -290,7 +292,9 @@ def evaluate(
 def _recraft(
     model: nn.Module, counted: CountingModel, x: Tensor, y: Tensor, crafted: Crafted, craft: Craft, settings: Settings
 ) -> Crafted:
-    """Craft again, on the model itself, the few images that fool its twin but, by a rounding error, not the model."""
+    """Craft again, on the model itself and in full precision, the few images that fool its twin but, by a rounding error,
+    not the model.
+    """
     device = next(model.parameters(), x).device
 
     def predict(net: nn.Module) -> Tensor:
@@ -298,12 +302,15 @@ def _recraft(
             parts = crafted.images.split(settings.batch_size)
             return torch.cat([ask(net, batch.to(device)).argmax(1).cpu() for batch in parts])
 
-    rows = torch.nonzero((predict(counted.counted) != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
+    by_twin = predict(counted.counted)
+    with full_precision():
+        rows = torch.nonzero((by_twin != y.cpu()) & (predict(model) == y.cpu())).squeeze(-1)
     if not len(rows):
         return crafted
     counted.counted = model
     images = crafted.images.clone()
-    again = craft(counted, x[rows], y[rows], settings)
+    with full_precision():
+        again = craft(counted, x[rows], y[rows], settings)
     images[rows], fooled = again.images, crafted.fooled
     if fooled is not None:
         fooled = fooled.clone()

@@ -24,7 +24,7 @@ class Shared:
         batch_size: the number of images per pass.
         draws: the number of fresh forward passes by which the judge decides on each image of a random model.
         eot_iter: the number of draws of every iterate of a random model; ``None``: the model is deterministic.
-        amp: whether to craft in mixed precision; the judge does not.
+        amp: whether to craft in mixed precision where it is faster (`twin_for`); the judge does not.
     """
 
     norm: str = field(default="Linf", kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.devices import full_precision
 from ensemble_attacks.judge import judge
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.preserve import private_random_state
@@ -32,6 +33,7 @@ class Verdict(NamedTuple):
     finite: Tensor
 
 
+@full_precision()
 @torch.no_grad()
 def verdict(model: nn.Module, images: Tensor, labels: Tensor, *, device: torch.device | str, draws: int | None) -> Verdict:
     """Return what a model, asked on its device, says of images (N, ...); ``draws`` of a random one, else ``None``."""

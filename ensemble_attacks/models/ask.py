@@ -194,6 +194,21 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
     return held[0].device if held else default
 
 
+def moved(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Return the model, put on a device; where its parts lie on several, as it is."""
+    return model if len(devices_of(model)) > 1 else model.to(device)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the devices on which the model's parameters and buffers lie."""
+    return {part.device for part in itertools.chain(model.parameters(), model.buffers())}
+
+
+def beside(model: nn.Module, x: Tensor) -> Tensor:
+    """Return ``x`` on the device where the model lies, of which others of its kind may be elsewhere."""
+    return x.to(device_of(model, x.device))
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Make ``dtype`` torch's default type within the context."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import NotAnEnsembleError
 from ensemble_attacks.models import pooled, routed  # noqa: F401 (they name further votes)
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, beside
 from ensemble_attacks.models.softening import scores_of
 from ensemble_attacks.models.together import Together
 from ensemble_attacks.models.votes import Vote, check_vote, vote_of, weighted
@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
 
     Args:
         members: modules (N, C, H, W) -> (N, K), of any architectures; each takes images in [0, 1]. `Together` stands for
-            several that one network computes.
+            several that one network computes. They may lie on several devices; images and scores are where the first is.
         vote: ``"softmax"`` (log of the mean probability), ``"voting"`` (hard votes) or ``"logits"`` (mean logits); also
             ``"median"``, ``"max"``, ``"product"``, ``"borda"`` or ``"decided"`` (the member with the largest probability);
             or a `Vote`, of your own or of `ensemble_attacks.votes`.
@@ -69,7 +69,9 @@ class Ensemble(nn.Module):
         """Return the logits of every member, (M, N, K)."""
         answers: list[Tensor] = []
         for index, member in enumerate(self.members):
-            answers += member(x) if isinstance(member, Together) else [ask(member, x, f"members[{index}]")]
+            own = beside(member, x)
+            answers += member(own) if isinstance(member, Together) else [ask(member, own, f"members[{index}]")]
+        answers = [scores_NK.to(x.device) for scores_NK in answers]  # once all devices have been told what to compute
         check_same_classes(answers)
         vote = vote_of(self)
         _check_number(vote, len(answers))

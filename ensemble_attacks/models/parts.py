@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.devices import numbers
 from ensemble_attacks.errors import PartError
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.guard import guarded
@@ -156,11 +157,15 @@ def premise(
             raise not_called([name for name, _ in find_parts(model, parts)])
         with straight_through(model, parts):
             surrogate = gradient()
-    figures: dict[str, dict[str, float] | float] = {}
-    for name, (before, after) in seen.items():
-        change = after - before
-        relative = change.norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
-        figures[name] = {"relative": relative.mean().item(), "largest": change.abs().amax(1).mean().item()}
-    figures["gradient_cosine"] = nn.functional.cosine_similarity(own, surrogate).mean().item()
-    figures["gradient_ratio"] = (own.norm(dim=1) / surrogate.norm(dim=1).clamp_min(1e-30)).median().item()
-    return figures
+    relative = [
+        ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean() for before, after in seen.values()
+    ]
+    largest = [(after - before).abs().amax(1).mean() for before, after in seen.values()]
+    cosine = nn.functional.cosine_similarity(own, surrogate).mean()
+    ratio = (own.norm(dim=1) / surrogate.norm(dim=1).clamp_min(1e-30)).median()
+    gradient_cosine, gradient_ratio, *of_parts = numbers([cosine, ratio, *relative, *largest])
+    figures: dict[str, dict[str, float] | float] = {
+        name: {"relative": near, "largest": far}
+        for name, near, far in zip(seen, of_parts[: len(seen)], of_parts[len(seen) :], strict=True)
+    }
+    return figures | {"gradient_cosine": gradient_cosine, "gradient_ratio": gradient_ratio}

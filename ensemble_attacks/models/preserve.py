@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ensemble_attacks.devices import unlike
 from ensemble_attacks.models.held import generators_of, modules_of
 from ensemble_attacks.randomness import seeded
 
@@ -25,27 +26,22 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = modules_of(model)
     flags = [(module, module.training) for module in modules]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-    ]
-    gradients = [
-        (p, p.grad, None if p.grad is None else p.grad.detach().clone())
-        for m in modules
-        for p in m._parameters.values()
-        if p is not None
-    ]
+    buffers = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
+    gradients = [(p, p.grad) for module in modules for p in module._parameters.values() if p is not None]
+    held = [tensor for *_, tensor in (*buffers, *gradients) if isinstance(tensor, Tensor)]
+    contents = [tensor.detach().clone() for tensor in held]
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = _restored(buffer, content)
-            for parameter, gradient, content in gradients:
-                parameter.grad = _restored(gradient, content)
+            for tensor, content in unlike(list(zip(held, contents, strict=True))):
+                tensor.copy_(content)
 
 
 @contextmanager
@@ -92,12 +88,6 @@ def evaluating(model: nn.Module) -> None:
     for module in model.modules():
         if module is not model and module.training and any(part.training and _tracks(part) for part in module.modules()):
             module.eval()
-
-
-def _restored(tensor: Tensor | None, content: Tensor | None) -> Tensor | None:
-    if tensor is not None and content is not None and not torch.equal(tensor, content):
-        tensor.copy_(content)
-    return tensor
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble_attacks.devices import placed
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax, log_soft_votes
 from ensemble_attacks.models.ask import as_module, ask, ask_members, check_alone
@@ -92,7 +93,7 @@ class _Estimated(torch.autograd.Function):
         gradient = torch.zeros_like(x)
         with torch.no_grad():
             for _ in range(model.queries):
-                u = 2.0 * torch.randint(0, 2, x.shape, generator=model.generator, device="cpu").to(x) - 1
+                u = 2.0 * placed(torch.randint(0, 2, x.shape, generator=model.generator, device="cpu"), x.device).to(x) - 1
                 ahead, behind = ask(model.target, x + model.sigma * u), ask(model.target, x - model.sigma * u)
                 slope_N = ((ahead - behind) * by_scores).sum(1) / (2 * model.sigma)
                 gradient += per_sample(slope_N, x) * u / model.queries

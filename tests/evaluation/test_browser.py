@@ -38,12 +38,12 @@ def page(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("column", "expected"), [(0, ["<b>a</b>", "b", "c"]), (1, ["<b>a</b>", "b", "c"]), (2, ["b", "<b>a</b>", "c"])]
+    ("column", "expected"), [(0, ["<b>a</b>", "b", "c"]), (1, ["<b>a</b>", "b", "c"]), (2, ["<b>a</b>", "c", "b"])]
 )
 def test_a_click_sorts_the_table(column: int, expected: list[str], page: Path) -> None:
     page.write_text(page.read_text().replace("</body>", CLICK.format(column=column)))
     shown = look(page, "--dump-dom")
-    names = re.findall(r"<tr><td>(.*?)</td>", shown)
+    names = re.findall(r"<tr><td>(.*?)</td>", shown.partition("<script")[0])  # what is empty comes last
     assert names == [name.replace("<", "&lt;").replace(">", "&gt;") for name in expected]
 
 

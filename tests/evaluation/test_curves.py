@@ -13,7 +13,7 @@ from ensemble_attacks import evaluate
 from ensemble_attacks.evaluation import manifest
 from ensemble_attacks.evaluation.curves import ALL, Curve, curves_of
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.report.figures import _by_distance
+from ensemble_attacks.evaluation.report.figures import by_distance
 from tests.attacks.test_oracle import linear_problem
 from tests.evaluation.test_runner import invoke
 
@@ -44,7 +44,7 @@ def test_a_runs_curve(tmp_path: Path) -> None:
         assert (ratio > 1 - 1e-5).all()
         assert ratio.median() < 1.1
     assert torch.equal(curves[-1].distance_N, curves[0].distance_N.minimum(curves[1].distance_N))
-    (picture,) = _by_distance(Ledger(found.folder))
+    (picture,) = by_distance(Ledger(found.folder))
     assert picture.columns == ("attack", "radius", "robust %", "low", "high")
     assert {row[0] for row in picture.rows} == {curve.attack for curve in curves}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from ensemble_attacks.cli.group import main
 from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.evaluation.report.tables import write_csv
+from ensemble_attacks.evaluation.settings import Sweep
 from tests.evaluation.test_ledger import ledger_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
@@ -25,7 +29,7 @@ def test_a_report_of_a_run(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     folder = tmp_path / "run" / "report"
     page = (folder / "report.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")  # no network
+    assert "http" not in re.sub(r'<a href="https://[a-z.]+/[^"<>]*" rel="noreferrer">', "", page)  # no network but links
     assert (
         page.count("<figure>")
         == len(list((folder / "figures").glob("*.png")))
@@ -36,6 +40,18 @@ def test_a_report_of_a_run(tmp_path: Path) -> None:
     assert [row["attack"] for row in rows] == ["clean", "mora", "torchattacks:FGSM", "worst case"] * 2
     for row in rows:
         assert f">{float(row['robust %'])}</td>" in page
+    assert 'name="viewport"' in page
+    assert page.count("prefers-color-scheme") == 1  # and one in each drawing
+    assert page.count('href="#cell-') == 2
+    assert Sweep.of(tomllib.loads(html.unescape(page.split('<pre class="toml">')[1].split("</pre>")[0])), "it").eps == (
+        0.12,
+        0.3,
+    )
+    with (folder / "images_0.csv").open() as file:
+        images = list(csv.DictReader(file))
+    assert [row["image"] for row in images] == list("012345")  # of both ranges
+    assert all(row["passes"] or not row["fooled by"] or row["fooled by"].startswith("clean") for row in images)
+    assert not list(folder.parent.glob(".report*"))
     text = (folder / "report.md").read_text()
     for part in ("Is the gradient masked?", "torchattacks:FGSM", "weights of gal_convnet_3", "figures/eps.png"):
         assert part in text

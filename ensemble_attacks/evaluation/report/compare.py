@@ -13,7 +13,7 @@ from ensemble_attacks.evaluation.report.pages import write_report
 from ensemble_attacks.files import read_whole
 
 MOST = 256 << 20  # bytes of a file of a report
-PICTURE = re.compile(rb'src="data:image/png;base64,[^"]*"')
+PICTURE = re.compile(rb'src="data:image/(?:svg\+xml|png);base64,[^"]*"')
 DRAWN = (".png", ".pdf")
 CLOSE = 1e-3  # of the figures behind a drawing, which another machine rounds otherwise
 

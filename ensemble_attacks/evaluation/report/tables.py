@@ -37,6 +37,12 @@ def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple
     return rows
 
 
+def without_empty(rows: list[tuple[Any, ...]]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns of a table in which anything stands, and the rows of these."""
+    told = [index for index in range(len(COLUMNS)) if any(row[index] != "" for row in rows)]
+    return [COLUMNS[index] for index in told], [[row[index] for index in told] for row in rows]
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
     """Write a table as CSV; text that a spreadsheet would take for a formula gets an apostrophe."""
     with path.open("w", newline="") as file:
