@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +95,6 @@ def rename(folder: Path, manifest: dict[str, Any], out: Path) -> bool:
             try:
                 judgement = judged_in_place(context, rows, images, other.cell.batch_size)
             except OutOfBallError:
-                shutil.rmtree(out)
                 return False
             told = verdict_tensors(other, rows, context.y[rows], judgement, stages, standing)
             forged = new.write(other, {"x_adv": images, **told}, {k: v for k, v in result.info.items() if k != "unit"})

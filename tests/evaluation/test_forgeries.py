@@ -116,13 +116,13 @@ def test_images_of_another_run_are_caught_by_crafting_anew(finished: Path, tmp_p
         pytest.skip("a unit was given up")
     told = {}
     for name, manifest in asked_otherwise(finished).items():
-        if not rename(finished, manifest, out := tmp_path / "renamed"):
+        shutil.rmtree(out := tmp_path / "renamed", ignore_errors=True)
+        if not rename(finished, manifest, out):
             told[name] = "cannot be written: images leave the ball, or are missing"
             continue
         findings = verify(Ledger(out), recraft=len(manifest["sweep"]["attacks"]))
         lines = [f"{finding['unit']}: {finding['what']}" for finding in findings if finding["differ"] != 0]
         told[name] = "; ".join(lines)
-        shutil.rmtree(out)
     print(json.dumps(told, indent=1))  # noqa: T201
     honest = {name.split()[0] for name, lines in told.items() if not lines}  # what is stored is what is found so, too
     assert honest <= {"seeds", "draws"}

@@ -110,6 +110,8 @@ def test_a_bundle_by_itself(finished: Path, tmp_path: Path) -> None:
     torch.save(load_dataset("digits", n=6)[0], weaker / IMAGES)
     about = json.loads((bundle / "model_info.json").read_text())
     _say(about | {"external": about["clean_acc"], "unreliable": False}, weaker)
+    said = ("Robust accuracy: {external}%".format(**about), "Robust accuracy: {clean_acc}%".format(**about))
+    replaced("evaluation.md", *said, weaker)
     told = invoke("verify", weaker, "--model", "gal_convnet_3")
     assert told.exit_code == 1
     assert "are not those that the attacks make" in told.output.replace("\n", "")
