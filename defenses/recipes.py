@@ -23,6 +23,7 @@ from defenses.zoo.load import list_models, load_model, model_card
 from ensemble_attacks.data import DATASETS, load_dataset
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.ensembles import Ensemble
+from ensemble_attacks.randomness import seeded
 from ensemble_attacks.validation import check_choice, check_count, check_positive, check_seed
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,7 @@ def train_model(
     check_choice(f"architecture for the recipe {recipe!r}", network, fitting)
     architecture = chosen.prefix + network
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         ensemble = make_ensemble(architecture, members, **options)
     _check_fits(ensemble, images[:2], architecture, dataset)
     if start_from is None and chosen.start_from is not None:

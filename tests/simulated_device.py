@@ -50,7 +50,7 @@ class Backend:
         return 0
 
     def device_count(self) -> int:
-        return 2
+        return 2 if self.there else 0
 
     def _is_in_bad_fork(self) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -23,6 +24,7 @@ from ensemble_attacks.evaluation.summary import Standing, verdict_of
 from ensemble_attacks.evaluation.units import cells_of, chain_of, count_chains, threat_of
 from ensemble_attacks.files import digest
 from ensemble_attacks.judge import Judgement, judge
+from ensemble_attacks.threat import number
 
 NOT_VERIFIABLE = (
     "the accuracy under each attack by itself, AutoAttack's (autoattack_acc, unreliable) too, what the attacks spent, and "
@@ -88,10 +90,19 @@ def examine_bundle(
     if manifest is not None:
         lines += _of_another_run(manifest, claim, model, len(images))
         cell, shares = cells_of(manifest)[0].listed, (100 * clean.accuracy, 100 * verdict.accuracy)
-        due = {key: value for key, value in identified(cell, *shares).items() if about.get(key, value) != value}
+        due = {key: value for key, value in identified(cell, *shares).items() if key in about}
+        due = {key: value for key, value in due.items() if _otherwise(key, about[key], value)}
         lines += [f"{key} = {about[key]!r}, of its run it is {value!r}" for key, value in due.items()]
         lines += [] if text is None else _of_text(text, heading(manifest, cell, *shares), manifest)
     return verdict, lines
+
+
+def _otherwise(key: str, said: Any, due: Any) -> bool:
+    """Tell whether a bundle says another thing than is due; of a radius, whether it is another number (1/10 is 0.1)."""
+    if key == "eps" and said != due:
+        with suppress(ValueError, TypeError):
+            return number(said) != number(due)
+    return bool(said != due)
 
 
 def _of_the_suite(about: dict[str, Any], accuracy: float) -> list[str]:
