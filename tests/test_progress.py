@@ -32,8 +32,11 @@ def test_the_way_to_go_on_is_told_as_soon_as_there_is_a_run(
     monkeypatch.setattr(drive, "set_threads", lambda *_: None)
     monkeypatch.setattr(drive, "plan_of", stopped)
     arguments = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.1", "--n", "4", "--out", str(tmp_path / "run")]
-    before = signal.getsignal(signal.SIGTERM)
-    told = CliRunner().invoke(main, arguments)
+    before, interrupts = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:  # a job in the background of a shell ignores interrupts
+        told = CliRunner().invoke(main, arguments)
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     assert told.exit_code == code
     assert f"`ensemble-attacks resume {tmp_path / 'run'}`, goes on" in told.output
     assert signal.getsignal(signal.SIGTERM) is before
