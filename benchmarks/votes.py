@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.options import file_name, image_options
-from benchmarks.records import Record, as_flags, measured, passes_of
+from benchmarks.records import Record, as_flags, measured, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
 from ensemble_attacks.attacks.registry import find_maker
@@ -59,11 +59,6 @@ def seen_by(models: dict[str, Ensemble], x: Tensor, y: Tensor, eps: float) -> Ca
     return score
 
 
-def share(flags: str) -> float:
-    """Return the share (%) of robust images."""
-    return 100 * flags.count("1") / len(flags)
-
-
 def transfers(records: dict[Key, Record]) -> list[dict[str, Any]]:
     """Return a row for each model, attack and vote that judges, with columns for each vote that is attacked."""
     rows = []
@@ -73,7 +68,9 @@ def transfers(records: dict[Key, Record]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"model": model, "attack": attack, "judged on": judge_by}
             means = {}
             for vote in dict.fromkeys(key.vote for key in own):
-                left = [share(record["judged"][judge_by]) for key, record in own.items() if key.vote == vote]
+                left = [
+                    robust_of([{"flags": record["judged"][judge_by]}]) for key, record in own.items() if key.vote == vote
+                ]
                 means[vote] = row[f"on {vote}"] = fmean(left)
                 row[f"sd, {vote}"] = stdev(left) if len(left) > 1 else None
             others = [mean for vote, mean in means.items() if vote != judge_by]

@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ensemble_attacks.evaluation.ledger import Ledger
-from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows
+from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, title_of
 from ensemble_attacks.evaluation.summary import finished, run_digest, seconds_of
 from ensemble_attacks.extras import extra
 from ensemble_attacks.version import __version__
@@ -83,12 +83,10 @@ def model_card(ledger: Ledger, summary: dict[str, Any]) -> str:
 
 def _card(data: Any, ledger: Ledger, summary: dict[str, Any]) -> str:
     """Return a card: the hub's metadata, the comparison, and how to check it."""
-    sweep = ledger.manifest["sweep"]
     rows = [[in_markdown(value) for value in row] for row in table_rows(summary, seconds_of(ledger))]
-    name = in_markdown(f"{', '.join(sweep['models'])} on {sweep['n']} images of {sweep['dataset']}")
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
+        f"# {in_markdown(title_of(ledger.manifest))}",
         "What each attack leaves robust (%), with its 95% interval; the last row is the worst case of each image.",
         tabulate(rows, COLUMNS, tablefmt="github"),
         f"Evaluated by ensemble-attacks {__version__}, digest `{run_digest(ledger)}`. To compute it anew from the "

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensemble_attacks.evaluation.chains import Context
-from ensemble_attacks.models.ask import ask
+from ensemble_attacks.models.ask import ask, beside
 from ensemble_attacks.models.preserve import private_random_state
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,10 @@ class Effort:
 @torch.no_grad()
 def _operations(context: Context) -> float:
     """Return about how many operations a forward pass of one image takes."""
-    device = next(context.model.parameters(), context.x).device
     features = PER_FEATURE * context.x[0].numel()
     try:
         with private_random_state(context.settings.seed, context.model), FlopCounterMode(display=False) as counter:
-            ask(context.model, context.x[:1].to(device))
+            ask(context.model, beside(context.model, context.x[:1]))
     except Exception as error:  # of a model whose passes torch cannot count, such as a compiled one
         logger.info("operations of a pass are not counted: %s", error)
         return float(features)

@@ -12,7 +12,7 @@ from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger, Result
 from ensemble_attacks.evaluation.summary import verdict_of
 from ensemble_attacks.evaluation.units import CLEAN, Unit
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import ask, ask_members, beside
 from ensemble_attacks.models.preserve import private_random_state
 
 SHOWN = 8  # images of the gallery
@@ -133,9 +133,9 @@ def _passes(result: Result) -> Tensor:
 @torch.no_grad()
 def _predicted(context: Context, x: Tensor) -> list[int]:
     """Return the classes that the model sees in images."""
-    device = next(context.model.parameters(), x).device
+    net = context.model
     parts = x.split(context.settings.batch_size)
-    return [label for part in parts for label in ask(context.model, part.to(device)).argmax(1).tolist()]
+    return [label for part in parts for label in ask(net, beside(net, part)).argmax(1).tolist()]
 
 
 @torch.no_grad()
@@ -144,6 +144,5 @@ def _wrong(context: Context, x: Tensor) -> Tensor | None:
     net: Any = context.model
     if not hasattr(net, "member_logits"):
         return None
-    device = next(net.parameters(), x).device
-    parts = [ask_members(net, part.to(device)).argmax(-1).cpu() for part in x.split(context.settings.batch_size)]
+    parts = [ask_members(net, beside(net, part)).argmax(-1).cpu() for part in x.split(context.settings.batch_size)]
     return torch.cat(parts, 1) != context.y

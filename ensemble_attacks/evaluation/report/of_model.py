@@ -15,7 +15,7 @@ from ensemble_attacks.evaluation.report.evidence import Gathered
 from ensemble_attacks.evaluation.report.picture import Picture
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.units import CLEAN, Unit
-from ensemble_attacks.models.ask import ask, ask_members
+from ensemble_attacks.models.ask import ask, ask_members, device_of
 from ensemble_attacks.models.boxed import seen_from_unit_box, share_of
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.norms import UNIT
@@ -118,7 +118,7 @@ def transfer(context: Context, unit: Unit, index: int, n: int) -> Picture | None
 
     Nothing is drawn where there is one member or too many, no image that all get right, or a member without a gradient.
     """
-    device = next(context.model.parameters(), context.x).device
+    device = device_of(context.model, context.x.device)
     x, y = context.x[:n].to(device), context.y[:n].to(device)
     net: Any = context.model
     eps = unit.cell.eps
@@ -162,7 +162,7 @@ def surface(context: Context, unit: Unit, index: int, grid: int) -> Picture:
 
     Beside it stands the margin of the members' mean, where the model shows members.
     """
-    device = next(context.model.parameters(), context.x).device
+    device = device_of(context.model, context.x.device)
     nets: dict[str, Any] = {"the model": context.model}
     if hasattr(context.model, "member_logits"):
         nets["mean of its members' logits"] = Surrogate(context.model, "mean").eval()

@@ -25,7 +25,7 @@ from ensemble_attacks.evaluation.report.again import as_command, as_toml
 from ensemble_attacks.evaluation.report.argument import flags_of, standard_of, verdict
 from ensemble_attacks.evaluation.report.effort import Effort
 from ensemble_attacks.evaluation.report.picture import Picture, drawn_alike
-from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, without_empty, write_csv
+from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, title_of, without_empty, write_csv
 from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
 from ensemble_attacks.evaluation.units import Unit, by_cell, threat_of
 from ensemble_attacks.files import whole_folder
@@ -215,7 +215,7 @@ def _page(
     columns, told = without_empty(rows)
     return render_page(
         TEMPLATES / "report.html.jinja",
-        title=_name(ledger),
+        title=title_of(ledger.manifest),
         columns=columns,
         rows=told,
         absent=absent,
@@ -256,7 +256,7 @@ def _markdown(
     columns, told = without_empty(rows)
     text = [index for index, column in enumerate(columns) if column in ("model", "vote", "attack")]
     shown = [[in_markdown(value) for value in row] for row in told]
-    parts = [f"# {in_markdown(_name(ledger))}"]
+    parts = [f"# {in_markdown(title_of(ledger.manifest))}"]
     parts += [f"{in_markdown(section.title)}: {in_markdown(section.sentence)}" for section in sections]
     parts.append(tabulate(shown, columns, tablefmt="github", disable_numparse=text))
     parts += [f"Not complete: {in_markdown(line)}." for line in absent]
@@ -283,11 +283,6 @@ def _markdown(
 
 def _drawing(picture: Picture) -> str:
     return f"![{in_markdown(picture.caption)}](figures/{picture.name}.png)"
-
-
-def _name(ledger: Ledger) -> str:
-    sweep = ledger.manifest["sweep"]
-    return f"{', '.join(sweep['models'])} on {sweep['n']} images of {sweep['dataset']}"
 
 
 def _record(ledger: Ledger) -> str:

@@ -18,6 +18,12 @@ COLUMNS = (
 TOLD = ("invalid", "outside", "disagreement")
 
 
+def title_of(manifest: dict[str, Any]) -> str:
+    """Return what a run is called in its report and on its card."""
+    sweep = manifest["sweep"]
+    return f"{', '.join(sweep['models'])} on {sweep['n']} images of {sweep['dataset']}"
+
+
 def table_rows(summary: dict[str, Any], seconds: dict[str, float]) -> list[tuple[Any, ...]]:
     """Return the comparison, with a row for each attack of each cell, in the order of `COLUMNS`."""
     rows: list[tuple[Any, ...]] = []
