@@ -96,7 +96,7 @@ def pairs_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> list[dict[str, A
         ours, theirs, p = paired(flags[OURS], flags[attack])
         row = {"model": cell.model, "vote": cell.vote, "eps": cell.eps, "n": len(flags[OURS]), "attack": attack}
         row |= {"robust to MORA-mt alone": ours, "robust to it alone": theirs, "p": f"{p:.2g}"}
-        rows.append(row | {"lead": lead_of(ours, theirs, row["n"])})
+        rows.append(row | {"lead": lead_of(ours, theirs, len(flags[OURS]))})
     return rows
 
 
