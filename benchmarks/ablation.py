@@ -6,7 +6,8 @@
     python -m benchmarks.ablation ... --variants decomposition --table-only
 
 Robust accuracy (%), passes (forward + backward) per image, and, beside MORA as it is: how many images it alone leaves
-robust, how many the variant alone, and McNemar's exact p. Goes on where it stopped: every variant on every model has a
+robust, how many the variant alone, McNemar's exact p, and its lead in points with the 95% interval. A second table pools
+them over the models, as if every model had images of its own. Goes on where it stopped: every variant on every model has a
 record of its own, with one flag for each image. ``decomposition`` are the steps from the gradient of the vote to MORA:
 
 - *gradient of the vote*: cross-entropy of the ensemble's own scores (of hard votes, what they pass straight through);
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.options import image_options, named
-from benchmarks.records import Record, load, measured, paired, passes_of, robust_of
+from benchmarks.records import Record, exact_p, lead_of, load, measured, paired, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
 from ensemble_attacks import MORA, Surrogate
@@ -128,9 +129,24 @@ VARIANTS: dict[str, Make] = {
 def row_of(model: str, vote: str, variant: str, record: Record, default: Record | None) -> dict[str, Any]:
     row = {"model": model, "vote": vote, "variant": variant, "n": record["n"]}
     row |= {"robust": robust_of([record]), "passes": passes_of([record])}
-    alone = paired(default["flags"], record["flags"]) if default else (None, None, None)
-    p = None if alone[2] is None else f"{alone[2]:.3f}"
-    return row | dict(zip(("MORA's alone", "its alone", "p"), (*alone[:2], p), strict=True))
+    if default is None:
+        return row | dict.fromkeys(("MORA's alone", "its alone", "p", "MORA's lead"))
+    ours, theirs, p = paired(default["flags"], record["flags"])
+    lead = lead_of(ours, theirs, record["n"])
+    return row | {"MORA's alone": ours, "its alone": theirs, "p": f"{p:.3f}", "MORA's lead": lead}
+
+
+def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each vote and variant what it loses to MORA over all models that both were run on, images pooled."""
+    found = []
+    for vote, variant in dict.fromkeys((row["vote"], row["variant"]) for row in rows):
+        same = [row for row in rows if (row["vote"], row["variant"]) == (vote, variant) and row["p"] is not None]
+        if variant == DEFAULT or not same:
+            continue
+        n, ours, theirs = (sum(row[key] for row in same) for key in ("n", "MORA's alone", "its alone"))
+        row = {"vote": vote, "variant": variant, "models": len(same), "n": n, "MORA's alone": ours, "its alone": theirs}
+        found.append(row | {"p": f"{exact_p(ours, theirs):.3f}", "MORA's lead": lead_of(ours, theirs, n)})
+    return found
 
 
 def name_of(model: str, vote: str, variant: str) -> str:
@@ -177,7 +193,10 @@ def main(
     rows = rows_of(out / dataset, cells, chosen)
     if not rows:
         raise click.UsageError(f"{out / dataset} holds nothing yet")
-    click.echo(save_table(rows, out / (dataset if variants == "all" else f"{dataset}_{variants.partition(',')[0]}")))
+    name = dataset if variants == "all" else f"{dataset}_{variants.partition(',')[0]}"
+    click.echo(save_table(rows, out / name))
+    if together := pooled(rows):
+        click.echo(save_table(together, out / f"{name}_pooled"))
 
 
 def rows_of(folder: Path, cells: list[tuple[str, str]], variants: list[str]) -> list[dict[str, Any]]:

@@ -126,9 +126,9 @@ class Run:
 
 
 def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:
-    """Store what an attack found in a folder: ``summary.json``, with every image's flag, last, and its trace."""
+    """Store what an attack found in a folder: ``summary.json``, with each image's flag, last, and the trace that it kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    if left.trace:
+    if left.trace and left.trace[0]["stage"] < 0:  # those that were seen (`Watch.rows`) are long
         write_whole(folder / f"{folder.name.partition('_')[2]}.trace.json", json.dumps(left.trace).encode() + b"\n")
     save(folder / "summary.json", found | {"seconds": round(left.seconds, 1), "flags": as_flags(left.judgement.robust)})
 

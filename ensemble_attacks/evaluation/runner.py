@@ -53,7 +53,7 @@ class Attacked:
         images: the images that the attack returned.
         judgement: the judge's verdict on them.
         stages: after each part of a suite, which samples (N,) are robust, and the forward and backward passes so far.
-        trace: the convergence of an attack of this package (`Trace.rows`).
+        trace: how the attack converged (`Trace.rows`, `Watch.rows`).
         forwards, backwards: the image passes that the attack spent.
         seconds: the time that it took.
         batch_size: the batch size with which it fitted into memory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from ensemble_attacks.attacks.registry import EOT_ITER, find_attack, registered
 from ensemble_attacks.descent.stages import Trace
 from ensemble_attacks.errors import reason, unknown_name
 from ensemble_attacks.evaluation.settings import Settings
+from ensemble_attacks.evaluation.watch import watched
 from ensemble_attacks.hosts.autoattack import AutoAttack
 from ensemble_attacks.hosts.flags import INCOMPLETE
 from ensemble_attacks.hosts.original import RAND, STANDARD, run_autoattack
@@ -40,7 +41,7 @@ class Crafted:
     Attributes:
         images: (N, C, H, W).
         stages: after each part of a suite, its own robust flags (N,), and the forward and backward passes so far.
-        trace: the convergence of an attack of this package (`Trace.rows`).
+        trace: how the attack converged (`Trace.rows`); of one that keeps no trace, as it was seen to (`Watch.rows`).
         outside: the number of images that left the ball, and were replaced by the clean ones.
         failed: by part of a suite that could not be run, why.
         fooled: the samples (N,) that the attack itself saw fooled; ``None`` where it does not say.
@@ -128,44 +129,65 @@ def _make(make: Callable[..., Attack], model: nn.Module, settings: Settings) -> 
 def _named(name: str, make: Callable[..., Attack]) -> Craft:
     def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
         made = _make(make, model, settings)
-        if made is None:
-            return _ours("custom", name)(model, x, y, settings)
-        if not isinstance(made, CarefulAttack):
-            eps = settings.eps
-            assert not isinstance(eps, Tensor)
-            given: dict[str, Any] = {key: getattr(settings, key) for key in ("seed", "batch_size", "norm")} | {"eps": eps}
-            images = craft(made, x, y, **given)
-            left = int(outside(x, images.to(x), eps=eps, norm=settings.norm).sum())
-            if left:
-                logger.warning(
-                    "%d of the %d images that %s returned are outside the %s ball of eps = %g, and count as the clean ones",
-                    *(left, len(x), type(made).__name__, settings.norm, eps),
-                )
-            return Crafted(or_clean(x, images, eps=eps, norm=settings.norm), outside=left)
-        trace = Trace()
-        if isinstance(made, (DescentAttack, BPDAIdentity)):  # of others it is the trace of a part
-            made.trace = trace
-        images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
-        rows, stages = trace.rows(), {}
-        fooled = trace.fooled(len(x)) if isinstance(made, DescentAttack) else None
-        if isinstance(made, MORA) and made.targets:
-            descents = len(made.sweep())
-            sweep = [row for row in rows if row["stage"] < descents]
-            robust = torch.cat(trace.fooled_in).cpu() >= descents
-            stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
-        return Crafted(images, stages, rows, fooled=fooled)
+        if isinstance(made, (DescentAttack, BPDAIdentity)):
+            return _by_descent(made, x, y, settings)
+        craft = _ours("custom", name) if made is None else partial(_by_others, made)
+        return _watching(craft)(model, x, y, settings)
+
+    return run
+
+
+def _by_descent(made: DescentAttack | BPDAIdentity, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    made.trace = trace = Trace()
+    images = craft(made, x, y, seed=settings.seed, batch_size=settings.batch_size)
+    rows, stages = trace.rows(), {}
+    fooled = trace.fooled(len(x)) if isinstance(made, DescentAttack) else None
+    if isinstance(made, MORA) and made.targets:
+        descents = len(made.sweep())
+        sweep = [row for row in rows if row["stage"] < descents]
+        robust = torch.cat(trace.fooled_in).cpu() >= descents
+        stages["mora"] = (robust, *(sum(row[kind] for row in sweep) for kind in ("forwards", "backwards")))
+    return Crafted(images, stages, rows, fooled=fooled)
+
+
+def _by_others(made: Attack, model: CountingModel, x: Tensor, y: Tensor, settings: Settings) -> Crafted:
+    given: dict[str, Any] = dict(seed=settings.seed, batch_size=settings.batch_size)
+    if isinstance(made, CarefulAttack):
+        return Crafted(craft(made, x, y, **given))
+    eps, norm = settings.eps, settings.norm
+    assert not isinstance(eps, Tensor)
+    images = craft(made, x, y, eps=eps, norm=norm, **given)
+    left = int(outside(x, images.to(x), eps=eps, norm=norm).sum())
+    if left:
+        logger.warning(
+            "%d of the %d images that %s returned are outside the %s ball of eps = %g, and count as the clean ones",
+            *(left, len(x), type(made).__name__, norm, eps),
+        )
+    return Crafted(or_clean(x, images, eps=eps, norm=norm), outside=left)
+
+
+def _watching(craft: Craft) -> Craft:
+    """Return what also traces the attack that ``craft`` runs: one that keeps no trace, or only that of a part."""
+
+    def run(model: CountingModel, x: Tensor, y: Tensor, settings: Settings, **options: Any) -> Crafted:
+        with watched(model, x, y, settings) as rows_of:
+            crafted = craft(model, x, y, settings, **options)
+        return replace(crafted, trace=rows_of())
 
     return run
 
 
 PIPELINES: dict[str, Craft] = {  # of the records that are no attack that could be made by itself
-    **{name: _original(name) for name in STANDARD},
-    "autoattack": _original(*STANDARD),
-    "autoattack-rand": _original(*RAND, version="rand"),
-    "autoattack-ensemble": _ours("ensemble"),
-    "autoattack-adaptive": _ours("adaptive"),
-    "auto": _ours("auto"),
-    "eot-square": _original("square", expectation=True),
+    name: _watching(craft)
+    for name, craft in {
+        **{name: _original(name) for name in STANDARD},
+        "autoattack": _original(*STANDARD),
+        "autoattack-rand": _original(*RAND, version="rand"),
+        "autoattack-ensemble": _ours("ensemble"),
+        "autoattack-adaptive": _ours("adaptive"),
+        "auto": _ours("auto"),
+        "eot-square": _original("square", expectation=True),
+    }.items()
 }
 
 

@@ -21,6 +21,8 @@ class CountingModel(nn.Module):
     """A model that counts the images put through it, forward and backward."""
 
     asks_itself = True  # as of `Asked`
+    watch: Callable[[Tensor, Tensor], Callable[[], None]] | None = None
+    """Called with the images (B, ...) and scores (B, K) of each forward pass; what it returns, with the backward one."""
 
     def __init__(self, model: nn.Module, on_pass: Callable[[int], object] | None = None) -> None:
         super().__init__()
@@ -30,30 +32,39 @@ class CountingModel(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._count(len(x), ask(self.counted, x))
+        return self._count(x, ask(self.counted, x))
 
-    def _count(self, images: int, outputs: Tensor) -> Tensor:
+    def _count(self, x: Tensor, outputs: Tensor) -> Tensor:
+        images = len(x)
         self.forwards += images
         self._on_pass(images)
+        seen = None if self.watch is None else self.watch(x, self._scores(outputs))
         if outputs.requires_grad:
-            outputs.register_hook(lambda gradient: self._count_backward(images))
+            outputs.register_hook(lambda gradient: self._count_backward(images, seen))
         return outputs
 
-    def _count_backward(self, images: int) -> None:
+    def _scores(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def _count_backward(self, images: int, seen: Callable[[], None] | None) -> None:
         self.backwards += images
         self._on_pass(images)
+        if seen is not None:
+            seen()
 
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
     """Leave passes made within the context out of the count: those of checks, which are no part of an attack."""
     counters = [part for part in model.modules() if isinstance(part, CountingModel)]
-    before = [(counter.forwards, counter.backwards) for counter in counters]
+    before = [(counter.forwards, counter.backwards, counter.watch) for counter in counters]
+    for counter in counters:
+        counter.watch = None
     try:
         yield
     finally:
-        for counter, (forwards, backwards) in zip(counters, before, strict=True):
-            counter.forwards, counter.backwards = forwards, backwards
+        for counter, (forwards, backwards, watch) in zip(counters, before, strict=True):
+            counter.forwards, counter.backwards, counter.watch = forwards, backwards, watch
 
 
 class CountingEnsemble(CountingModel):
@@ -75,8 +86,11 @@ class CountingEnsemble(CountingModel):
         """Tell whether an adopted ensemble breaks ties in a way of its own (`AdoptedEnsemble`)."""
         return getattr(self.counted, "own_ties", False)
 
+    def _scores(self, outputs: Tensor) -> Tensor:
+        return outputs if outputs.dim() == 2 else self.aggregate(outputs)
+
     def member_logits(self, x: Tensor) -> Tensor:
-        return self._count(len(x), ask_members(self.counted, x))
+        return self._count(x, ask_members(self.counted, x))
 
     def aggregate(self, logits_MNK: Tensor) -> Tensor:
         return self.counted.aggregate(logits_MNK)

@@ -69,14 +69,14 @@ def _convergence(ledger: Ledger, chains: list[list[Unit]], cell: dict[str, Any],
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=8)
     caption = (
-        f"{title}: what is left robust, against the passes spent; a dot is the judge's verdict, and all there is of an "
-        "attack that keeps no trace"
+        f"{title}: what is left robust, against the passes spent; a dot is the judge's verdict, and all there is of "
+        "attacks of others on a random model"
     )
     return Picture(f"convergence_{index}", caption, figure, ("attack", "passes", "robust %"), rows)
 
 
 def _points(ledger: Ledger, units: tuple[Unit, ...]) -> list[tuple[float, float]]:
-    """Return points (passes per image, robust %) of an attack over all ranges, step by step; none where it kept no trace."""
+    """Return points (passes per image, robust %) of an attack over all ranges, step by step; none without a trace."""
     there = [(unit, info) for unit in units if (info := ledger.info(unit))]
     n = sum(unit.range[1] - unit.range[0] for unit, _ in there)
     attacked = [info for _, info in there if info["forwards"] or info["backwards"]]  # of a cascade, those that had any left
