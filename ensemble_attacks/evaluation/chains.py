@@ -118,6 +118,8 @@ class Context:
         twin = twin_for(self.model, few, amp=self.settings.amp)
         if self.settings.tune and len(self.devices) == 1:
             return quickest(twin, few, batches_of(self.attacks, len(self.x), self.settings))
+        if self.settings.tune:
+            logger.info("nothing is tuned for batches that are shared among %s", ", ".join(self.devices))
         return spread(twin, self.devices, few[:SEEN])
 
 

@@ -37,19 +37,20 @@ class Recording:
 
     def __init__(self, asked: Pass, x: Tensor) -> None:
         self.x = x.detach().clone().requires_grad_()
-        aside = torch.cuda.Stream(x.device)
-        aside.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARMING):
-                scores = asked(self.x)
-                torch.autograd.grad(scores.sum(), self.x)
-        torch.cuda.current_stream(x.device).wait_stream(aside)
-        self.by_scores = torch.zeros_like(scores)
-        self._forwards, self._backwards = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forwards):
-            self.scores = asked(self.x)
-        with torch.cuda.graph(self._backwards, pool=self._forwards.pool()):
-            (self.gradient,) = torch.autograd.grad(self.scores, self.x, self.by_scores)
+        with torch.cuda.device(x.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARMING):
+                    scores = asked(self.x)
+                    torch.autograd.grad(scores.sum(), self.x)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.by_scores = torch.zeros_like(scores)
+            self._forwards, self._backwards = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._forwards):
+                self.scores = asked(self.x)
+            with torch.cuda.graph(self._backwards, pool=self._forwards.pool()):
+                (self.gradient,) = torch.autograd.grad(self.scores, self.x, self.by_scores)
         self.scores = self.scores.detach()
         self.turn = 0
 

@@ -57,9 +57,6 @@ class Graph(TorchDispatchMode):
 
 
 class Stream:
-    def __init__(self, device: Any = None) -> None:
-        self.device = device
-
     def wait_stream(self, other: Stream) -> None:
         pass
 
@@ -76,7 +73,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have CUDA graphs on the CPU."""
     for name, fake in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": recording}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
     for module in (replayed, tuning):
         monkeypatch.setattr(module, "can_record", lambda x: True)
 
