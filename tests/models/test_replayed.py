@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensemble_attacks import APGD, MORA, Ensemble
 from ensemble_attacks.cli import main
+from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.settings import Settings, Sweep
+from ensemble_attacks.evaluation.units import chain_of
 from ensemble_attacks.models import replayed, tuning
 from ensemble_attacks.models.replayed import Padded, compile_for, padded, record
 from ensemble_attacks.models.tuning import Way, best_of, gradient_pass, quickest, ways_to_pass
+from tests.evaluation.test_ledger import ledger_in
 from tests.helpers import make_ensemble
 
 
@@ -215,7 +219,7 @@ def test_it_is_compiled_only_where_there_are_passes_enough(
     model = ensemble()
     assert quickest(model, images, 10) is model
     assert isinstance(quickest(model, images, 1000), Padded)
-    assert "compiled: that takes longer than 10 passes" in caplog.messages[0]
+    assert "compiled: that takes minutes, the passes 10 s" in caplog.messages[0]
 
     def broken(asked: Any, x: Tensor) -> Any:
         raise RuntimeError("no compiler is found")
@@ -228,8 +232,8 @@ def test_it_is_compiled_only_where_there_are_passes_enough(
 def test_what_it_takes_once_is_weighed() -> None:
     plain, recorded, compiled = Way("a", None, 0, 1.0), Way("b", None, 2, 0.7), Way("c", None, 100, 0.2)
     cannot = Way("d", why="it is random")
-    best = {passes: best_of([plain, cannot, recorded, compiled], passes).name for passes in (1, 7, 50, 1000)}
-    assert best == {1: "a", 7: "a", 50: "b", 1000: "c"}
+    best = {passes: best_of([plain, cannot, recorded, compiled], passes).name for passes in (0, 1, 7, 50, 1000)}
+    assert best == {0: "a", 1: "a", 7: "a", 50: "b", 1000: "c"}
 
 
 def test_a_tuned_evaluation_finds_the_same(images: Tensor, graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +248,18 @@ def test_a_sweep_says_so_where_it_is_tuned() -> None:
     plain = Sweep(models=("a",), eps=(0.1,), attacks=("mora",))
     assert "tune" not in plain.listed()
     assert replace(plain, tune=True).listed()["tune"] is True
+
+
+def test_a_run_is_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, tuning.__name__)
+    asked: dict[str, Any] = dict(attacks=("ea-apgd-ce?steps=2",), n=4, shard_size=4)
+    ledger, plain = (ledger_in(tmp_path / name, **asked, **more) for name, more in (("run", {"tune": True}), ("plain", {})))
+    run(ledger)
+    assert "is asked as it is" in caplog.text
+    own, others = (chain_of(one.manifest, 0) for one in (ledger, plain))
+    assert [unit.content["tune"] for unit in own] == [True, True]
+    assert all("tune" not in unit.content for unit in others)
+    assert {unit.identity for unit in own}.isdisjoint(unit.identity for unit in others)
 
 
 def test_the_command_weighs_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
