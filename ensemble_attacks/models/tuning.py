@@ -206,7 +206,15 @@ def quickest(net: nn.Module, x: Tensor, passes: int) -> nn.Module:
         x: the first batch of images, (N, ...), on its device.
         passes: the number of batches whose gradient attacks are going to take, at the most.
     """
-    ways = [replace(way, once=0.0) for way in ways_to_pass(net, x, passes)]  # which has been spent
+    if not len(x):
+        return net
+    try:
+        ways = [replace(way, once=0.0) for way in ways_to_pass(net, x, passes)]  # which has been spent
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        logger.info("%s is not tuned: memory runs out on %d images", type(net).__name__, len(x))
+        return net
     best = best_of(ways, passes)
     rest = "; ".join(f"{way.name}: {way.why or f'{way.each:.3g} s a pass'}" for way in ways if way is not best)
     logger.info("%s is asked %s, %.3g s a pass of %d images (%s)", type(net).__name__, best.name, best.each, len(x), rest)

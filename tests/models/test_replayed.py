@@ -202,6 +202,19 @@ def test_recordings_are_chosen_where_they_are_faster(
     assert len(caplog.messages) == 2
 
 
+class Large(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_where_memory_runs_out_nothing_is_tuned(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, tuning.__name__)
+    model = Large().eval()
+    assert quickest(model, images, 5) is model
+    assert caplog.messages == ["Large is not tuned: memory runs out on 12 images"]
+    assert quickest(model, images[:0], 5) is model
+
+
 def test_compiled_passes_are_the_same(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed, "BACKEND", "eager")
     model = ensemble()
