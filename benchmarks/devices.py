@@ -2,8 +2,9 @@
 
     python benchmarks/devices.py --device cuda --data-dir DIR
 
-Both craft and are judged in float32, the device with and without TF32. Prints, for every model, vote and attack, the robust
-images on each, and on how many of them the two differ: rounding lets a few descents end elsewhere.
+Both craft and are judged in float32, the device with and without TF32, and by those passes that are quickest (`quickest`),
+on a GPU recorded ones. Prints, for every model, vote and attack, the robust images on each, and on how many of them the two
+differ: rounding lets a few descents end elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import attack
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.models.providers import load_model
+from ensemble_attacks.models.tuning import quickest
 from ensemble_attacks.models.twins import prepare
 from ensemble_attacks.models.votes import VOTES
 
@@ -32,11 +34,16 @@ MODELS = "standard_convnet_3,gal_convnet_3,trs_convnet_3,dverge_convnet_3"
 EPS = {"digits": 0.12, "cifar10": 0.01}
 
 
-def flags(model: Any, x: Tensor, y: Tensor, name: str, settings: Settings, device: str) -> tuple[Tensor, float, int]:
+def flags(
+    model: Any, x: Tensor, y: Tensor, name: str, settings: Settings, device: str, tune: bool = False
+) -> tuple[Tensor, float, int]:
     """Robust (N,), seconds and passes of an attack on a device."""
     model = model.to(device)
+    twin = prepare(model, x[:8].to(device))
+    if tune:
+        twin = quickest(twin, x[: settings.batch_size].to(device), passes=1)
     began = time.perf_counter()
-    done = attack(model, prepare(model, x[:8].to(device)), x, y, name, settings)
+    done = attack(model, twin, x, y, name, settings)
     return done.judgement.robust, time.perf_counter() - began, done.forwards + done.backwards
 
 
@@ -60,10 +67,10 @@ def main(
         here, seconds, passes = flags(load_model(name, dataset=dataset, vote=vote), x, y, chosen, settings, "cpu")
         row: dict[str, Any] = {"model": name, "vote": vote, "attack": chosen, "n": n, "cpu": int(here.sum())}
         row |= {"cpu seconds": round(seconds, 1), "cpu passes": passes}
-        for label, tf32 in (("", False), (" tf32", True)):
+        for label, tf32, tune in (("", False, False), (" tf32", True, False), (" tuned", False, True)):
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
             model = load_model(name, dataset=dataset, vote=vote)
-            there, seconds, passes = flags(model, x, y, chosen, settings, device)
+            there, seconds, passes = flags(model, x, y, chosen, settings, device, tune)
             row |= {f"{device}{label}": int(there.sum()), f"differ{label}": int((there != here).sum())}
             row |= {f"seconds{label}": round(seconds, 1), f"passes{label}": passes}
         rows.append(row)

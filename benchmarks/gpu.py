@@ -191,6 +191,7 @@ class Records:
 
     def __init__(self, place: Place) -> None:
         self.path, self.device = place.out / "records.json", named(place.device)
+        self.taken: set[str] = set()  # by a chain of this process
         self.jobs: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def done(self, key: str) -> bool:
@@ -215,8 +216,9 @@ class Chain:
 
     def __init__(self, stage: str, jobs: Sequence[Job], place: Place, records: Records) -> None:
         self.stage, self.place, self.records = stage, place, records
-        keyed = {self._key(job): job for job in jobs}  # dry, several may be the same
-        self.jobs = [job for key, job in keyed.items() if not records.done(key)]
+        keyed = {self._key(job): job for job in jobs}  # dry, several may be the same, also of the chain beside it
+        self.jobs = [job for key, job in keyed.items() if not records.done(key) and key not in records.taken]
+        records.taken |= keyed.keys()
         self.running: subprocess.Popen[bytes] | None = None
         self.failed = False
 

@@ -4,8 +4,8 @@
 
 A model is an architecture of this package and a number of members, or one of timm's; untrained, which costs the same, on
 noise, in a ball so small that nobody is fooled and stops early. Ours crafts on the prepared twin (`prepare`), as `evaluate`
-does, and in mixed precision, as ``--amp`` does. Medians over the repetitions; the overhead is the time of an attack over
-that of as many bare passes on the same twin.
+does, and in mixed precision, as ``--amp`` does; on a GPU also by recorded passes, as ``--tune`` does. Medians over the
+repetitions; the overhead is the time of an attack over that of as many bare passes on the same twin.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from defenses.architectures import ARCHITECTURES
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import APGD, MORA, PGD
 from ensemble_attacks.models.passes import count_passes
+from ensemble_attacks.models.tuning import quickest
 from ensemble_attacks.models.twins import prepare
 
 EPS = 1e-5  # nobody is fooled, so that all do all their steps
 BARE, PREPARED, MIXED = "bare passes", "bare passes, prepared", "bare passes, prepared, amp"
+TUNED = "bare passes, prepared, tuned"
 PEERS = ("pyautoattack APGD", "torchattacks PGD")
 Attack = Callable[[Any, Tensor, Tensor], object]
 
@@ -69,6 +71,8 @@ def measure(name: str, n: int, steps: int, repetitions: int, device: str) -> lis
     with torch.no_grad():
         y = model(x).argmax(1)
     nets = {BARE: model, PREPARED: prepare(model, x[:2]), MIXED: prepare(model, x[:2], amp=True)}
+    if x.is_cuda:
+        nets[TUNED] = quickest(nets[PREPARED], x, steps)
     passes = partial(bare, steps)
     quiet = dict(norm="Linf", eps=EPS, seed=0, device=device, n_restarts=1, n_iter=steps)
     settings: dict[str, Any] = dict(eps=EPS, steps=steps)
@@ -88,6 +92,7 @@ def measure(name: str, n: int, steps: int, repetitions: int, device: str) -> lis
         "pyautoattack APGD": (BARE, model, lambda net, *xy: APGDAttack(net, **quiet).perturb(*xy)),
         **{f"our {key}": (PREPARED, nets[PREPARED], run) for key, run in ours.items()},
         **{f"our {key}, amp": (MIXED, nets[MIXED], run) for key, run in ours.items()},
+        **{f"our {key}, tuned": (TUNED, nets[TUNED], run) for key, run in ours.items() if TUNED in nets},
     }
     seconds: dict[str, list[float]] = {key: [] for key in contestants}
     for repetition in range(repetitions + 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ensemble_attacks.data import as_tensors
 from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import OutOfBallError
-from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
+from ensemble_attacks.models.ask import as_module, ask, beside, check_dtype, classes_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
@@ -292,15 +292,14 @@ def judge(
     check_mask(mask, x)
     check_adversarial(x, x_adv, eps=eps, norm=norm, box=box, mask=mask)
 
-    parameter = next(model.parameters(), x_adv)
     correct, finite, margins = [], [], []
     with guarded(model, seed=seed), full_precision(), torch.no_grad():
         check_dtype(model, x_adv, "x_adv")
         with private_random_state(seed, model):
-            check_label_range(y, classes_of(model, x_adv[:2].to(parameter.device)), "y")
+            check_label_range(y, classes_of(model, beside(model, x_adv[:2])), "y")
         for _ in range(draws):
             for images, labels in zip(x_adv.split(batch_size), y.split(batch_size), strict=True):
-                scores_NK = ask(model, images.to(parameter.device)).cpu()
+                scores_NK = ask(model, beside(model, images)).cpu()
                 correct.append(scores_NK.argmax(1) == labels.cpu())
                 finite.append(decided(scores_NK))
                 margins.append(margin(scores_NK, labels.cpu()))

@@ -58,6 +58,7 @@ class ListedSweep(Record):
     draws: Draws
     eot_iter: Draws | None
     amp: bool
+    tune: bool = False
     first: Index
     sample: Many | None
     only_correct: bool

@@ -77,6 +77,13 @@ def test_a_job_is_run_once_and_a_chain_ends_at_a_failure(tmp_path: Path) -> None
     assert all(row["tables"] == ["tables/one.json"] and row["device"] == "cpu" for row in rows)
 
 
+def test_chains_share_no_job(tmp_path: Path) -> None:
+    place = Place(tmp_path, "data", "cpu", dry=True)
+    records, jobs = Records(place), [Call("one"), Call("two"), Call("one")]
+    chains = [Chain("some", part, place, records) for part in (jobs, jobs, [*jobs, Call("three")])]  # type: ignore[arg-type]
+    assert [chain.jobs for chain in chains] == [jobs[:2], [], [Call("three")]]
+
+
 def test_what_is_stopped_goes_on(tmp_path: Path) -> None:
     place = Place(tmp_path, "data", "cpu", dry=True)
     (tmp_path / "logs").mkdir()

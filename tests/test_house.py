@@ -112,6 +112,37 @@ def test_models_are_asked_at_the_door_alone() -> None:
     assert not [place for place in found if place.split(":")[0] not in allowed]
 
 
+def test_where_a_model_lies_is_asked_at_the_door_alone() -> None:
+    """Its first parameter is found in one place, which also looks at buffers (`device_of`, `beside`, `precision`)."""
+    sought = "import torch\nnext(net.parameters(), x).device\nlist(net.buffers())[0].device"
+    assert [line for line, _ in firsts_of(ast.parse(sought))] == [2, 3]
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}:{line}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for line, what in firsts_of(ast.parse(path.read_text()))
+    ]
+    assert not [place for place in found if not place.startswith("ensemble_attacks/models/ask.py")]
+
+
+def firsts_of(tree: ast.AST) -> list[tuple[int, str]]:
+    """Where code takes one of a model's parameters or buffers, by ``next`` or its number."""
+    ways = [
+        (node.args[0] if isinstance(node, ast.Call) else node.value, node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next" and node.args)
+    ]
+    return [
+        (node.lineno, part.func.attr)
+        for whole, node in ways
+        for part in ast.walk(whole)
+        if isinstance(part, ast.Call)
+        and isinstance(part.func, ast.Attribute)
+        and part.func.attr in ("parameters", "buffers")
+    ]
+
+
 def is_own(function: ast.expr) -> bool:
     return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self"
 

@@ -22,7 +22,7 @@ from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chain_of
 from ensemble_attacks.models.ask import device_of, moved
 from ensemble_attacks.models.spread import Spread, spread
-from ensemble_attacks.models.twins import prepare
+from ensemble_attacks.models.tuning import twin_for
 from tests.evaluation.test_ledger import ledger_in, read, summary
 from tests.helpers import make_ensemble, make_member
 from tests.simulated_device import AVAILABLE, DEVICE, SECOND, Waits, judged
@@ -90,19 +90,27 @@ def test_a_second_device_makes_no_step_wait(devices: Waits, batch: tuple[Tensor,
 
 
 @needs_devices
-def test_a_run_leaves_members_where_they_lie(devices: Waits, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    data = batch[0][:8].float(), batch[1][:8]
-    found = []
-    for index, places in enumerate([(torch.device("cpu"),) * 3, PLACES["two"]]):
-        model = lying(make_ensemble(dtype=torch.float32), places)
-        run_of = evaluate(model, data, eps=0.1, attacks="ea-apgd-ce?steps=3", out=tmp_path / str(index))
+def test_a_run_leaves_members_where_they_lie(
+    devices: Waits, batch: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = batch[0][:4].float(), batch[1][:4]
+    found, twins = [], []
+
+    def watched(*given: Any, **options: Any) -> nn.Module:
+        twins.append(twin_for(*given, **options))
+        return twins[-1]
+
+    monkeypatch.setattr(chains, "twin_for", watched)
+    for index, places in enumerate([(torch.device("cpu"),) * 2, PLACES["two"][:2]]):
+        model = lying(make_ensemble(members=2, dtype=torch.float32), places)
+        run_of = evaluate(model, data, eps=0.1, attacks="ea-apgd-ce?steps=2", out=tmp_path / str(index))
         assert [device_of(member, torch.device("meta")) for member in model.members] == list(places)
         found.append(run_of.summary["cells"][0])
     shares = [{name: row["robust"] for name, row in cell["attacks"].items()} for cell in found]
     assert shares[0] == shares[1]
-    twin = prepare(model, data[0][:4].to(DEVICE))
-    assert twin is not model
-    assert [device_of(member, torch.device("meta")) for member in twin.members] == list(PLACES["two"])  # type: ignore
+    assert twins[1] is not model
+    members: Any = twins[1].members
+    assert [device_of(member, torch.device("meta")) for member in members] == [DEVICE, SECOND]
 
 
 def test_a_model_on_one_device_is_moved() -> None:
@@ -206,7 +214,7 @@ def test_what_cannot_be_shared_stays(devices: Waits, caplog: pytest.LogCaptureFi
 def test_a_run_of_a_programs_own_model_on_two_devices(
     devices: Waits, batch: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = batch[0][:8].float(), batch[1][:8]
+    data = batch[0][:4].float(), batch[1][:4]
     shared: list[nn.Module] = []
 
     def watched(*given: Any) -> nn.Module:
@@ -216,8 +224,9 @@ def test_a_run_of_a_programs_own_model_on_two_devices(
     monkeypatch.setattr(chains, "spread", watched)
     found: list[dict[str, Any]] = []
     for place in ("cpu", f"{DEVICE},{SECOND}"):
-        given: dict[str, Any] = {"eps": 0.1, "attacks": "ea-apgd-ce?steps=3", "device": place}
-        found.append(evaluate(make_ensemble(dtype=torch.float32), data, out=tmp_path / str(len(found)), **given).summary)
+        given: dict[str, Any] = {"eps": 0.1, "attacks": "ea-apgd-ce?steps=2", "device": place}
+        model = make_ensemble(members=2, dtype=torch.float32)
+        found.append(evaluate(model, data, out=tmp_path / str(len(found)), **given).summary)
     assert [isinstance(net, Spread) for net in shared] == [False, True]
     shares = [{name: row["robust"] for name, row in cell["attacks"].items()} for (cell,) in (one["cells"] for one in found)]
     assert shares[0] == shares[1]

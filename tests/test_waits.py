@@ -19,7 +19,13 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no hooks
 MOST = 0.2  # waits for a step, where an attack takes a hundred or more
 
 
-@pytest.mark.parametrize("name", slow_but(("ea-apgd-ce",), ours()))
+def test_steps_cost_no_waits() -> None:
+    few, many = (measured(f"ea-apgd-ce?steps={steps}", *load_dataset("digits", n=2), eps=0.01) for steps in (4, 12))
+    assert many[1] >= few[1] + 8
+    assert few[0].waits == many[0].waits < 10
+
+
+@pytest.mark.parametrize("name", slow_but((), ours()))
 def test_no_attack_waits_at_every_step(name: str) -> None:
     device, steps = measured(name, *load_dataset("digits", n=4), eps=0.02)
     assert device.waits <= MOST * max(steps, 100)

@@ -117,7 +117,9 @@ class CarefulAttack(Attack):
         self._check_inputs(images, labels, *args, **options)
         device = images.device if self.device is None else self.device
         images, labels = (t.clone() if t.is_inference() else t for t in (images.detach(), labels.detach()))
-        images, labels = self.box.inside(images.to(device)), labels.to(device).long()
+        images, labels = images.to(device), labels.to(device).long()
+        if self.normalization_used is not None:  # else it has been checked that they are inside
+            images = self.box.inside(images)
         if not len(images):
             return images.clone()
         num_classes = self._num_classes(images)

@@ -28,6 +28,7 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
     "convert": ("models", "Make a model of published checkpoints."),
     "attacks": ("catalogue", "List the attacks: what each does, needs and costs."),
     "models": ("models", "List the models that can be loaded."),
+    "tune": ("tuning", "Measure how a model's gradient passes are computed the soonest here."),
     "doctor": ("models", "Check the installation."),
 }
 

@@ -65,6 +65,12 @@ class ListsAttacks(click.Command):
     is_flag=True,
     help="Craft in mixed precision, where that is measured to be faster and shows the same; the judge does not.",
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Craft by recorded (CUDA graphs) or compiled passes, where they are measured to be faster and show the same: "
+    "`ensemble-attacks tune` says more.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: one of its own in runs/]")
 @planned
 @tracked

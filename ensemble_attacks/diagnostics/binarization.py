@@ -17,7 +17,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.judge import judge, or_clean
-from ensemble_attacks.models.ask import as_module, ask
+from ensemble_attacks.models.ask import as_module, ask, beside
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.norms import UNIT
 from ensemble_attacks.validation import check_count, check_images, check_positive
@@ -82,7 +82,7 @@ def binarization(
     check_positive("eps", eps)
     check_count("the number of images", len(x))
     with guarded(model, seed=seed, evaluate=False):
-        x = x.detach().clone().to(next(model.parameters(), x).device)
+        x = beside(model, x.detach().clone())
         binary = _Binary(model, x[:1])
         generator = torch.Generator().manual_seed(seed)
         found, by_chance = [], []

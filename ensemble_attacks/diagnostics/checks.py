@@ -21,7 +21,7 @@ from ensemble_attacks.diagnostics.findings import FLAG, Diagnosis, attempted
 from ensemble_attacks.diagnostics.of_attacks import of_attacks, of_one_attack
 from ensemble_attacks.diagnostics.of_gradients import of_gradients
 from ensemble_attacks.diagnostics.of_structure import of_structure
-from ensemble_attacks.models.ask import as_module, check_dtype
+from ensemble_attacks.models.ask import as_module, beside, check_dtype
 from ensemble_attacks.models.boxed import seen_from_unit_box, share_of
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.preserve import in_training
@@ -82,10 +82,9 @@ def diagnose(
     if box != UNIT or isinstance(eps, Tensor):
         eps = share_of(eps, box, "the checks")
         model, x = seen_from_unit_box(model, x, box)
-    device = next(model.parameters(), x).device
     was_training = in_training(model)
     with guarded(model, seed=seed):
-        x, y = x.detach().clone().to(device), y.clone().to(device).long()
+        x, y = beside(model, x.detach().clone()), beside(model, y.clone()).long()
         check_dtype(model, x, "x")
         examined = Examination(model, x, y, eps, seed, attack, alone, on_pass)
         check_label_range(y, examined.structure.classes, "y")

@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 
 from ensemble_attacks.attacks.foreign import craft
 from ensemble_attacks.judge import judge, or_clean, outside
-from ensemble_attacks.models.ask import as_module, ask, ask_members
+from ensemble_attacks.models.ask import as_module, ask, ask_members, beside
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.scores import margin
 from ensemble_attacks.validation import (
@@ -138,9 +138,8 @@ def indicators(
     check_positive("radius", radius)
     check_count("the number of images", len(x))
     target = model if target is None else as_module(target)
-    device = next(model.parameters(), x).device
     with guarded(model, target, seed=seed):
-        x, y = x.detach().clone().to(device), y.clone().to(device).long()
+        x, y = beside(model, x.detach().clone()), beside(model, y.clone()).long()
         with torch.no_grad():
             check_label_range(y, ask(model, x).shape[1], "y")
         rows = [_of_sample(attack, model, target, *xy, eps, seed, radius) for xy in zip(x.split(1), y.split(1), strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.errors import LedgerError
+from ensemble_attacks.evaluation.estimate import batches_of
 from ensemble_attacks.evaluation.identity import code_version, made_of
 from ensemble_attacks.evaluation.ledger import ATTEMPTS, Ledger
 from ensemble_attacks.evaluation.manifest import data_digest, logger
@@ -29,7 +30,7 @@ from ensemble_attacks.judge import Judgement
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import beside, moved
 from ensemble_attacks.models.spread import spread
-from ensemble_attacks.models.tuning import twin_for
+from ensemble_attacks.models.tuning import quickest, twin_for
 from ensemble_attacks.models.twins import SEEN
 
 
@@ -85,6 +86,7 @@ class Context:
             where = images["name"] if images["name"] != cell.dataset else places["data_dir"]
             raise LedgerError(f"{cell.dataset} in {where} is not what the run began with: restore it")
         start, stop = unit.range
+        self.attacks = manifest["sweep"]["attacks"]
         self.x, self.y = load_dataset(**images, first=start, n=stop - start)
         self.settings, self.devices = cell.settings(cell.eps, cell.seed, threat_of(manifest)), device.split(",")
         self.model_key = (cell.model, cell.vote)
@@ -111,9 +113,14 @@ class Context:
 
     @cached_property
     def twin(self) -> nn.Module:
-        """Return the model that attacks craft on."""
+        """Return the model that attacks craft on: tuned where it lies on one device, else shared among several."""
         few = beside(self.model, self.x[: self.settings.batch_size])
-        return spread(twin_for(self.model, few, amp=self.settings.amp), self.devices, few[:SEEN])
+        twin = twin_for(self.model, few, amp=self.settings.amp)
+        if self.settings.tune and len(self.devices) == 1:
+            return quickest(twin, few, batches_of(self.attacks, len(self.x), self.settings))
+        if self.settings.tune:
+            logger.info("nothing is tuned for batches that are shared among %s", ", ".join(self.devices))
+        return spread(twin, self.devices, few[:SEEN])
 
 
 def run_unit(unit: Unit, context: Context, standing: Standing) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.origins import images_of, placed
+from ensemble_attacks.evaluation.settings import Shared
 from ensemble_attacks.evaluation.units import CLEAN, Unit, chain_of, count_chains
 from ensemble_attacks.models import providers
 from ensemble_attacks.models.ask import ask, beside, moved
@@ -48,6 +51,12 @@ def cost_of(name: str, eot_iter: int | None = None) -> int | None:
     """Return the passes that an attack takes of an image that holds out, at the most; ``None`` where nobody knows."""
     cost = find_attack(name).cost
     return None if cost is None else cost * (eot_iter or 1)
+
+
+def batches_of(attacks: Sequence[str], images: int, settings: Shared) -> int:
+    """Return how many gradient passes of a batch attacks take of images that hold out, as far as that is known."""
+    cost = sum(cost_of(name, settings.eot_iter) or 0 for name in attacks)
+    return cost // 2 * math.ceil(images / settings.batch_size)
 
 
 def plan_of(manifest: dict[str, Any], device: str | None, ledger: Ledger | None = None) -> Plan:

@@ -141,7 +141,8 @@ def evaluate(
         model_dir, data_dir, download: where named models and datasets lie, and whether the latter may be fetched.
         log: the tracker that is told the figures when done: ``"wandb"``, ``"tensorboard"`` or ``"mlflow"``; ``None``: none.
         settings: the attributes of `Sweep`: ``n``, ``first``, ``sample``, ``only_correct``, ``seeds``, ``votes`` (of named
-            models), ``cascade``, ``batch_size``, ``shard_size``, ``draws`` and ``eot_iter`` (of random models), ``amp``.
+            models), ``cascade``, ``batch_size``, ``shard_size``, ``draws`` and ``eot_iter`` (of random models), ``amp``,
+            ``tune``.
 
     Returns:
         What was found: print it, or take its ``table``, ``rows``, ``to_pandas()`` or ``report()``.

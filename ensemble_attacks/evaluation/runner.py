@@ -18,6 +18,7 @@ from ensemble_attacks.attacks.registry import find_attack
 from ensemble_attacks.data import as_tensors
 from ensemble_attacks.devices import full_precision
 from ensemble_attacks.errors import none_completed, out_of_memory, reason
+from ensemble_attacks.evaluation.estimate import batches_of
 from ensemble_attacks.evaluation.suite import Craft, Crafted, Settings, check_attack, check_fit, crafting
 from ensemble_attacks.evaluation.summary import Standing, row_of, told_of, worst_case
 from ensemble_attacks.evaluation.units import CLEAN
@@ -29,7 +30,7 @@ from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.passes import CountingModel, count_passes
 from ensemble_attacks.models.preserve import differentiable, ordinary
 from ensemble_attacks.models.structure import structure_of
-from ensemble_attacks.models.tuning import twin_for
+from ensemble_attacks.models.tuning import quickest, twin_for
 from ensemble_attacks.validation import (
     check_count,
     check_eps,
@@ -104,7 +105,7 @@ def check_settings(model: nn.Module, x: Tensor, attacks: Sequence[str], settings
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], settings: Settings) -> None:
     """Raise where a model, once it is asked, does not suit images (N, ...), labels (N,) or attacks, at any eps."""
-    few = x[:2].to(next(model.parameters(), x).device)
+    few = beside(model, x[:2])
     with guarded(model, seed=settings.seed), torch.no_grad():
         check_dtype(model, few, "x")
         try:
@@ -261,7 +262,10 @@ def evaluate(
     x, y = (ordinary(part) if isinstance(part, Tensor) else part for part in as_tensors(x, y))
     check_arguments(model, x, y, attacks, settings)
     y = y.long()
-    twin = twin_for(model, beside(model, x[: settings.batch_size]), amp=settings.amp)
+    few = beside(model, x[: settings.batch_size])
+    twin = twin_for(model, few, amp=settings.amp)
+    if settings.tune:
+        twin = quickest(twin, few, batches_of(attacks, len(x), settings))
     cleanly = clean_unit(model, twin, x, y, settings)
     clean, said_of_clean = cleanly.judgement, cleanly.judgement.summary() | told_of([vars(cleanly)])
     report("clean", said_of_clean)
@@ -295,12 +299,11 @@ def _recraft(
     """Craft again, on the model itself and in full precision, the few images that fool its twin but, by a rounding error,
     not the model.
     """
-    device = next(model.parameters(), x).device
 
     def predict(net: nn.Module) -> Tensor:
         with guarded(net, seed=settings.seed, evaluate=False), torch.no_grad():
             parts = crafted.images.split(settings.batch_size)
-            return torch.cat([ask(net, batch.to(device)).argmax(1).cpu() for batch in parts])
+            return torch.cat([ask(net, beside(model, batch)).argmax(1).cpu() for batch in parts])
 
     by_twin = predict(counted.counted)
     with full_precision():

@@ -25,6 +25,7 @@ class Shared:
         draws: the number of fresh forward passes by which the judge decides on each image of a random model.
         eot_iter: the number of draws of every iterate of a random model; ``None``: the model is deterministic.
         amp: whether to craft in mixed precision where it is faster (`twin_for`); the judge does not.
+        tune: whether to craft by recorded or compiled passes where they are faster (`quickest`); the judge does not.
     """
 
     norm: str = field(default="Linf", kw_only=True)
@@ -32,6 +33,7 @@ class Shared:
     draws: int = field(default=1, kw_only=True)
     eot_iter: int | None = field(default=None, kw_only=True)
     amp: bool = field(default=False, kw_only=True)
+    tune: bool = field(default=False, kw_only=True)
 
     def settings(self, eps: float, seed: int, threat: Threat) -> Settings:
         """Return what the attacks of one evaluation share, eps being the number that stands for the radius (`Threat`)."""
@@ -111,8 +113,9 @@ class Sweep(Shared):
     threat: Threat = PLAIN
 
     def listed(self) -> dict[str, Any]:
-        """Return all but the threat, as JSON can hold it."""
-        return {of.name: getattr(self, of.name) for of in fields(self) if of.name != "threat"}
+        """Return all but the threat, as JSON can hold it; ``tune`` where it is asked for."""
+        named = (of.name for of in fields(self) if of.name != "threat" and (self.tune or of.name != "tune"))
+        return {name: getattr(self, name) for name in named}
 
     @classmethod
     def read(cls, path: Path) -> Sweep:

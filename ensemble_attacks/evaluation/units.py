@@ -32,7 +32,7 @@ def canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-TOLD = ("within", "threat")  # of a cell, where there is something to be told
+TOLD = ("within", "threat", "tune")  # of a cell, where there is something to be told
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Cell(Shared):
 
     @property
     def listed(self) -> dict[str, Any]:
-        """Return its content, as JSON has it, but for what says that nothing is said of where inputs may go."""
+        """Return its content, as JSON has it; of `TOLD`, what there is to be told."""
         return {key: value for key, value in asdict(self).items() if value or key not in TOLD}
 
     @property
@@ -135,6 +135,7 @@ def _dimensions(manifest: dict[str, Any]) -> list[list[Any]]:
 def _cell(manifest: dict[str, Any], model: str, vote: str, eps: float, seed: int) -> Cell:
     sweep = manifest["sweep"]
     shared = {key: sweep[key] for key in ("dataset", "transform", "norm", "n", "batch_size", "draws", "eot_iter", "amp")}
+    shared["tune"] = sweep.get("tune", False)
     hashes = {key: manifest[key] for key in ("data", "code")} | {key: manifest[key][model] for key in ("weights", "made")}
     origin = manifest["origins"].get(model)
     hashes["origin"] = sha256(canonical(origin)).hexdigest() if origin else ""

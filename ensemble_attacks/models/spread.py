@@ -72,7 +72,7 @@ def spread(model: nn.Module, devices: Sequence[str], x: Tensor) -> nn.Module:
     """
     if len(devices) == 1:
         return model
-    why = _obstacle(model, x)
+    why = obstacle(model, x)
     if not why:
         try:
             copies = [model, *(copy.deepcopy(model).to(device) for device in devices[1:])]
@@ -83,7 +83,8 @@ def spread(model: nn.Module, devices: Sequence[str], x: Tensor) -> nn.Module:
     return model
 
 
-def _obstacle(model: nn.Module, x: Tensor) -> str:
+def obstacle(model: nn.Module, x: Tensor) -> str:
+    """Say why something else cannot stand for a model, by its answers alone, and answer for each image by itself."""
     if isinstance(model, AdoptedEnsemble):
         return "its members are claimed for it"
     if len(devices_of(model)) > 1:
