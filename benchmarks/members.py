@@ -1,6 +1,6 @@
 """Do more members, or different ones, resist more? Ensembles of three, five and eight networks, and of mixed ones.
 
-    python benchmarks/members.py --dataset digits --n 500 --shard 250
+    python benchmarks/members.py --dataset digits --n 200 --shard 200
     python benchmarks/members.py --data-dir DIR --n 100
 
 Table 1's other half (and Table 2's) in kind, in a size that a CPU reaches: every trained defense of several members, under
@@ -28,15 +28,18 @@ COLUMNS: dict[str, tuple[str, str | None]] = {
     "MORA": ("mora", None),
 }
 ATTACKS = tuple(attack for attack, _ in COLUMNS.values())
+PEERS = ("adp_igat", "dverge_igat")
 TRAINED = ("dverge_at", "each_at")  # adversarially
+KNOWN = (*DEFENSES, *PEERS, *TRAINED)
 SIZES = {"digits": (0.12, 0.12), "cifar10": (0.01, 0.03)}  # Linf radii: of plain defenses, of those trained adversarially
 VOTES = ("softmax", "voting")
+SHARD, OF_DIGITS = 50, 200  # images: of a shard by default, and of the records on digits that ship
 
 
 def cells_of(dataset: str, model_dir: str | None, eps: tuple[float, float]) -> list[Cell]:
     """Every ensemble of several members of these defenses that can be loaded, the largest ones first."""
     known = [name.rsplit("_", 2) for name in list_models(dataset, model_dir) if NAME.fullmatch(name)]
-    chosen = [(defense, network, int(members)) for defense, network, members in known if defense in (*DEFENSES, *TRAINED)]
+    chosen = [(defense, network, int(members)) for defense, network, members in known if defense in KNOWN]
     return [
         Cell(f"{defense}_{network}_{members}", vote, eps[defense in TRAINED])
         for defense, network, members in sorted(chosen, key=lambda found: -found[2])
@@ -47,7 +50,7 @@ def cells_of(dataset: str, model_dir: str | None, eps: tuple[float, float]) -> l
 @click.command()
 @run_options("runs/members")
 @click.option("--dataset", type=click.Choice(list(SIZES)), default="cifar10", show_default=True)
-@click.option("--shard", default=50, show_default=True, help="Images of a shard.")
+@click.option("--shard", default=SHARD, show_default=True, help="Images of a shard.")
 @click.option("--eps", type=EPS, help="Linf radius.  [default: digits 0.12; cifar10 0.01, 0.03 of adversarial training]")
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True)
 def main(

@@ -53,6 +53,10 @@ def rand(model: nn.Module, backbone: nn.Module, looks: int, *, eps: float, seed:
     return attack
 
 
+def record_name(model: str, attack: str, looks: int) -> str:
+    return file_name(f"{model}_{attack}_{looks}.json".replace(" ", "-")).lower()
+
+
 ATTACKS: dict[str, Callable[..., Any]] = {"EOTAPGD": through, "BPDA": past, "transfer": from_backbone}
 
 
@@ -87,12 +91,10 @@ def main(
     rows[0] |= {"passes": None}
     chosen = [(attack, make, int(count)) for attack, make in ATTACKS.items() for count in looks.split(",")]
     for attack, make, count in [*chosen, ("AutoAttack rand", rand, RAND)]:
-        path = out / file_name(f"{name}_{attack}_{count}".replace(" ", "-")).lower()
+        path = out / record_name(name, attack, count)
         about = {"model": name, "dataset": dataset, "weights": weights, "attack": attack, "looks": count, "draws": JUDGED}
         started = partial(make, backbone=model.backbone, looks=count, eps=eps, seed=seed)
-        record = measured(
-            path.with_suffix(".json"), model, x, y, started, eps=eps, seed=seed, draws=JUDGED, score=right, about=about
-        )
+        record = measured(path, model, x, y, started, eps=eps, seed=seed, draws=JUDGED, score=right, about=about)
         rows.append(row_of(record))
         click.echo(rows[-1], err=True)
     click.echo(save_table(rows, out / file_name(f"{name}_{dataset}")))
