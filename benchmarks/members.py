@@ -1,6 +1,6 @@
 """Do more members, or different ones, resist more? Ensembles of three, five and eight networks, and of mixed ones.
 
-    python benchmarks/members.py --dataset digits --n 200 --shard 200
+    python benchmarks/members.py --dataset digits --n 100 --shard 100
     python benchmarks/members.py --data-dir DIR --n 100
 
 Table 1's other half (and Table 2's) in kind, in a size that a CPU reaches: every trained defense of several members, under
@@ -33,7 +33,7 @@ TRAINED = ("dverge_at", "each_at")  # adversarially
 KNOWN = (*DEFENSES, *PEERS, *TRAINED)
 SIZES = {"digits": (0.12, 0.12), "cifar10": (0.01, 0.03)}  # Linf radii: of plain defenses, of those trained adversarially
 VOTES = ("softmax", "voting")
-SHARD, OF_DIGITS = 50, 200  # images: of a shard by default, and of the records on digits that ship
+SHARD, OF_DIGITS = 50, 100  # images: of a shard by default, and of the records on digits that ship
 
 
 def cells_of(dataset: str, model_dir: str | None, eps: tuple[float, float]) -> list[Cell]:
