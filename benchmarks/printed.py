@@ -173,7 +173,8 @@ def of_waits(table: Table, row: list[str]) -> list[str]:
     return [*said, "" if before is None else f"{before['waits'] / before['steps']:.1f}"]
 
 
-SIZES = (3, 5, 8)
+SIZES = (3, 5, 8)  # members, in the table of them
+MAPPED = ("apgd-ce", "apgd-t", "fab-t", "square", "bpda", "zero-order-pgd")  # attacks, in the map of front ends
 
 
 def member_cell(model: str, vote: str, shard: int, dataset: str) -> dict[str, Any]:
@@ -198,8 +199,7 @@ def of_sizes(table: Table, row: list[str]) -> list[str]:
 def of_larger(table: Table, row: list[str]) -> list[str]:
     """Return a row of the table of larger and mixed ensembles on CIFAR-10, from the records."""
     found = member_cell(row[0].strip("`"), row[1], members.SHARD, "cifar10")
-    said = [found[column] for column in table.head[3:]]
-    return [*row[:2], f"{found['eps']:g}", *("" if value is None else f"{value:.1f}" for value in said)]
+    return [*row[:2], f"{found['eps']:g}", *(f"{found[column]:.1f}" for column in table.head[3:])]
 
 
 def of_transfer(table: Table, row: list[str]) -> list[str]:
@@ -229,7 +229,6 @@ def of_masks(table: Table, row: list[str]) -> list[str]:
     return [*row[:4], *figures, *("" if count is None else str(count) for count in robust)]
 
 
-MAPPED = ("apgd-ce", "apgd-t", "fab-t", "square", "bpda", "zero-order-pgd")
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
@@ -242,6 +241,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
+    ("ensemble", "vote", "eps", "clean"): of_larger,
     ("model", "own (%)", "transfer (%)"): of_transfer,
     ("attack", "draws of a step"): of_purified,
     ("rate", "temperature", "batch norm", "step"): of_masks,
