@@ -34,6 +34,7 @@ def tell(attack: str, row: dict[str, Any]) -> None:
 @click.option("--model", "name", required=True, help="An ensemble of front-ended networks.")
 @click.option("--draws", default=10, show_default=True, help="By which the judge decides on the randomized ensemble.")
 @click.option("--eot-iter", default=5, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @image_options("runs/frontends")
 def main(
     name: str,
@@ -44,11 +45,12 @@ def main(
     n: int,
     draws: int,
     eot_iter: int,
+    device: str,
     seed: int,
     out: Path,
 ) -> None:
-    x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    members = members_of(name, model_dir, dataset, "--model")
+    x, y = (part.to(device) for part in load_dataset(dataset, data_dir=data_dir, n=n))
+    members = [member.to(device) for member in members_of(name, model_dir, dataset, "--model")]
     cells: dict[str, tuple[Any, tuple[str, ...], Settings]] = {
         "one network": (members[0], SINGLE, Settings(eps, seed=seed)),
         "randomized": (

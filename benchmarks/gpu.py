@@ -47,9 +47,9 @@ class Place:
     def models(self) -> Path:
         return self.out / "models"
 
-    def has(self, model: str) -> bool:
+    def has(self, model: str, dataset: str) -> bool:
         """Tell whether a model has been trained here, or ships."""
-        return any(self.models.rglob(f"{model}.json")) or model in list_models("digits" if self.dry else "cifar10")
+        return model in list_models("digits" if self.dry else dataset, self.models)
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,18 @@ class Training:
     network: str = "resnet20"
     start_from: tuple[str, str, int] | None = None  # recipe, network, members
     max_lr: float | None = None
+    dataset: str = "cifar10"
 
     def name(self, recipe: str, network: str, members: int, place: Place) -> str:
         return f"{recipe}_{'convnet' if place.dry else network}_{members}"
 
     def waits(self, place: Place) -> bool:
-        return self.start_from is not None and not place.has(self.name(*self.start_from, place))
+        return self.start_from is not None and not place.has(self.name(*self.start_from, place), self.dataset)
 
     def command(self, place: Place) -> list[str]:
         own = self.name(self.recipe, self.network, self.members, place)
         options: dict[str, Any] = {
-            "dataset": "digits" if place.dry else "cifar10",
+            "dataset": "digits" if place.dry else self.dataset,
             "architecture": "convnet" if place.dry else self.network,
             "members": self.members,
             "minutes": self.minutes / 300 if place.dry else self.minutes,
@@ -82,7 +83,7 @@ class Training:
             "data_dir": place.data_dir,
             "device": place.device,
             "model_dir": str(place.models),
-            "out": str(place.models / own),
+            "out": str(place.models / (own if self.dataset == "cifar10" else f"{self.dataset}_{own}")),
         }
         call = f"from defenses import train_model; print(train_model({self.recipe!r}, **{options!r}))"
         return [sys.executable, "-c", call]
@@ -98,9 +99,10 @@ class Script:
     dry_arguments: str
     needs: str | None = None
     reads: bool = True
+    dataset: str = "cifar10"
 
     def waits(self, place: Place) -> bool:
-        return self.needs is not None and not place.dry and not place.has(self.needs)
+        return self.needs is not None and not place.dry and not place.has(self.needs, self.dataset)
 
     def command(self, place: Place) -> list[str]:
         arguments = (self.dry_arguments if place.dry else self.arguments).format(models=place.models).split()
@@ -119,16 +121,25 @@ DRY_MASKS = (
 )
 DRY_CELLS = "--n 250 --attacks pgd --table-only"
 DRY_SPEED = "--models resnet20*1 --n 2 --steps 1 --repetitions 1"
+DRY_FRONT = "--model frontend_convnet_3 --dataset digits --eps 0.1 --n 1 --draws 1 --eot-iter 1"
 DRY_RANDOM = "--model multiresolution_convnet_1 --dataset digits --n 1 --eps 0.05 --attacks torchattacks:FGSM --draws 2"
 MIXED = "--backbone standard_mixed_3"
 EIGHT, THREE, EVERYWHERE = ("standard", "resnet20", 8), ("standard", "mixed", 3), "multiresolution_resnet18_1"
-RANDOM = f"--model {EVERYWHERE} --eps {8 / 255} --draws 10 --eot-iter 20 --batch-size 100 --n 100"
+ROBUST = ("dverge_at", "resnet32", 3)
+DRAWN = "--draws 10 --eot-iter 20 --batch-size 100 --n 100"
+RANDOM = f"--model {EVERYWHERE} --eps {8 / 255} {DRAWN}"
 
 
 def cells(*names: str) -> Script:
     """The columns of Table 1 that take a CPU days, of some of its cells, at 500 images."""
     arguments = f"--n 500 --attacks autoattack,a3 --model-dir {{models}} --cells {','.join(names)}"
     return Script("table1.py", arguments, DRY_CELLS, needs=names[0].partition(":")[0])
+
+
+def hundred(file: str, arguments: str, dry: str, needs: str) -> Job:
+    """A benchmark of a model of CIFAR-100 that is trained here, at the papers' radius."""
+    own = f"--model {needs} --dataset cifar100 --model-dir {{models}} --eps {8 / 255} {arguments}"
+    return Script(file, own, dry, needs=needs, dataset="cifar100")
 
 
 def speed(arguments: str) -> Script:
@@ -162,6 +173,24 @@ STAGES: dict[str, list[list[Job]]] = {  # what no CPU has reached, that of most 
         [cells("dverge_resnet20_8:voting:0.01", "dverge_resnet20_8:softmax:0.01")],
     ],
     "cells_at": [[cells("dverge_at_resnet20_8:softmax:0.03", "dverge_at_resnet20_8:voting:0.03")]],
+    "cifar100": [  # the rows of 'Ensemble everything everywhere', and of the front end, before plain and robust backbones
+        [Training("multiresolution", 9, 1, "resnet18", max_lr=5e-4, dataset="cifar100")],
+        [
+            Training("standard", 2, 3, "resnet32", dataset="cifar100"),
+            Training("frontend", 3, 3, "resnet32", max_lr=3e-6, dataset="cifar100"),
+        ],
+        [Training("dverge_at", 8, 3, "resnet32", start_from=("standard", "resnet32", 3), max_lr=0.05, dataset="cifar100")],
+    ],
+    "cifar100_front": [
+        [Training("frontend_at", 4, 3, "resnet32", ROBUST, max_lr=1e-5, dataset="cifar100")],
+    ],
+    "cifar100_rows": [
+        [
+            hundred("evaluate", f"{DRAWN} --attacks {attacks}", DRY_RANDOM, EVERYWHERE)
+            for attacks in ("autoattack-rand", "eot-apgd,crossmax-transfer")
+        ],
+        *([hundred("frontends.py", "--n 100", DRY_FRONT, f"{front}_resnet32_3")] for front in ("frontend", "frontend_at")),
+    ],
 }
 REACHED: dict[str, list[list[Job]]] = {  # whose results are kept already; run where they are named
     "eight": [

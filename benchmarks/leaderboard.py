@@ -32,8 +32,8 @@ from ensemble_attacks.files import write_whole
 from ensemble_attacks.models.passes import passes_per_image
 from ensemble_attacks.models.votes import VOTES
 
-RANDOM = ("multiresolution",)  # defenses that draw at random, and have an aggregation of their own
-FRONT_ENDED = "frontend"
+RANDOM = ("multiresolution", "purified")  # defenses that draw at random
+FRONT_ENDED = ("frontend", "purified")
 AUTO = "auto"
 SUITES = {False: "autoattack", True: "autoattack-rand"}
 SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
@@ -49,6 +49,7 @@ PAPERS = {  # of the defenses, by the beginning of their names
     "frontend": "https://arxiv.org/abs/2402.17018",
     "gal": "https://arxiv.org/abs/1901.09981",
     "multiresolution": "https://arxiv.org/abs/2408.05446",
+    "purified": "https://arxiv.org/abs/2205.07460",
     "trs": "https://arxiv.org/abs/2104.00671",
 }
 RULES = (

@@ -17,14 +17,15 @@ from typing import Any
 
 import click
 
-from benchmarks import reach, table1
+from benchmarks import members, purified, reach, table1
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE1 = ROOT / "benchmarks" / "results" / "table1"
 IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
-WAITS = ROOT / "benchmarks" / "results" / "waits"
+RESULTS = ROOT / "benchmarks" / "results"
+WAITS = RESULTS / "waits"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
     ("model", "vote", "eps", "seed", "attack"): "what the page's ten lines print: run them (tests/test_docs.py)",
@@ -172,6 +173,62 @@ def of_waits(table: Table, row: list[str]) -> list[str]:
     return [*said, "" if before is None else f"{before['waits'] / before['steps']:.1f}"]
 
 
+SIZES = (3, 5, 8)  # members, in the table of them
+MAPPED = ("apgd-ce", "apgd-t", "fab-t", "square", "bpda", "zero-order-pgd")  # attacks, in the map of front ends
+
+
+def member_cell(model: str, vote: str, shard: int, dataset: str) -> dict[str, Any]:
+    """Return the row of an ensemble in `members`' table, from its records, in one shard of so many images."""
+    defense = model.rsplit("_", 2)[0]
+    cell = Cell(model, vote, members.SIZES[dataset][defense in members.TRAINED])
+    run = Run(out=RESULTS / "members", n=shard, seed=0, data_dir="", dataset=dataset, shard=shard)
+    found = table1.row_of(cell, run, members.ATTACKS, members.COLUMNS)
+    assert found is not None
+    return found
+
+
+def of_sizes(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of three, five and eight members on digits, or as many as there are, from the records."""
+    names = [f"{row[0].strip('`')}_convnet_{size}" for size in SIZES]
+    there = [name for name in names if (CARDS / "digits" / "Linf" / f"{name}.json").exists()]
+    found = [member_cell(name, row[1], members.OF_DIGITS, "digits") for name in there]
+    columns = ("clean", *table.head[3:])
+    return row[:2] + [" / ".join(f"{each[column]:.1f}" for each in found) for column in columns]
+
+
+def of_larger(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of larger and mixed ensembles on CIFAR-10, from the records."""
+    found = member_cell(row[0].strip("`"), row[1], members.SHARD, "cifar10")
+    return [*row[:2], f"{found['eps']:g}", *(f"{found[column]:.1f}" for column in table.head[3:])]
+
+
+def of_transfer(table: Table, row: list[str]) -> list[str]:
+    """Return a row of a table of transfers, from its record."""
+    found = json.loads((RESULTS / "transfer" / f"{row[0].strip('`')}.summary.json").read_text())
+    shares = [f"{found[key]:.1f}" for key in ("own", "transfer", "from others")]
+    return [row[0], *shares, f"{found['cosine']:.2f}"]
+
+
+def of_purified(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of a purifier, from its record."""
+    name = purified.record_name("purified_convnet_1", row[0], int(row[1]))
+    found = purified.row_of(json.loads((RESULTS / "purified" / name).read_text()))
+    shares = [f"{found[column]:.1f}" for column in ("mean", f"right in all of {purified.WORST_OF}")]
+    return [*row[:2], *shares, f"{found['passes']:,.0f}"]
+
+
+def of_masks(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the map of front ends on their way, from its record."""
+    rate, temperature, norm, step = row[:4]
+    end = "" if norm == "yes" else "_nonorm"
+    name = f"standard_resnet20_3.0_17x64_{float(rate):g}_t{float(temperature):g}{end}.json"
+    record = json.loads((RESULTS / "masks" / name).read_text())
+    (at,) = [each for each in record["checkpoints"] if each["step"] == int(step)]
+    robust = [at["robust"].get(attack) for attack in MAPPED]
+    figures = [f"{at['cosine']:.2f}", f"{at['ratio']:.2f}", str(at["clean"])]
+    return [*row[:4], *figures, *("" if count is None else str(count) for count in robust)]
+
+
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
@@ -183,6 +240,11 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("claim", "theirs", "ours"): of_claims,
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
+    ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
+    ("ensemble", "vote", "eps", "clean"): of_larger,
+    ("model", "own (%)", "transfer (%)"): of_transfer,
+    ("attack", "draws of a step"): of_purified,
+    ("rate", "temperature", "batch norm", "step"): of_masks,
 }
 
 

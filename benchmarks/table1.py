@@ -58,7 +58,9 @@ def cells_of(eps: float, model_dir: str | None) -> list[Cell]:
     return [Cell(name, vote, size) for names, size in ((plain, eps), (trained, 3 * eps)) for name in names for vote in VOTES]
 
 
-def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | None:
+def row_of(
+    cell: Cell, run: Run, attacks: tuple[str, ...], columns: dict[str, tuple[str, str | None]] = COLUMNS
+) -> dict[str, Any] | None:
     """The row of a cell, over the shards that all of ``attacks`` have run; empty columns for those that have run none."""
     wanted, attacks = attacks, tuple(attack for attack in attacks if run.finished(cell, [attack]))
     shards = run.finished(cell, attacks) if attacks else []
@@ -71,7 +73,7 @@ def row_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> dict[str, Any] | N
     row: dict[str, Any] = {"defense": defense, "network": network, "members": int(members)}
     row |= {"vote": cell.vote, "eps": cell.eps, "n": n}
     row["clean"] = 100 * sum(first["clean"]["robust"] for first in firsts) / n
-    for column, (attack, stage) in COLUMNS.items():
+    for column, (attack, stage) in columns.items():
         if attack not in wanted:
             continue
         row[column] = row[f"{column} passes"] = None

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defenses import adp, adversarial, dverge, frontend, gal, multiresolution, standard, trs
+from defenses import adp, adversarial, dverge, frontend, gal, igat, multiresolution, purified, standard, trs
 from defenses.adversarial import with_adversarial_training
 from defenses.architectures import ARCHITECTURES, MIXED
 from defenses.draws import seed_draws
 from defenses.frontend import FRONT_ENDED, FrontEnded
 from defenses.multiresolution import SELF_ENSEMBLES
+from defenses.purified import PURIFIED
 from defenses.training import Plan, Recipe, Settings, train
 from defenses.training.trainer import finite
 from defenses.zoo.cards import clean_accuracies, halved, make_ensemble, read_card, write_model
@@ -39,6 +40,8 @@ RECIPES: dict[str, Recipe] = {
         frontend.ROBUST,
         multiresolution.RECIPE,
         multiresolution.LIGHT_AT,
+        purified.RECIPE,
+        *igat.RECIPES,
         *map(with_adversarial_training, _JOINT[1:]),
         with_adversarial_training(dverge.RECIPE, each_member=True),
     )
@@ -46,11 +49,13 @@ RECIPES: dict[str, Recipe] = {
 MOST_MEMBERS = 1000
 SEEDS = 2**40  # below which every epoch has seeds of its own that PyTorch takes
 BACKBONES = 3  # members of the ensemble that the backbones behind front ends are taken from
-DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20"}
+DEFAULT_ARCHITECTURE = {"digits": "convnet", "cifar10": "resnet20", "cifar100": "resnet20"}
 SETTINGS = {
     "digits": Settings(pad=1, flip=False, eps=0.1, distillation_eps=0.2),
     "cifar10": Settings(pad=4, flip=True, eps=8 / 255, distillation_eps=0.07),
+    "cifar100": Settings(pad=4, flip=True, eps=8 / 255, distillation_eps=0.07),
 }
+USUAL_CLASSES = 10  # of a network that is not told how many
 
 
 def train_model(
@@ -78,23 +83,23 @@ def train_model(
 
     Args:
         recipe: the name of the recipe, a key of ``RECIPES``.
-        dataset: ``"digits"`` or ``"cifar10"``.
-        architecture: the network of every member; ``None``: ``convnet`` for digits, ``resnet20`` for CIFAR-10.
+        dataset: ``"digits"``, ``"cifar10"`` or ``"cifar100"``.
+        architecture: the network of every member; ``None``: ``convnet`` for digits, ``resnet20`` for CIFAR.
         members: the number of members.
         epochs: the number of epochs.
         batch_size: the number of images per step.
         seed: the seed of the initial weights and of all randomness of the training.
-        data_dir: the folder that holds ``cifar-10-batches-py`` (digits need none).
+        data_dir: the folder that holds ``cifar-10-batches-py``, or ``cifar-100-python`` (digits need none).
         out: the folder of checkpoint and log.
         model_dir: the folder of the finished model; ``None``: ``out``.
         start_from: a model whose weights training starts from; ``None``: as the recipe has it (DVERGE starts from the
-            standard ensemble of this size, front ends from the backbones of an ensemble of three, the others from random
-            weights).
+            standard ensemble of this size, iGAT from that of its defense, front ends and purifiers from the backbones of an
+            ensemble of three, the others from random weights).
         max_lr: the peak of the one-cycle schedule; ``None``: the recipe's.
         device: the device to train on.
         amp: whether to run the networks in bfloat16 autocast.
         minutes: how long to train, in place of ``epochs``, with a schedule that follows the clock.
-        download: whether torchvision may fetch CIFAR-10 into ``data_dir`` where it is absent.
+        download: whether torchvision may fetch CIFAR into ``data_dir`` where it is absent.
 
     Returns:
         The path of the card.
@@ -121,11 +126,13 @@ def train_model(
     images, labels = load_dataset(dataset, "train", data_dir=data_dir, download=download)
     test_images, test_labels = load_dataset(dataset, "test", data_dir=data_dir, download=download)
     network = DEFAULT_ARCHITECTURE[dataset] if architecture is None else architecture
-    built = {**FRONT_ENDED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
+    built = {**FRONT_ENDED, **PURIFIED, **SELF_ENSEMBLES} if chosen.prefix else ARCHITECTURES
     fitting = [name.removeprefix(chosen.prefix) for name in built if name.startswith(chosen.prefix)] + list(MIXED)
     check_choice(f"architecture for the recipe {recipe!r}", network, fitting)
     architecture = chosen.prefix + network
     options: dict[str, Any] = {"negative_slope": chosen.negative_slope} if chosen.negative_slope else {}
+    if (classes := DATASETS[dataset].classes) != USUAL_CLASSES:
+        options["num_classes"] = classes
     with seeded(seed):
         ensemble = make_ensemble(architecture, members, **options)
     _check_fits(ensemble, images[:2], architecture, dataset)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from defenses.architectures import ARCHITECTURES, MIXED, networks
 from defenses.frontend import FRONT_ENDED
 from defenses.multiresolution import SELF_ENSEMBLES, SelfEnsembles
+from defenses.purified import PURIFIED
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.errors import WeightsError, said, unknown_name
 from ensemble_attacks.files import FLOATING, read_whole, tensors_in, whole_file
@@ -43,7 +44,7 @@ def make_ensemble(
     if architecture in SELF_ENSEMBLES:
         parts = [SELF_ENSEMBLES[architecture](**options) for _ in range(members)]
         return parts[0] if members == 1 else SelfEnsembles(parts)
-    known = {**ARCHITECTURES, **FRONT_ENDED}
+    known = {**ARCHITECTURES, **FRONT_ENDED, **PURIFIED}
     chosen = networks(architecture, members)
     if unknown := next((name for name in chosen if name not in known), None):
         raise unknown_name("architecture", unknown, {**known, **SELF_ENSEMBLES, **MIXED})

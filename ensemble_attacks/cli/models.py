@@ -19,9 +19,9 @@ CLEAN_DRAWS = 5  # forward passes of each, of one that draws its members
 @click.command()
 @click.argument("recipe")
 @click.option("--dataset", default="digits", help=" or ".join(DATASETS) + ".")
-@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py.")
-@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR-10 into --data-dir.")
-@click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for cifar10]")
+@click.option("--data-dir", default="data", help="The folder that holds cifar-10-batches-py, or cifar-100-python.")
+@click.option("--download", is_flag=True, help="Let torchvision fetch CIFAR into --data-dir.")
+@click.option("--architecture", help="Of every member.  [default: convnet for digits, resnet20 for CIFAR]")
 @click.option("--members", type=int, default=3)
 @click.option("--epochs", type=int, default=30)
 @click.option("--minutes", type=float, help="Train that long instead; the schedule follows the clock.")
@@ -37,7 +37,7 @@ def train(recipe: str, **options: Any) -> None:
     """Train a defense, with one command, resumable.
 
     RECIPE is standard, at, each_at, adp, gal, dverge, trs, multiresolution, frontend, or one of the last six with _at, which
-    adds adversarial training; in frontend_at it is that of the backbone.
+    adds adversarial training (in frontend_at it is that of the backbone); adp_igat, dverge_igat or purified.
     """
     from ensemble_attacks.models import providers
     from ensemble_attacks.validation import check_device

@@ -32,11 +32,16 @@ def transfer_matrix(members: Sequence[nn.Module] | nn.ModuleList, x: Tensor, y: 
     x, y = x[right], y[right]
     rows = []
     for member in members:
-        attack = torchattacks.PGD(Asked(member), eps=eps, alpha=eps / 4, steps=steps)
-        parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
-        crafted = torch.cat([attack(*part) for part in parts]) if len(x) else x
-        rows.append(torch.stack([_fooled(other, crafted, y).double().mean() for other in members]))
+        crafted = crafted_on(member, x, y, eps=eps, steps=steps)
+        rows.append(torch.stack([fooled(other, crafted, y).double().mean() for other in members]))
     return 100 * torch.stack(rows).cpu()
+
+
+def crafted_on(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    """Return images (N, C, H, W) of torchattacks' PGD on a model, with steps of eps / 4."""
+    attack = torchattacks.PGD(Asked(model), eps=eps, alpha=eps / 4, steps=steps)
+    parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    return torch.cat([attack(*part) for part in parts]) if len(x) else x
 
 
 @torch.no_grad()
@@ -46,7 +51,8 @@ def right_for_all(members: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the samples that a member gets wrong, by scores that decide something, (N,) bool."""
     scores_NK = ask(member, x)
     return (scores_NK.argmax(1) != y) & decided(scores_NK)
 
