@@ -1,6 +1,6 @@
-"""Passes until MORA-mt leaves no more robust than others do: APGD-CE, the whole AutoAttack, and APGD on soft votes.
+"""Passes until MORA-mt leaves no more robust than others do: APGD-CE, the whole AutoAttack, and PGD and APGD on soft votes.
 
-    python benchmarks/table1.py --data-dir DIR --attacks mora-mt,autoattack,soft-apgd,votes-apgd
+    python benchmarks/table1.py --data-dir DIR --attacks mora-mt,autoattack,soft-apgd,votes-pgd,votes-apgd
     python benchmarks/reach.py
 
 Runs nothing: it is from the records of `table1`. Passes are forward + backward, per image; "of AutoAttack's" is the share of
@@ -28,6 +28,7 @@ PEERS = {  # the attack that was run, and the stage of it that ends the peer, if
     "APGD-CE": ("autoattack", "apgd-ce"),
     "AutoAttack": ("autoattack", "square"),
     "soft-APGD": ("soft-apgd", None),
+    "votes-PGD": ("votes-pgd", None),
     "votes-APGD": ("votes-apgd", None),
 }
 LENIENT = 0.01  # of the images
@@ -70,8 +71,15 @@ def part_of(peer: str, attack: str, stage: str | None, shards: list[dict[str, Pa
     if not n:
         return dict.fromkeys(columns)
     ours, lenient = (passes_until(trace, n, robust + slack) for slack in (0, int(LENIENT * n)))
-    shares = (f"1/{spent / passes:.0f}" if passes < float("inf") else "never" for passes in (ours, lenient))
+    shares = (share_of(passes, spent) for passes in (ours, lenient))
     return dict(zip(columns, (100 * robust / n, spent / n, ours / n, *shares), strict=True))
+
+
+def share_of(passes: float, spent: float) -> str:
+    """Say which share of the passes ``spent`` others are; "never", if they are infinite."""
+    if passes == float("inf"):
+        return "never"
+    return f"1/{spent / passes:.0f}" if passes <= spent else f"{passes / spent:.1f}"
 
 
 @click.command()
