@@ -72,7 +72,7 @@ def planned(command: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-LOG = "When done, tell wandb, tensorboard or mlflow the figures, the settings and the digest (an extra of that name)."
+LOG = "When done, tell wandb, tensorboard or mlflow the figures, the settings and the digest; it has to be installed."
 
 
 def tracked(command: Callable[..., None]) -> Callable[..., None]:
