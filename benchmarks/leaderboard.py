@@ -143,7 +143,7 @@ COLUMNS = (
     *("dataset", "defense", "vote", "eps", "n", "clean", "standard suite", "best plain surrogate", "best known"),
     *("95% interval", "gap", "found by", "flags", "links", "passes / image", "worst of draws", "auto"),
 )
-OPTIONAL = ("worst of draws", "auto")  # columns that are left out where nothing of them was run
+OPTIONAL = ("best plain surrogate", "worst of draws", "auto")  # columns that are left out where nothing of them was run
 
 
 def cells_of(row: dict[str, Any], folder: Path) -> list[Any]:

@@ -12,6 +12,12 @@ from types import ModuleType
 from ensemble_attacks.errors import MissingExtraError, said
 
 OURS = ("ensemble_attacks", "defenses")
+APART = {"mlflow": "mlflow"}  # what is no extra, as it wants a newer requests than torchattacks does, and what to install
+
+
+def install(name: str) -> str:
+    """Return the command that installs an extra, or what is none and asked for in the same way."""
+    return f"pip install {APART[name]}" if name in APART else f"pip install 'ensemble-attacks[{name}]'"
 
 
 @contextmanager
@@ -32,9 +38,7 @@ def extra(name: str, purpose: str) -> Iterator[None]:
             raise
         lacks = isinstance(error, ModuleNotFoundError) and error.name
         found = f"{error.name}, which is not installed" if lacks else f"what cannot be imported ({said(error)})"
-        raise MissingExtraError(
-            f"{purpose} needs {found}: pip install 'ensemble-attacks[{name}]'", name=error.name, path=error.path
-        ) from error
+        raise MissingExtraError(f"{purpose} needs {found}: {install(name)}", name=error.name, path=error.path) from error
 
 
 @contextmanager

@@ -102,6 +102,12 @@ def test_long_names_are_not_cut(tmp_path: Path) -> None:
     assert name in column
 
 
+def test_hosts_are_silent_about_their_settings() -> None:
+    CliRunner().invoke(main, ["attacks", "--markdown"])
+    assert not logging.getLogger("auto-attack").isEnabledFor(logging.INFO)
+    assert logging.getLogger("auto-attack").isEnabledFor(logging.WARNING)
+
+
 def test_nowhere_is_told() -> None:
     told = invoke("verify", "nowhere")
     assert told.exit_code == 2

@@ -82,3 +82,6 @@ def main(debug: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
+    logging.getLogger("auto-attack").setLevel(
+        logging.DEBUG if debug else logging.WARNING
+    )  # AutoAttack's own, of its settings

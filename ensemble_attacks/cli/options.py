@@ -33,8 +33,8 @@ NAMED = (
     "randomized:A+B+C?probabilities=0.5,0.3,0.2 of any of these."
 )
 DATA = (
-    ", ".join(DATASETS) + ", a .npz or .safetensors file of images and labels, a folder with a folder of pictures for every "
-    "class, or file.py:function.  [default: what the model's name implies]"
+    ", ".join(DATASETS) + ", a .npz, .safetensors or .pt file of images and labels, a folder with a folder of pictures for "
+    "every class, or file.py:function.  [default: what the model's name implies]"
 )
 
 
@@ -72,7 +72,7 @@ def planned(command: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-LOG = "When done, tell wandb, tensorboard or mlflow the figures, the settings and the digest (an extra of that name)."
+LOG = "When done, tell wandb, tensorboard or mlflow the figures, the settings and the digest; it has to be installed."
 
 
 def tracked(command: Callable[..., None]) -> Callable[..., None]:

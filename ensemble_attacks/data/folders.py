@@ -1,4 +1,4 @@
-"""Read files of images: ``.npz``, ``.safetensors``, and folders with a folder of pictures for every class."""
+"""Read files of images: ``.npz``, ``.safetensors``, ``.pt``, and folders with a folder of pictures for every class."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.data.opened import as_pair
-from ensemble_attacks.files import LARGEST, read_tensors, read_whole
+from ensemble_attacks.files import LARGEST, check_plain, load_tensors, read_tensors, read_whole
 
 KEYS = ("images", "labels")
-SUFFIXES = (".npz", ".safetensors")
+SAVED = (".pt", ".pth")  # by torch.save
+SUFFIXES = (".npz", ".safetensors", *SAVED)
 PACKED = 10  # how much larger than the file its arrays may be, beyond `LARGEST`
 MOST_PIXELS = 50_000_000  # of a picture
 MOST_LIST = 16 << 20  # bytes of classes.txt
@@ -23,9 +24,10 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 
 
 def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a ``.npz`` or ``.safetensors`` file that holds both under these names.
+    """Return images and labels of a ``.npz``, ``.safetensors`` or ``.pt`` file that holds both under these names.
 
-    Floating point comes as float32. Nothing is unpickled.
+    The latter may also hold them as a pair. Floating point comes as float32. Tensors and arrays alone are read, no
+    code is run.
 
     Raises:
         ValueError: Where it is no such file, or lacks a key.
@@ -46,6 +48,8 @@ def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
 def _arrays_in(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_tensors(path.resolve())[0])
+    if path.suffix in SAVED:
+        return _saved(load_tensors(path.resolve()))
     try:
         with zipfile.ZipFile(path) as archive:
             _check_sizes(archive, path.stat().st_size)
@@ -53,6 +57,19 @@ def _arrays_in(path: Path) -> dict[str, Any]:
             return {key: arrays[key] for key in arrays.files}
     except zipfile.BadZipFile:
         raise ValueError("it is no archive of arrays, as np.savez writes") from None
+
+
+def _saved(content: Any) -> dict[str, Any]:
+    """Return what ``torch.save`` wrote by name; a pair is images and labels."""
+    if isinstance(content, (tuple, list)) and len(content) == len(KEYS):
+        content = dict(zip(KEYS, content, strict=True))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}: save a dictionary or a pair of images and labels")
+    found = {str(key): value for key, value in content.items()}
+    for key in set(KEYS) & set(found):
+        check_plain(found[key], key)
+        found[key] = found[key].clone()  # what is mapped would change with the file
+    return found
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:

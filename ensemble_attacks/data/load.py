@@ -96,8 +96,8 @@ def open_dataset(
     """Open a dataset, without reading more than its labels where that can be.
 
     Args:
-        name: a dataset's name (`known_datasets`); a ``.npz`` or ``.safetensors`` file of ``images`` and ``labels``; a
-            folder with a folder of pictures for every class; or ``file.py:function`` or ``package.module:function``, which
+        name: a dataset's name (`known_datasets`); a ``.npz``, ``.safetensors`` or ``.pt`` file of ``images`` and ``labels``;
+            a folder with a folder of pictures for every class; or ``file.py:function`` or ``package.module:function``, which
             returns what `from_python` takes.
         split, data_dir, download, transform, span: as of `load_dataset`.
 
@@ -133,7 +133,7 @@ def _opened(name: str, split: str, data_dir: Path, download: bool) -> Opened:
         images, labels, classes = open_folder(path)
         return Opened(name, images, labels, classes)
     told = unknown_name("dataset", name, known_datasets())
-    raise ValueError(f"{told}; or a .npz or .safetensors file, a folder of pictures by class, or file.py:function")
+    raise ValueError(f"{told}; or a .npz, .safetensors or .pt file, a folder of pictures by class, or file.py:function")
 
 
 @lru_cache(maxsize=2)

@@ -54,7 +54,7 @@ class Binarization:
 
 
 def binarization(
-    attack: Callable[[nn.Module], Attack], model: nn.Module, x: Tensor, *, eps: float, seed: int = 0
+    attack: Callable[[nn.Module], Attack], model: nn.Module, x: Tensor, *, eps: float, seed: int = 0, repeats: int = REPEATS
 ) -> Binarization:
     """Test an attack on binary tasks made of a model ([Z22]).
 
@@ -64,6 +64,8 @@ def binarization(
         x: images (N, C, H, W); ten or so are enough.
         eps: radius of the ball, in pixel units of [0, 1].
         seed: the seed of the random points, and of all randomness while the attack runs.
+        repeats: predictions of every point that a task is made of, by which a random model gives itself away; 1 is enough
+            for a model that is known not to be random.
 
     Returns:
         The tasks that the attack solves, and those that chance does.
@@ -81,13 +83,14 @@ def binarization(
     check_images(x, "x")
     check_positive("eps", eps)
     check_count("the number of images", len(x))
+    check_count("repeats", repeats)
     with guarded(model, seed=seed, evaluate=False):
         x = beside(model, x.detach().clone())
         binary = _Binary(model, x[:1])
         generator = torch.Generator().manual_seed(seed)
         found, by_chance = [], []
         for image in x.split(1):
-            if not binary.fit(image, eps, generator):
+            if not binary.fit(image, eps, generator, repeats):
                 continue
             y = torch.zeros(1, dtype=torch.long, device=x.device)
             images = craft(attack(binary.model), image, y, seed=seed, batch_size=1, eps=eps)
@@ -150,7 +153,7 @@ class _Binary:
         return ask(self.model, images).argmax(1)
 
     @torch.no_grad()
-    def fit(self, image: Tensor, eps: float, generator: torch.Generator) -> bool:
+    def fit(self, image: Tensor, eps: float, generator: torch.Generator, repeats: int) -> bool:
         """Fit read-outs that divide the image and inner points (class 0) from one boundary point (class 1).
 
         Tell whether there are any that do.
@@ -164,7 +167,7 @@ class _Binary:
             head = self.heads[name]
             head.weight.copy_(torch.stack([torch.zeros_like(weight), weight]))
             head.bias.copy_(torch.stack([torch.zeros_like(bias), bias]))
-        predicted = torch.stack([self.predict(points) for _ in range(REPEATS)])  # a random model gives itself away
+        predicted = torch.stack([self.predict(points) for _ in range(repeats)])  # a random model gives itself away
         return bool((predicted[:, -1] == 1).all()) and not predicted[:, :-1].any()
 
     def _features(self, points: Tensor) -> dict[str, Tensor]:

@@ -44,7 +44,8 @@ class Examination:
     ) -> None:
         self.original, self.x, self.y, self.eps, self.seed, self.alone = model, x, y, eps, seed, alone
         self.structure = structure_of(model, x, seed)
-        self.counted = count_passes(prepare(model, x[:8]), on_pass)
+        self.twin = prepare(model, x[:8])
+        self.counted = count_passes(self.twin, on_pass)
         self.model: Any = self.counted
         self.eot_iter = EOT_ITER if self.structure.random else None
         self.attack = attack or self.default_attack
@@ -58,7 +59,7 @@ class Examination:
         return PGD(model, eps=eps, steps=50, n_restarts=1, seed=self.seed)
 
     def pgd(self, model: nn.Module, steps: int, eps: float, step_size: float | None = None, loss: str = "ce") -> Tensor:
-        if self.gradient(model, self.x) is None:
+        if self.gradient(model, self.x[:1]) is None:
             return self.x
         if step_size is None:
             arguments: dict[str, Any] = dict(eps=eps, steps=steps, seed=self.seed)
@@ -74,10 +75,14 @@ class Examination:
         return judge(self.original, self.x, self.y, images, eps=1.0, draws=draws).accuracy
 
     def gradient(self, model: nn.Module, x: Tensor, loss: Any = None) -> Tensor | None:
-        """Return the gradient of the negative margin, or of another loss, at images; ``None`` where there is none."""
+        """Return the gradient of the negative margin, or of another loss, at versions of the first images (n, ...).
+
+        It is ``None`` where there is none.
+        """
+        y = self.y[: len(x)]
 
         def value(scores_NK: Tensor) -> Tensor:
-            return -margin(scores_NK, self.y).sum() if loss is None else loss(scores_NK, self.y, reduction="sum")
+            return -margin(scores_NK, y).sum() if loss is None else loss(scores_NK, y, reduction="sum")
 
         return scores_and_gradient(model, x, value)[1]
 

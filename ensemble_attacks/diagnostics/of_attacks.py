@@ -100,7 +100,12 @@ def _binarization(examined: Examination, x: Tensor, next_: str) -> Check:
         return Check("binarization", NOTE, 0.0, None, "no binarization test of a random model", "", "[Z22]")
     try:
         tasks = binarization(
-            lambda net: examined.attack(net, examined.eps), examined.original, x, eps=examined.eps, seed=examined.seed
+            lambda net: examined.attack(net, examined.eps),
+            examined.twin,
+            x,
+            eps=examined.eps,
+            seed=examined.seed,
+            repeats=1,  # it is not random
         )
     except Exception as error:  # of a model without read-outs, or of an attack that wants more than two classes
         if out_of_memory(error):

@@ -9,7 +9,8 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import Asked, ask, ask_members
+from ensemble_attacks.models.ask import Asked, ask, ask_members, beside
+from ensemble_attacks.models.ensembles import asks_each
 from ensemble_attacks.scores import decided
 
 BATCH = 250
@@ -58,16 +59,23 @@ def fooled(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Member(nn.Module):
-    """A member of an ensemble that runs as the ensemble itself runs it: (N, C, H, W) -> (N, K)."""
+    """A member of an ensemble that runs as the ensemble itself runs it: (N, C, H, W) -> (N, K).
+
+    Where the ensemble asks each of its networks by itself, only the member's own is run; else all of them are.
+    """
 
     def __init__(self, ensemble: nn.Module, index: int) -> None:
         super().__init__()
         self.ensemble, self.index = ensemble, index
+        self.alone = asks_each(ensemble)
         self.training = ensemble.training
 
     def forward(self, x: Tensor) -> Tensor:
         net: Any = self.ensemble
-        return ask_members(net, x)[self.index]
+        if not self.alone:
+            return ask_members(net, x)[self.index]
+        member = net.members[self.index]
+        return ask(member, beside(member, x), f"members[{self.index}]").to(x.device)
 
 
 def draw_transfer(axes: Any, shares: Tensor) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ensemble_attacks.extras import APART, install
+
 OURS = "ensemble-attacks"
 OK, NOTE, ABSENT, BROKEN = "ok", "note", "absent", "broken"
 EXTRAS = {"robustbench": "robustbench", "timm": "timm", "report": "matplotlib", "hf": "transformers", "ray": "ray"}
@@ -21,6 +23,7 @@ EXTRAS |= {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
+    "hub": "huggingface_hub",
 }  # by extra: the package whose presence tells that somebody asked for it
 REINSTALL = "pip install --force-reinstall --no-deps robustbench==1.1.1"
 
@@ -94,13 +97,13 @@ def _requirements() -> list[Finding]:
 def _extras() -> list[Finding]:
     findings = []
     for extra, package in EXTRAS.items():
-        name, install = f"[{extra}]", f"pip install '{OURS}[{extra}]'"
+        name, command = extra if extra in APART else f"[{extra}]", install(extra)
         if not installed(package):
-            findings.append(Finding(name, ABSENT, f"not installed, needed for nothing else; to have it: {install}"))
+            findings.append(Finding(name, ABSENT, f"not installed, needed for nothing else; to have it: {command}"))
             continue
         wrong = [f"{one.name} {told}" for one in _required(OURS, extra) if (told := _unmet(one))]
         found = "; ".join(wrong) or f"{package} {installed(package)}"
-        findings.append(Finding(name, NOTE if wrong else OK, found, install if wrong else ""))
+        findings.append(Finding(name, NOTE if wrong else OK, found, command if wrong else ""))
     return findings
 
 

@@ -10,6 +10,7 @@ Shape suffixes: M members, N samples, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,12 @@ class Ensemble(nn.Module):
 def _check_number(vote: Vote, members: int) -> None:
     if vote.members not in (None, members):
         raise ValueError(f"the vote {vote.name!r} is made for {vote.members} members, there are {members}")
+
+
+def asks_each(model: Any) -> bool:
+    """Tell whether a model is an `Ensemble` each of whose members is one network, whose answer nothing is done to."""
+    own = isinstance(model, Ensemble) and type(model).member_logits is Ensemble.member_logits
+    return own and not any(isinstance(part, Together) for part in model.members) and vote_of(model).joined is None
 
 
 def shows_members(model: object) -> bool:

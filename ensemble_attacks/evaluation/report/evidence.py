@@ -12,8 +12,9 @@ from ensemble_attacks.evaluation.chains import Context
 from ensemble_attacks.evaluation.ledger import Ledger, Result
 from ensemble_attacks.evaluation.summary import verdict_of
 from ensemble_attacks.evaluation.units import CLEAN, Unit
-from ensemble_attacks.models.ask import ask, ask_members, beside
+from ensemble_attacks.models.ask import ask, beside
 from ensemble_attacks.models.preserve import private_random_state
+from ensemble_attacks.models.view import look
 
 SHOWN = 8  # images of the gallery
 COLUMNS = ("image", "label", "fooled by", "passes", "predicted", "members wrong")
@@ -111,7 +112,7 @@ def _of_range(ledger: Ledger, units: list[Unit], context: Context) -> tuple[list
             by[row].append(unit.attack)
         fooled[rows] |= found.fooled
     with private_random_state(context.settings.seed, context.model):
-        predicted, wrong = _predicted(context, speaks), _wrong(context, speaks)
+        predicted, wrong = _seen(context, speaks)
     numbers = ledger.manifest.get("rows") or range(start + n)
     members = [None if wrong is None else tuple(torch.nonzero(wrong[:, i]).flatten().tolist()) for i in range(n)]
     found_all = [
@@ -139,10 +140,20 @@ def _predicted(context: Context, x: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _wrong(context: Context, x: Tensor) -> Tensor | None:
-    """Return which members are wrong about the images of a range, (M, N); ``None`` where the model shows none."""
+def _seen(context: Context, x: Tensor) -> tuple[list[int], Tensor | None]:
+    """Return the classes that the model sees in images of a range, and which members are wrong about them, (M, N).
+
+    One pass of the members gives both. The latter is ``None`` where the model shows none; a model that draws its members
+    with known probabilities sees what it does in expectation.
+    """
     net: Any = context.model
     if not hasattr(net, "member_logits"):
-        return None
-    parts = [ask_members(net, beside(net, part)).argmax(-1).cpu() for part in x.split(context.settings.batch_size)]
-    return torch.cat(parts, 1) != context.y
+        return _predicted(context, x), None
+    predicted, members = [], []
+    for part in x.split(context.settings.batch_size):
+        found = look(net, beside(net, part), inside=True)
+        own = found.verdict_ENK if found.weights_E is None else None  # of a model that breaks ties in its own way
+        assert found.logits_MNK is not None
+        predicted += (found.scores_NK if own is None else own[0]).argmax(1).tolist()
+        members.append(found.logits_MNK.argmax(-1).cpu())
+    return predicted, torch.cat(members, 1) != context.y

@@ -1,4 +1,7 @@
-"""Draw what a model does to the images of a run: a gallery, its members, how images transfer, the surface of its margin."""
+"""Draw what a model does to the images of a run: a gallery, its members, how images transfer, the surface of its margin.
+
+The last two look at the model's twin (`twin_of`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemble_attacks.diagnostics.transfer import Member, draw_transfer, right_for_all, transfer_matrix
 from ensemble_attacks.evaluation.chains import Context
@@ -15,9 +18,10 @@ from ensemble_attacks.evaluation.report.evidence import Gathered
 from ensemble_attacks.evaluation.report.picture import Picture
 from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.evaluation.units import CLEAN, Unit
-from ensemble_attacks.models.ask import ask, ask_members, device_of
+from ensemble_attacks.models.ask import ask, ask_members, beside, device_of
 from ensemble_attacks.models.boxed import seen_from_unit_box, share_of
 from ensemble_attacks.models.surrogates import Surrogate
+from ensemble_attacks.models.twins import SEEN, prepare
 from ensemble_attacks.norms import UNIT
 from ensemble_attacks.scores import margin
 
@@ -113,18 +117,17 @@ def members(gathered: Gathered, unit: Unit, index: int) -> Picture:
     return Picture(f"members_{index}", caption, figure, ("members wrong", "ensemble fooled", "ensemble robust"), rows)
 
 
-def transfer(context: Context, unit: Unit, index: int, n: int) -> Picture | None:
-    """Draw how far adversarial examples of the first ``n`` images carry from one member to another.
+def transfer(context: Context, net: Any, unit: Unit, index: int, n: int) -> Picture | None:
+    """Draw how far adversarial examples of the first ``n`` images carry from one member of ``net`` to another.
 
     Nothing is drawn where there is one member or too many, no image that all get right, or a member without a gradient.
     """
     device = device_of(context.model, context.x.device)
     x, y = context.x[:n].to(device), context.y[:n].to(device)
-    net: Any = context.model
     eps = unit.cell.eps
     if not context.settings.plain:
         eps = share_of(context.settings.eps, context.settings.box, "attacks of others")
-        net, x = seen_from_unit_box(context.model, x, context.settings.box)
+        net, x = seen_from_unit_box(net, x, context.settings.box)
     with torch.no_grad():
         count = len(ask_members(net, x[:1]))
     if not 1 < count <= MOST_MEMBERS:
@@ -157,18 +160,32 @@ def one_share(settings: Settings) -> bool:
     return settings.mask is None
 
 
-def surface(context: Context, unit: Unit, index: int, grid: int) -> Picture:
-    """Draw the margin of the first right image along its gradient's sign and random signs, at ``grid`` points each.
+def twin_of(context: Context) -> nn.Module:
+    """Return what `transfer` and `surface` look at: a twin that computes what the model does, for less."""
+    return prepare(context.model, beside(context.model, context.x[:SEEN]))
 
-    Beside it stands the margin of the members' mean, where the model shows members.
+
+@torch.no_grad()
+def _first_right(context: Context) -> int:
+    """Return the place of the first image that the model classifies rightly; 0 where it does none."""
+    parts = zip(context.x.split(SEEN), context.y.split(SEEN), strict=True)
+    for number, (x, y) in enumerate(parts):
+        right = ask(context.model, beside(context.model, x)).argmax(1).cpu() == y
+        if right.any():
+            return number * SEEN + int(right.int().argmax())
+    return 0
+
+
+def surface(context: Context, net: Any, unit: Unit, index: int, grid: int) -> Picture:
+    """Draw the margin of ``net`` around the first right image, along its gradient's sign and random signs.
+
+    There are ``grid`` points along each. Beside it stands the margin of the members' mean, where the model shows members.
     """
     device = device_of(context.model, context.x.device)
-    nets: dict[str, Any] = {"the model": context.model}
-    if hasattr(context.model, "member_logits"):
-        nets["mean of its members' logits"] = Surrogate(context.model, "mean").eval()
-    with torch.no_grad():
-        right = torch.nonzero(ask(context.model, context.x.to(device)).argmax(1).cpu() == context.y).squeeze(-1)
-    first = int(right[0]) if len(right) else 0
+    nets: dict[str, Any] = {"the model": net}
+    if hasattr(net, "member_logits"):
+        nets["mean of its members' logits"] = Surrogate(net, "mean").eval()
+    first = _first_right(context)
     x, y = context.x[first : first + 1].to(device), context.y[first : first + 1].to(device)
     generator = torch.Generator().manual_seed(0)
     across = (2 * torch.randint(0, 2, x.shape, generator=generator, device="cpu") - 1).to(x)

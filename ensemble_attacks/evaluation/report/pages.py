@@ -23,7 +23,7 @@ from ensemble_attacks.evaluation.origins import images_of, placed_anew
 from ensemble_attacks.evaluation.report import evidence, figures, of_model
 from ensemble_attacks.evaluation.report.again import as_command, as_toml
 from ensemble_attacks.evaluation.report.argument import flags_of, standard_of, verdict
-from ensemble_attacks.evaluation.report.effort import Effort
+from ensemble_attacks.evaluation.report.effort import LEVELS, Effort
 from ensemble_attacks.evaluation.report.picture import Picture, drawn_alike
 from ensemble_attacks.evaluation.report.tables import COLUMNS, in_markdown, table_rows, title_of, without_empty, write_csv
 from ensemble_attacks.evaluation.summary import finished, lacking, run_digest, seconds_of
@@ -50,6 +50,7 @@ class Section:
     members: int
     left_out: str
     flags: list[dict[str, Any]] = field(default_factory=list)
+    looked_at: str = ""
 
     @property
     def unflagged(self) -> list[tuple[Check, list[tuple[str, str]]]]:
@@ -140,12 +141,13 @@ def _section(
     if any(unit.attack in shown["attacks"] for unit in chains[0]):
         with private_random_state(settings.seed, net):
             pictures.append(of_model.gallery(context, gathered, unit, index))
+            twin = of_model.twin_of(context)
             if linf and effort.grid:
-                pictures.append(of_model.surface(context, unit, index, effort.grid))
+                pictures.append(of_model.surface(context, twin, unit, index, effort.grid))
             if several:
                 pictures.append(of_model.members(gathered, unit, index))
                 if linf and effort.transferred and of_model.one_share(settings):
-                    pictures.append(of_model.transfer(context, unit, index, effort.transferred))
+                    pictures.append(of_model.transfer(context, twin, unit, index, effort.transferred))
         if linf and effort.diagnosed:
             tell(f"looking into {unit.cell.title}")
             diagnosis = _diagnosis(ledger, context, effort)
@@ -161,6 +163,7 @@ def _section(
         members=gathered.members,
         left_out=effort.left_out if linf else "",
         flags=[] if diagnosis is None else flags_of(diagnosis),
+        looked_at="" if diagnosis is None else _looked_at(ledger, effort),
     )
 
 
@@ -182,11 +185,24 @@ def _overview(
 def _diagnosis(ledger: Ledger, context: Context, effort: Effort) -> Diagnosis | None:
     """Return the diagnosis on the run's first images; ``None`` where there are too few, or the checks are not for them."""
     manifest, settings = ledger.manifest, context.settings
-    n = min(manifest["sweep"]["n"], effort.diagnosed)
+    n = _diagnosed(ledger, effort)
     if n < FEWEST_DIAGNOSED or not of_model.one_share(settings):
         return None
     x, y = load_dataset(**images_of(manifest), n=n)
     return diagnose(context.model, x, y, eps=settings.eps, seed=settings.seed, box=settings.box, alone=effort.alone)
+
+
+def _diagnosed(ledger: Ledger, effort: Effort) -> int:
+    """Return the number of images that the checks look at."""
+    return min(ledger.manifest["sweep"]["n"], effort.diagnosed)
+
+
+def _looked_at(ledger: Ledger, effort: Effort) -> str:
+    """Return what the checks looked at, as a sentence."""
+    n, most = _diagnosed(ledger, effort), LEVELS[0]
+    found = f"The checks looked at the first {n} images, and one by one at the first {effort.alone} of these that are right"
+    less = f" (of a smaller model, at {most[0]} and {most[1]})" if effort.diagnosed < most[0] else ""
+    return f"{found}{less}; `ensemble-attacks diagnose --n` looks at more."
 
 
 TEMPLATES = Path(__file__).parent
@@ -268,7 +284,7 @@ def _markdown(
                 for c in diagnosis.checks
             ]
             parts += [f"## Is the gradient masked? {in_markdown(section.title)}"]
-            parts += [f"Flags: {', '.join(diagnosis.flags) or 'none'}"]
+            parts += [f"Flags: {', '.join(diagnosis.flags) or 'none'}. {section.looked_at}"]
             parts += [tabulate(table, ("check", "verdict", "figure", "what it is", "source"), tablefmt="github")]
         if section.left_out:
             parts.append(f"Left out, as it takes too long with this model: {section.left_out}.")
