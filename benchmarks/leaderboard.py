@@ -37,12 +37,13 @@ FRONT_ENDED = ("frontend", "purified")
 AUTO = "auto"
 SUITES = {False: "autoattack", True: "autoattack-rand"}
 SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
+SOFT_VOTES = "votes-apgd"  # the same of soft votes, each member's at its own gap
 MEAN = "crossmax-transfer?refine=None"  # the same of the mean logits
-ATTACKS = {False: ("cw", SOFT, MEAN, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+SURROGATES = (SOFT, SOFT_VOTES, MEAN)  # APGD on one stand-in for the vote, whose images are judged on the vote
+ATTACKS = {False: ("cw", *SURROGATES, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
 WEIGHTS = Path(__file__).resolve().parents[1] / "defenses" / "weights"
-SURROGATES = (SOFT, MEAN)  # APGD on one stand-in for the vote, whose images are judged on the vote
 PAPERS = {  # of the defenses, by the beginning of their names
     "adp": "https://arxiv.org/abs/1901.08846",
     "dverge": "https://arxiv.org/abs/2009.14720",
@@ -55,12 +56,13 @@ PAPERS = {  # of the defenses, by the beginning of their names
 RULES = (
     "Every figure is the judge's, from stored images and fresh forward passes; NaN is no success, images outside the "
     "ball are refused. The standard suite is AutoAttack's, of random models that for them. The best plain surrogate "
-    "is the lower of APGD on the margin of the members' mean probability and of their mean logits, judged on the vote "
-    "itself. The best known is the single attack that leaves the lowest accuracy, the cheapest of several, with "
-    "Wilson's 95% interval over images; the gap is how far it lies below the standard suite; auto is what --attacks "
-    f"auto leaves, which is not told which attack that is. Randomized defenses are judged by {DRAWS} fresh draws of "
-    "each image, none of which an attack saw: their accuracy is the share of right draws, and one lucky draw is no "
-    "success; worst of draws is the share of images that are right in all of them. An empty field was not run."
+    "is the lowest of APGD on the margin of the members' mean probability, of soft votes, each member's at its own gap, "
+    "and of the mean logits, judged on the vote itself. The best known is the single attack that leaves the lowest "
+    "accuracy, the cheapest of several, with Wilson's 95% interval over images; the gap is how far it lies below the "
+    f"standard suite; auto is what --attacks auto leaves, which is not told which attack that is. Randomized defenses "
+    f"are judged by {DRAWS} fresh draws of each image, none of which an attack saw: their accuracy is the share of right "
+    "draws, and one lucky draw is no success; worst of draws is the share of images that are right in all of them. An "
+    "empty field was not run."
 )
 
 

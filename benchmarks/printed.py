@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks import members, purified, reach, table1
+from benchmarks import ablation, members, purified, reach, table1
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / 
 TABLE1 = ROOT / "benchmarks" / "results" / "table1"
 IMAGENET = ROOT / "benchmarks" / "results" / "imagenet" / "record.json"
 RESULTS = ROOT / "benchmarks" / "results"
+ABLATION = RESULTS / "ablation" / "digits"
 WAITS = RESULTS / "waits"
 CARDS = ROOT / "defenses" / "weights"
 NO_RECORD = {  # by the first cells of a table's head: why nothing is left to compute it from
@@ -162,6 +164,21 @@ def of_imagenet(table: Table, row: list[str]) -> list[str]:
     return row[:2] + [f"{100 * sum(of['robust']) / len(of['robust']):.1f} ({of['passes']:.1f})" for of in figures]
 
 
+def of_ablation(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of MORA's parts, from the records: its lead over a variant, by vote, and McNemar's p."""
+    said = row[:1]
+    for vote in ("voting", "softmax"):
+        (found,) = [of for of in pooled_parts() if (of["variant"], of["vote"]) == (row[0], vote)]
+        said += [found["MORA's lead"], found["p"]]
+    return said
+
+
+@cache
+def pooled_parts() -> list[dict[str, Any]]:
+    cells = [(model, vote) for model in ablation.MODELS.split(",") for vote in ("voting", "softmax")]
+    return ablation.pooled(ablation.rows_of(ABLATION, cells, list({**ablation.DECOMPOSITION, **ablation.VARIANTS})))
+
+
 def of_waits(table: Table, row: list[str]) -> list[str]:
     """Return a row of the table of waits, from its records, before the loop knew of devices and after."""
     after, before = (
@@ -240,6 +257,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("claim", "theirs", "ours"): of_claims,
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
+    ("instead of MORA", "hard votes: MORA's lead"): of_ablation,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
     ("ensemble", "vote", "eps", "clean"): of_larger,
     ("model", "own (%)", "transfer (%)"): of_transfer,

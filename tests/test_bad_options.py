@@ -72,7 +72,10 @@ def test_no_dataset_is_not_the_working_directory(tmp_path: Path, monkeypatch: py
     (folder := tmp_path / "docs").mkdir()
     Image.new("L", (8, 8)).save(folder / "picture.png")
     monkeypatch.chdir(tmp_path)
-    for command, told in ((EVALUATE, "the dataset has no name"), (TRAIN, "unknown dataset '': known: cifar10, digits")):
+    for command, told in (
+        (EVALUATE, "the dataset has no name"),
+        (TRAIN, "unknown dataset '': known: cifar10, cifar100, digits"),
+    ):
         result = CliRunner().invoke(main, [*command, "--out", "out", "--dataset", ""])
         assert (result.exit_code, type(result.exception)) == (2, SystemExit)
         assert told in " ".join(result.output.split())

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import ablation, printed, randomized
-from benchmarks.records import paired, passes_of, robust_of
+from benchmarks.records import lead_of, paired, passes_of, robust_of
 
 TABLES = [table for table in printed.tables() if not printed.known(table.head, printed.NO_FIGURES)]
 RECORDED = [table for table in TABLES if printed.known(table.head, printed.SOURCES)]
@@ -39,6 +39,7 @@ def test_tables_that_ship_are_those_of_their_records() -> None:
     for name, variants in (("digits", ablation.VARIANTS), ("digits_decomposition", ablation.DECOMPOSITION)):
         stored = json.loads((results / "ablation" / f"{name}.json").read_text())
         assert ablation.rows_of(folder, cells, list(variants)) == stored
+        assert ablation.pooled(stored) == json.loads((results / "ablation" / f"{name}_pooled.json").read_text())
     found = {}
     for path in (results / "randomized" / "digits").glob("*.json"):
         record = json.loads(path.read_text())
@@ -50,6 +51,12 @@ def test_tables_that_ship_are_those_of_their_records() -> None:
         records = [json.loads(path.read_text()) for path in shipped.glob("*.json")]
         assert len({(record["code"], record["seed"], record["n"], record["eps"]) for record in records}) == 1
         assert all(len(record["flags"]) == len(record["clean"]) == record["n"] for record in records)
+
+
+def test_a_lead_has_an_interval() -> None:
+    assert lead_of(0, 0, 100) == "0.0 [-1.9, 1.9]"
+    assert lead_of(1, 11, 100) == "10.0 [3.1, 16.5]"
+    assert lead_of(11, 1, 100) == "-10.0 [-16.5, -3.1]"
 
 
 def test_records_are_paired_image_by_image() -> None:

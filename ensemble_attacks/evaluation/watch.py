@@ -15,6 +15,7 @@ from ensemble_attacks.evaluation.settings import Settings
 from ensemble_attacks.judge import outside
 from ensemble_attacks.models.passes import CountingModel
 from ensemble_attacks.norms import NORMS
+from ensemble_attacks.scores import decided
 
 FEATURES = 256  # by so many of its features, evenly spread, an image is told from the others
 FINE = 128  # a row of the trace is one step of each sample, beyond so many as many as share their leading bits
@@ -37,13 +38,18 @@ class Watch:
         self._passes_2T = torch.zeros(2, 1, dtype=torch.long)  # forward and backward ones of all samples, step by step
 
     def see(self, images: Tensor, scores: Tensor) -> Callable[[], None]:
-        """Book a forward pass of images (B, ...) with scores (B, K); return what books their backward pass."""
-        images, wrong_for = images.detach(), scores.detach().argmax(-1).cpu()
+        """Book a forward pass of images (B, ...) with scores (B, K); return what books their backward pass.
+
+        Images of another shape are those of no sample, and are not booked.
+        """
+        if not len(images) or images.shape[1:] != self._x.shape[1:]:
+            return lambda: None
+        images, scores = images.detach(), scores.detach()
         self._keys_NF = self._keys_NF.to(images.device)
         order = NORMS[self._settings.norm].order
         rows = torch.cdist(self._key(images), self._keys_NF, p=order).argmin(1).cpu()
-        steps = self._steps_N[rows]
-        new = torch.nonzero((wrong_for != self._y[rows]) & (self._fooled_N[rows] == NEVER)).squeeze(-1)
+        steps, wrong = self._steps_N[rows], decided(scores).cpu() & (scores.argmax(-1).cpu() != self._y[rows])
+        new = torch.nonzero(wrong & (self._fooled_N[rows] == NEVER)).squeeze(-1)
         if len(new):
             left = self._outside(rows[new], images[new.to(images.device)]).cpu()
             self._fooled_N[rows[new[~left]]] = steps[new[~left]]

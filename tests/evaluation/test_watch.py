@@ -59,7 +59,7 @@ def watch() -> Watch:
 
 
 def scores_of(*predicted: int) -> Tensor:
-    return nn.functional.one_hot(torch.tensor(predicted), 2).float()
+    return nn.functional.one_hot(torch.tensor(predicted, dtype=torch.long), 2).float()
 
 
 def test_only_images_in_the_ball_count(watch: Watch) -> None:
@@ -68,6 +68,14 @@ def test_only_images_in_the_ball_count(watch: Watch) -> None:
     watch.see(torch.tensor([[0.65]]), scores_of(1))
     assert [row["fooled"] for row in watch.rows()] == [1, 1]
     assert watch.rows()[-1]["robust"] == 1
+
+
+def test_what_is_no_sample_and_no_decision_is_no_success(watch: Watch) -> None:
+    watch.see(torch.zeros(2, 2), scores_of(1, 1))()
+    watch.see(torch.zeros(0, 1), scores_of())()
+    assert sum(row["forwards"] for row in watch.rows()) == 0
+    watch.see(torch.tensor([[0.1]]), torch.tensor([[0.0, torch.nan]]))()
+    assert [row["fooled"] for row in watch.rows()] == [0]
 
 
 def test_many_steps_share_a_row(watch: Watch) -> None:

@@ -70,7 +70,7 @@ def _convergence(ledger: Ledger, chains: list[list[Unit]], cell: dict[str, Any],
     axes.legend(fontsize=8)
     caption = (
         f"{title}: what is left robust, against the passes spent; a dot is the judge's verdict, and all there is of "
-        "attacks of others on a random model"
+        "attacks of one pass, and of others' on a random model"
     )
     return Picture(f"convergence_{index}", caption, figure, ("attack", "passes", "robust %"), rows)
 
@@ -87,6 +87,8 @@ def _points(ledger: Ledger, units: tuple[Unit, ...]) -> list[tuple[float, float]
         for row in info["trace"]:
             spent, fooled = moments.get((row["stage"], row["step"]), (0.0, 0.0))
             moments[row["stage"], row["step"]] = spent + row["forwards"] + row["backwards"], fooled + row["fooled"]
+    if len(moments) < 2:  # of one pass, nothing converges
+        return []
     first = [info["trace"][0] for info in attacked]
     points, spent, robust = [], 0.0, float(sum(row["robust"] + row["fooled"] for row in first))
     for _, (more, fooled) in sorted(moments.items()):
