@@ -92,7 +92,8 @@ def of_table1(table: Table, row: list[str]) -> list[str]:
     for name in table.head[4:]:
         passes = passes or name.startswith("passes / image: ")
         column = COLUMNS.get(name := name.removeprefix("passes / image: "), name)
-        said.append(f"{found[f'{column} passes']:,.0f}" if passes else f"{found[column]:.1f}")
+        value = found.get(f"{column} passes" if passes else column)
+        said.append("" if value is None else f"{value:,.0f}" if passes else f"{value:.1f}")
     return said
 
 
