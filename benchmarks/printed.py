@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -180,6 +181,19 @@ def pooled_parts() -> list[dict[str, Any]]:
     return ablation.pooled(ablation.rows_of(ABLATION, cells, list({**ablation.DECOMPOSITION, **ablation.VARIANTS})))
 
 
+def of_truth(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of gaps to the exact robust accuracy: the largest over the cells where it is known."""
+    attack, votes = row[0].strip("`"), ("drawn",) if "drawn" in row[1] else ("logits", "voting")
+    cells = [
+        found
+        for found in json.loads((RESULTS / "truth" / "truth.json").read_text())
+        if found["attack"] == attack and found["vote"] in votes
+    ]
+    early = [float(cell["gap at 1/20"]) for cell in cells if cell["gap at 1/20"]]
+    figures = [f"{max(float(cell['gap']) for cell in cells):.1f}", f"{max(early):.1f}" if early else ""]
+    return [row[0], row[1], str(len(cells)), *figures, f"{fmean(cell['passes'] for cell in cells):,.0f}"]
+
+
 def of_waits(table: Table, row: list[str]) -> list[str]:
     """Return a row of the table of waits, from its records, before the loop knew of devices and after."""
     after, before = (
@@ -258,6 +272,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("claim", "theirs", "ours"): of_claims,
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
+    ("attack", "vote", "cells", "largest gap"): of_truth,
     ("instead of MORA", "hard votes: MORA's lead"): of_ablation,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
     ("ensemble", "vote", "eps", "clean"): of_larger,
