@@ -106,13 +106,11 @@ def of_reach(table: Table, row: list[str]) -> list[str]:
     for name in table.head[2:]:
         if name.endswith(" leaves"):
             peer = name.removesuffix(" leaves")
-            said.append(f"{found[peer]:.1f}")
-        elif name == "in passes":
-            said.append("{:,.0f}".format(found[f"{peer}'s passes"]))
-        elif name == "MORA as few in":
-            said.append("{:.1f}".format(found[f"MORA's to {peer}'s"]))
-        else:
-            said.append(found[f"of {peer}'s" + name.removeprefix("share")])
+        key, form = {"in passes": (f"{peer}'s passes", ",.0f"), "MORA as few in": (f"MORA's to {peer}'s", ".1f")}.get(
+            name, (peer, ".1f")
+        )
+        value = found[f"of {peer}'s" + name.removeprefix("share")] if name.startswith("share") else found[key]
+        said.append("" if value is None else value if isinstance(value, str) else f"{value:{form}}")
     return said
 
 
