@@ -28,9 +28,10 @@ TITLES = {"voting": "hard votes", "softmax": "mean probability", "logits": "mean
 @click.option("--vote", default="voting", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(table: Path, vote: str, out: Path) -> None:
-    rows: list[dict[str, Any]] = [row for row in json.loads(table.read_text()) if row["vote"] == vote]
+    three = [row for row in json.loads(table.read_text()) if row["members"] == 3]
+    rows: list[dict[str, Any]] = [row for row in three if row["vote"] == vote]
     if not rows:
-        raise click.BadParameter(f"{table} has no row of {vote!r}", param_hint="--vote")
+        raise click.BadParameter(f"{table} has no row of {vote!r} and three members", param_hint="--vote")
     with style.context("tableau-colorblind10"):
         axes = (figure := Figure(figsize=(7.5, 3.4), layout="constrained")).subplots()
         shown = {column: label for column, label in ATTACKS.items() if any(row.get(column) is not None for row in rows)}
