@@ -44,7 +44,7 @@ def main(table: Path, vote: str, out: Path) -> None:
         names = [f"{row['defense']}\nLinf {row['eps']:g}" for row in rows]
         axes.set(xticks=range(len(rows)), xticklabels=names, ylabel="robust accuracy (%)")
         axes.set_title(f"CIFAR-10, three ResNet-20, {TITLES[vote]}, first {rows[0]['n']} test images", fontsize=10)
-        axes.legend(ncols=len(shown), frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(shown), frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(out, dpi=130)
 
