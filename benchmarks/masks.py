@@ -62,7 +62,7 @@ class Trajectory:
 
     def __init__(self, net: FrontEnded, rate: float, pgd_steps: int, amp: bool) -> None:
         self.net, self.pgd_steps, self.amp = net, pgd_steps, amp
-        self.optimizer = adamw(net.parameters())
+        self.optimizer = adamw([parameter for parameter in net.parameters() if parameter.requires_grad])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 

@@ -105,7 +105,7 @@ FRONT_ENDED: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in parameters if parameter.requires_grad])
+    return torch.optim.AdamW(parameters)
 
 
 RECIPE = Recipe(

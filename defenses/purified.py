@@ -109,14 +109,10 @@ def loss(batch: Batch) -> Tensor:
     return torch.stack([F.mse_loss(foretold.float(), noise) for foretold in found]).sum()
 
 
-def of_denoisers(parameters: Any) -> torch.optim.Optimizer:
-    return adam([parameter for parameter in parameters if parameter.requires_grad])
-
-
 RECIPE = Recipe(
     name="purified",
     loss=loss,
-    optimizer=of_denoisers,
+    optimizer=adam,
     max_lr=4e-3,
     start_from="standard",
     prefix=PREFIX,

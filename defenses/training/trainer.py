@@ -105,7 +105,7 @@ def train(
     device = torch.device(device)
     ensemble = ensemble.to(device).to(memory_format=torch.channels_last)
     images, labels = images.to(device), labels.to(device)
-    optimizer = plan.recipe.optimizer(ensemble.parameters())
+    optimizer = plan.recipe.optimizer([parameter for parameter in ensemble.parameters() if parameter.requires_grad])
     schedule = plan.schedule(optimizer, steps)
     rounds, epoch, seconds, mean_loss = 0, 0.0, 0.0, float("nan")
     if state is not None:

@@ -82,6 +82,5 @@ def main(debug: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
-    logging.getLogger("auto-attack").setLevel(
-        logging.DEBUG if debug else logging.WARNING
-    )  # AutoAttack's own, of its settings
+    # AutoAttack's own, of its settings
+    logging.getLogger("auto-attack").setLevel(logging.DEBUG if debug else logging.WARNING)
