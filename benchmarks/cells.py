@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.options import named
+from benchmarks.options import file_name, named
 from benchmarks.records import as_flags, save
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
@@ -63,7 +63,7 @@ class Run:
         return range(self.n // self.shard)
 
     def folder(self, cell: Cell, shard: int, attack: str) -> Path:
-        return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / f"{shard}_{attack}"
+        return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / file_name(f"{shard}_{attack}")
 
     def attack(self, cells: Iterable[Cell], attacks: Iterable[str]) -> None:
         """Run what has not been run."""
