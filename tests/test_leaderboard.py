@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import leaderboard, radii
+from benchmarks import crossmax, frontends, leaderboard, radii
 
 RUN = ["--datasets=digits", "--n=5", "--models=standard_convnet_3"]
 
@@ -51,3 +51,22 @@ def test_radii_are_run_once_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 1000
     again = CliRunner().invoke(radii.main, [*options, "--table-only"], catch_exceptions=False)
     assert again.output == run.output
+
+
+def test_attacks_on_front_ends_and_on_crossmax_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontends, "KINDS", {"one network": ("pgd?steps=2",), "randomized": ("eot-apgd?steps=2",)})
+    monkeypatch.setattr(frontends, "SINGLE", frontends.KINDS["one network"])
+    monkeypatch.setattr(frontends, "RANDOM", frontends.KINDS["randomized"])
+    same = ["--dataset=digits", "--n=4", "--eps=0.3", f"--out={tmp_path}"]
+    for command, options in (
+        (frontends.main, ["--model=frontend_convnet_3"]),
+        (crossmax.main, ["--models=standard_convnet_3,gal_convnet_3", "--attacks=APGD-100,PGD-100 on the mean"]),
+    ):
+        run = CliRunner().invoke(command, [*same, *options], catch_exceptions=False)
+        again = CliRunner().invoke(command, [*same, *options, "--table-only"], catch_exceptions=False)
+        assert again.output.splitlines()[2:] == run.output.splitlines()[-len(again.output.splitlines()) + 2 :]
+    rows = json.loads((tmp_path / "frontend_convnet_3_digits.json").read_text())
+    assert [row["attack"] for row in rows] == ["clean", "pgd?steps=2", "clean", "eot-apgd?steps=2"]
+    rows = json.loads((tmp_path / "digits.json").read_text())
+    assert [row["attack"] for row in rows] == ["none", "APGD-100", "PGD-100 on the mean"]
+    assert rows[0]["robust"] >= rows[1]["robust"]
