@@ -41,7 +41,7 @@ SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
 SOFT_VOTES = "votes-apgd"  # the same of soft votes, each member's at its own gap
 MEAN = "crossmax-transfer?refine=None"  # the same of the mean logits
 SURROGATES = (SOFT, SOFT_VOTES, MEAN)  # APGD on one stand-in for the vote, whose images are judged on the vote
-ATTACKS = {False: ("cw", *SURROGATES, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+ATTACKS = {False: ("cw", *SURROGATES, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer", "mora")}
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
 WEIGHTS = Path(__file__).resolve().parents[1] / "defenses" / "weights"
