@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -112,6 +112,20 @@ def of_reach(table: Table, row: list[str]) -> list[str]:
         value = found[f"of {peer}'s" + name.removeprefix("share")] if name.startswith("share") else found[key]
         said.append("" if value is None else value if isinstance(value, str) else f"{value:{form}}")
     return said
+
+
+PAIRED = {"soft-APGD": "soft-apgd", "votes-PGD": "votes-pgd", "votes-APGD": "votes-apgd"}
+
+
+def of_pairs(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of MORA-mt beside soft votes, judged on the hard vote of twice as many images."""
+    cell, run = cell_named(row[0].strip("`"), "voting"), replace(run_of_table1(), n=500)
+    (pair,) = [of for of in table1.pairs_of(cell, run, (table1.OURS, PAIRED[row[1]])) if of["n"] == run.n]
+    reached = reach.row_of(cell, run)
+    assert reached is not None
+    left = (reached[row[1]], reached[row[1]] - 100 * (pair["robust to it alone"] - pair["robust to MORA-mt alone"]) / run.n)
+    passes = (reached[f"{row[1]}'s passes"], reached[f"MORA's to {row[1]}'s"])
+    return [*row[:2], *(f"{share:.1f}" for share in left), pair["lead"], pair["p"], *(f"{spent:.1f}" for spent in passes)]
 
 
 def rounded(values: list[float], printed: str) -> str:
@@ -326,6 +340,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("defense (3 members)", "vote", "APGD-CE leaves"): of_reach,
     ("dataset", "model", "clean accuracy of the members (%)"): of_cards,
     ("claim", "theirs", "ours"): of_claims,
+    ("defense (3 members)", "beside"): of_pairs,
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
     ("attack", "vote", "cells", "largest gap"): of_truth,
