@@ -23,6 +23,9 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    if images.layout != torch.strided or images.is_nested or images.is_meta:
+        kind = "nested" if images.is_nested else "on the device 'meta'" if images.is_meta else images.layout
+        raise TypeError(f"{name} must be a dense tensor that holds values, got one that is {kind}")
     if not images.is_floating_point():
         raise TypeError(f"{name} has dtype {images.dtype}: convert to floating point in {box}, such as {name}.float() / 255")
     if images.dim() < 2:

@@ -116,6 +116,17 @@ def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) ->
         make()
 
 
+@pytest.mark.parametrize("images", [torch.rand(2, 1, 4, 4).to_sparse(), torch.rand(2, 1, 4, 4, device="meta")], ids=str)
+def test_images_that_hold_no_values_of_their_own(images: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match="dense tensor"):
+        APGD(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), eps=0.1, steps=2)(images, torch.tensor([0, 1]))
+
+
+def test_several_networks_are_made_one_by_as_ensemble() -> None:
+    with pytest.raises(TypeError, match="as_ensemble"):
+        MORA([nn.Linear(4, 2), nn.Linear(4, 2)], eps=0.1)  # type: ignore[arg-type]
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     model = make_ensemble(dtype=torch.float32)
     betas = np.array([0.5, 0.0], dtype=np.float32)
