@@ -13,6 +13,8 @@ from torch import Tensor
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.norms import UNIT, Box, attacked_norms, in_parts
 
+SUMS_TO = 1e-2  # how far from 1 rounding, also in half precision, may carry the sum of probabilities
+
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
     """Check that images are floating point, (N, ...), finite and in the box (give or take ``slack``).
@@ -120,6 +122,27 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"member_logits of {model} returns {logits.dtype}: expected floating-point logits")
+
+
+def check_probabilities(probabilities: Tensor, model: str) -> None:
+    """Raise a `ValueError` unless the probabilities (M,) with which a model draws its members are such, and sum to 1."""
+    if probabilities.dim() != 1 or not len(probabilities):
+        raise ValueError(f"the probabilities of {model} have shape {tuple(probabilities.shape)}: expected (M,), M members")
+    values = probabilities.double().tolist()
+    if not (min(values) >= 0 and abs(sum(values) - 1) <= SUMS_TO):
+        raise ValueError(
+            f"the probabilities of {model} are {[round(p, 6) for p in values]} and sum to {sum(values):g}: it draws members "
+            "with them, so that they must be at least 0 and sum to 1"
+        )
+
+
+def check_one_each(probabilities: Tensor, logits_MNK: Tensor, model: str) -> None:
+    """Raise a `ValueError` unless there is a probability (M,) for each of the members that answered (M, N, K)."""
+    if len(probabilities) != len(logits_MNK):
+        raise ValueError(
+            f"the probabilities of {model} are {len(probabilities)}, but member_logits returns {len(logits_MNK)} members: "
+            "give one for each"
+        )
 
 
 def check_norm(norm: str) -> None:

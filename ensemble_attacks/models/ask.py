@@ -13,7 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from ensemble_attacks.models.held import modules_of
 from ensemble_attacks.scores import bounded_below
-from ensemble_attacks.validation import check_label_range, check_member_logits, check_same_classes, check_scores
+from ensemble_attacks.validation import (
+    check_label_range,
+    check_member_logits,
+    check_probabilities,
+    check_same_classes,
+    check_scores,
+)
 
 
 class Function(nn.Module):
@@ -56,7 +62,7 @@ def as_module(model: object) -> nn.Module:
 
 def check_alone(model: nn.Module) -> None:
     """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation, or without
-    gradients, as it was made in inference mode."""
+    gradients, as it was made in inference mode; a `ValueError` where it draws members with what are no probabilities."""
     for part in modules_of(model):
         if any(kind.__name__ in COLLECTIVE for kind in type(part).__mro__):
             raise TypeError(
@@ -73,6 +79,10 @@ def check_alone(model: nn.Module) -> None:
             f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
             "pass copy.deepcopy(model), called outside"
         )
+    for part in modules_of(model):
+        drawn = part._buffers.get("probabilities", vars(part).get("probabilities"))
+        if isinstance(drawn, Tensor) and hasattr(part, "member_logits"):
+            check_probabilities(drawn, type(part).__name__)
 
 
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
