@@ -16,6 +16,13 @@ from ensemble_attacks.norms import UNIT, Box, attacked_norms, in_parts
 SUMS_TO = 1e-2  # how far from 1 rounding, also in half precision, may carry the sum of probabilities
 
 
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise a `TypeError` for a tensor that is sparse, nested, or holds no values."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "on the device 'meta'" if tensor.is_meta else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor that holds values, got one that is {kind}")
+
+
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
     """Check that images are floating point, (N, ...), finite and in the box (give or take ``slack``).
 
@@ -25,9 +32,7 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
-    if images.layout != torch.strided or images.is_nested or images.is_meta:
-        kind = "nested" if images.is_nested else "on the device 'meta'" if images.is_meta else images.layout
-        raise TypeError(f"{name} must be a dense tensor that holds values, got one that is {kind}")
+    check_dense(images, name)
     if not images.is_floating_point():
         raise TypeError(f"{name} has dtype {images.dtype}: convert to floating point in {box}, such as {name}.float() / 255")
     if images.dim() < 2:
@@ -61,6 +66,7 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    check_dense(labels, name)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {labels.dtype}: expected integer class indices, such as {name}.long()")
     if labels.dim() != 1 or len(labels) != len(images):
