@@ -136,7 +136,9 @@ def of_claims(table: Table, row: list[str]) -> list[str] | None:
     """Return a row of what is claimed and found, where its command left records; of Table 1, the claim names the columns."""
     named = CELL.search(row[4])
     if named is None:
-        figures = {f"{figure:.1f}" for command, kept in CLAIM_RECORDS.items() if command in row[4] for figure in kept(row[4])}
+        figures = {
+            f"{figure:.1f}" for command, kept in CLAIM_RECORDS.items() if command in row[4] for figure in kept(row[4])
+        }
         said = re.sub(r"\d+\.\d", lambda figure: figure[0] if figure[0] in figures else "?", row[2])
         return [*row[:2], said, *row[3:]] if figures else None
     model, vote, eps = named.groups()
