@@ -15,7 +15,7 @@ from typing import Any
 import click
 from torch import Tensor, nn
 
-from benchmarks.options import image_options
+from benchmarks.options import Benchmark, image_options
 from benchmarks.tables import save_table
 from ensemble_attacks import EOTAPGD, CrossMaxTransfer, Surrogate, judge
 from ensemble_attacks.data import load_dataset
@@ -37,7 +37,7 @@ class Mean(nn.Module):
         return self.surrogate(x)
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", "name", required=True)
 @click.option("--steps", default=50, show_default=True, help="Of the first table.")
 @click.option("--eot-iter", default=5, show_default=True, help="Of the first table.")
