@@ -23,7 +23,7 @@ def test_pgd_does_what_torchattacks_does(digits_model: Ensemble, digits: tuple[T
     theirs = left(digits_model, torchattacks.PGD(digits_model, eps=EPS, alpha=EPS / 4, steps=40), *digits)
     ours = left(digits_model, PGD(digits_model, eps=EPS, steps=40, n_restarts=1), *digits)
     assert abs(ours - theirs) <= 3  # of 100: the random starts differ
-    assert left(digits_model, PGD(digits_model, eps=EPS, steps=40, n_restarts=5), *digits) <= theirs
+    assert left(digits_model, PGD(digits_model, eps=EPS, steps=40, n_restarts=2), *digits) <= theirs
 
 
 @pytest.mark.parametrize("digits_model", slow_but(["voting"], VOTES), indirect=True)

@@ -196,7 +196,7 @@ def short(model: nn.Module, eps: float) -> Attack:
 
 
 def confined(model: nn.Module, eps: float) -> Attack:
-    return PGD(model, eps=1e-3, n_restarts=1)
+    return PGD(model, eps=1e-3, steps=50, n_restarts=1)
 
 
 FAILURES: dict[str, tuple[Callable[[nn.Module, float], Attack], str, str | None]] = {
@@ -230,7 +230,7 @@ def test_an_attack_that_looks_at_the_members_or_leaves_the_ball(images: tuple[Te
     x, y = images[0][:6], images[1][:6]
     found = indicators(lambda net, eps: MORA(net, eps=eps, steps=20), standard(), x, y, eps=EPS)
     assert found.silent_success.sum() == found.incomplete_optimization.sum() == 0
-    far = indicators(lambda net, eps: PGD(net, eps=0.9, n_restarts=1), standard(), x, y, eps=1e-3)
+    far = indicators(lambda net, eps: PGD(net, eps=0.9, steps=50, n_restarts=1), standard(), x, y, eps=1e-3)
     assert far.silent_success.sum() == 0
     blind = indicators(lambda net, eps: Blind("Blind", net), standard(), x, y, eps=EPS)
     assert blind.silent_success.isnan().all()
