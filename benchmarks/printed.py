@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, crossmax, frontends, members, purified, randomized, reach, table1
+from benchmarks import ablation, crossmax, frontends, members, purified, randomized, reach, table1, votes
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +183,18 @@ def pooled_parts() -> list[dict[str, Any]]:
     return ablation.pooled(ablation.rows_of(ABLATION, cells, list({**ablation.DECOMPOSITION, **ablation.VARIANTS})))
 
 
+def of_votes(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of attacks on one vote that the hard vote judges, from the records of all seeds."""
+    model, attack = (name.strip("`") for name in row[:2])
+    stored = [json.loads(path.read_text()) for path in (RESULTS / "votes" / "digits").glob(f"{model}_{attack}_*.json")]
+    records = {votes.Key(model, attack, record["vote"], record["seed"]): record for record in stored}
+    (found,) = [of for of in votes.transfers(records) if of["judged on"] == "voting"]
+    (fooled,) = [of for of in votes.members_fooled(records) if of["on"] == "voting"]
+    said = [f"{found[f'on {vote}']:.1f} ({found[f'sd, {vote}']:.1f})" for vote in ("softmax", "voting", "logits")]
+    counts = " / ".join(f"{fooled[f'{count} fooled']:.1f}" for count in range(4))
+    return [*row[:2], *said, f"{found['own - best other']:.1f}", counts, f"{fooled['passes']:,.0f}"]
+
+
 def of_truth(table: Table, row: list[str]) -> list[str]:
     """Return a row of the table of gaps to the exact robust accuracy: the largest over the cells where it is known."""
     attack, votes = row[0].strip("`"), ("drawn",) if "drawn" in row[1] else ("logits", "voting")
@@ -317,6 +329,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
     ("attack", "vote", "cells", "largest gap"): of_truth,
+    ("ensemble", "attack", "on mean probability"): of_votes,
     ("instead of MORA", "hard votes: MORA's lead"): of_ablation,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
     ("ensemble", "vote", "eps", "clean"): of_larger,
