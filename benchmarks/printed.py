@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, crossmax, frontends, members, purified, randomized, reach, table1, votes
+from benchmarks import ablation, crossmax, frontends, members, purified, radii, randomized, reach, table1, votes
 from benchmarks.cells import Cell, Run
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +209,15 @@ def of_votes(table: Table, row: list[str]) -> list[str]:
     return [*row[:2], *said, f"{found['own - best other']:.1f}", counts, f"{fooled['passes']:,.0f}"]
 
 
+def of_radii(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of attacks over radii, from the records."""
+    model, vote, eps, attacks = row[0].strip("`"), row[1], float(row[2]), table.head[3:7]
+    stem = RESULTS / "radii" / "digits" / f"{model}_{vote}_{eps:g}"
+    found = radii.row_of((model, vote, eps), {name: json.loads(Path(f"{stem}_{name}.json").read_text()) for name in attacks})
+    shares = [f"{found[attack]:.1f}" for attack in attacks]
+    return [*row[:3], *shares, found["lead"], found["p"], f"{found['mora passes']:,.0f}"]
+
+
 def of_truth(table: Table, row: list[str]) -> list[str]:
     """Return a row of the table of gaps to the exact robust accuracy: the largest over the cells where it is known."""
     attack, votes = row[0].strip("`"), ("drawn",) if "drawn" in row[1] else ("logits", "voting")
@@ -345,6 +354,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("attack", "steps", "waits"): of_waits,
     ("attack", "vote", "cells", "largest gap"): of_truth,
     ("ensemble", "attack", "on mean probability"): of_votes,
+    ("ensemble", "vote", "radius"): of_radii,
     ("instead of MORA", "hard votes: MORA's lead"): of_ablation,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
     ("ensemble", "vote", "eps", "clean"): of_larger,

@@ -72,7 +72,7 @@ def draw(rows: list[dict[str, Any]], attacks: list[str], path: Path) -> None:
         axes.set_title(f"{model}, {vote}", fontsize=8)
     figure.supxlabel("radius (Linf)")
     figure.supylabel("robust accuracy (%)")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(attacks))
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(attacks))
     figure.savefig(path, dpi=100)
 
 
