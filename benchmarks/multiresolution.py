@@ -10,8 +10,8 @@ draws, *in all of 10* that of images that are right in every one. Four tables:
   ``--suite-steps`` instead of its 100), by its own log and judged, beside the others on its images;
 - *ablation*: EOTAPGD on the defense, with its draws frozen, with the mean of the logits instead of CrossMax, and with both;
 - *costs*: the transfer from the mean, with as many gradients in many steps or in many draws;
-- *knobs*: the strength of the noise, the resolutions (in place of the coarsest, one that stays), and CrossMax's k, changed on
-  the weights as they are, under shorter attacks.
+- *knobs*: the strength of the noise, the resolutions (in place of the coarsest, one that stays), and CrossMax's k, changed
+  on the weights as they are, under shorter attacks.
 
 Goes on where it stopped: every attack on every variant has a record, with each image's share of right draws.
 """
@@ -166,7 +166,7 @@ class Plan:
         suite: steps of AutoAttack's rand.
     """
 
-    gradients: int = 200
+    gradients: int = 100
     sweep: int = 40
     suite: int = 20
 
@@ -213,10 +213,17 @@ def attack_rows(found: dict[Case, Record]) -> list[dict[str, Any]]:
             verdicts = {f"{RAND}, by its own log": [float(flag) for flag in record["own"]], f"{RAND}, judged": judged}
         for name, shares in verdicts.items():
             low, high = (100 * end for end in wilson_interval(sum(shares), len(shares)))
-            row = {"attack": name, "steps x draws": case.budget, "n": len(shares), "mean": 100 * fmean(shares)}
+            row = {
+                "attack on the defense": name,
+                "steps x draws": case.budget,
+                "n": len(shares),
+                "mean": 100 * fmean(shares),
+            }
             row["95% interval"] = f"{low:.1f} to {high:.1f}"
             row[f"in all of {DRAWS}"] = 100 * fmean(share == 1 for share in shares) if shares is judged else None
-            rows.append(row | {f"of the first {shared}": 100 * fmean(shares[:shared]), "passes": f"{passes_of([record]):,.0f}"})
+            rows.append(
+                row | {f"of the first {shared}": 100 * fmean(shares[:shared]), "passes": f"{passes_of([record]):,.0f}"}
+            )
     return rows
 
 
@@ -234,9 +241,8 @@ def mean(record: Record, of: str = "adversarial") -> float:
 @click.option("--model", "name", required=True)
 @click.option("--gradients", default=Plan.gradients, show_default=True, help="Steps x draws of an attack.")
 @click.option("--sweep-gradients", "sweep", default=Plan.sweep, show_default=True, help="Of those in the table of knobs.")
-@click.option("--sweep-n", default=25, show_default=True, help="Test images of the table of knobs, at most.")
 @click.option("--suite-steps", "suite", default=Plan.suite, show_default=True, help="Of AutoAttack's rand.")
-@click.option("--suite-n", default=30, show_default=True, help="Test images of AutoAttack's rand, at most.")
+@click.option("--few", default=25, show_default=True, help="Test images of AutoAttack's rand and of the table of knobs.")
 @click.option("--tables", default="attacks,ablation,costs,knobs", show_default=True)
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
 @image_options("runs/multiresolution")
@@ -244,9 +250,8 @@ def main(
     name: str,
     gradients: int,
     sweep: int,
-    sweep_n: int,
     suite: int,
-    suite_n: int,
+    few: int,
     tables: str,
     table_only: bool,
     model_dir: str | None,
@@ -268,23 +273,25 @@ def main(
     if not table_only:
         x, y = load_dataset(dataset, data_dir=data_dir, n=n)
         about = {"model": name, "dataset": dataset, "weights": model_card(name, model_dir, dataset)["sha256"]}
-    for table, case in [] if table_only else [(table, case) for table in chosen for case in cases[table]]:
+    for table, case in [] if table_only else [(which, case) for which in chosen for case in cases[which]]:
         model = load_model(name, model_dir, dataset)
         if not any(isinstance(module, Multiresolution) for module in model.modules()):
             raise click.BadParameter(f"{name!r} is no self-ensemble of random resolutions", param_hint="--model")
-        few = suite_n if case.attack == RAND else sweep_n if table == "knobs" else n
-        record = run(case, model, x[:few], y[:few], folder, eps=eps, seed=seed, about=about)
+        count = few if case.attack == RAND or table == "knobs" else n
+        record = run(case, model, x[:count], y[:count], folder, eps=eps, seed=seed, about=about)
         click.echo(f"{case.variant}, {case.attack} {case.budget}: {mean(record):.1f} of {record['n']}", err=True)
-    found = {table: rows for table in chosen if (rows := rows_of(folder, table, plan))}
+    found = {which: rows for which in chosen if (rows := rows_of(folder, which, plan))}
     if not found:
         raise click.UsageError(f"{folder} holds nothing yet")
-    for table, rows in found.items():
-        click.echo(save_table(rows, out / f"{name}_{table}"))
+    for which, rows in found.items():
+        click.echo(save_table(rows, out / f"{name}_{which}"))
 
 
 def run(case: Case, model: nn.Module, x: Tensor, y: Tensor, folder: Path, *, eps: float, seed: int, about: Record) -> Record:
     """Return the record of a case, from its file or measured."""
     variant, suite = VARIANTS[case.variant], Rand()
+    draws = 1 if variant.frozen else DRAWS
+    told = {"variant": case.variant, "attack": case.attack, "steps": case.steps, "looks": case.looks, "draws": draws}
     make = partial((ATTACKS | {RAND: suite.make})[case.attack], steps=case.steps, eot_iter=case.looks, eps=eps, seed=seed)
     return measured(
         case.path(folder),
@@ -294,9 +301,9 @@ def run(case: Case, model: nn.Module, x: Tensor, y: Tensor, folder: Path, *, eps
         make,
         eps=eps,
         seed=seed,
-        draws=1 if variant.frozen else DRAWS,
+        draws=draws,
         score=(lambda images: {"own": suite.own}) if case.attack == RAND else None,
-        about=about | {"variant": case.variant, "attack": case.attack, "steps": case.steps, "looks": case.looks},
+        about=about | told,
     )
 
 

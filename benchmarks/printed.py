@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, members, purified, reach, table1
+from benchmarks import ablation, members, multiresolution, purified, reach, table1
 from benchmarks.cells import Cell, Run
+from benchmarks.tables import shown
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -259,6 +260,22 @@ def of_masks(table: Table, row: list[str]) -> list[str]:
     return [*row[:4], *figures, *("" if count is None else str(count) for count in robust)]
 
 
+EVERYWHERE = {  # tables of 'Ensemble everything everywhere', by the first cell of their heads
+    "attack on the defense": "attacks",
+    "CrossMax": "ablation",
+    "steps": "costs",
+    "variant": "knobs",
+}
+
+
+def of_everywhere(table: Table, row: list[str]) -> list[str] | None:
+    """Return a row of a table of 'Ensemble everything everywhere', from the records; its first two cells name it."""
+    folder = RESULTS / "multiresolution" / "multiresolution_resnet18_1"
+    computed = multiresolution.rows_of(folder, EVERYWHERE[table.head[0]], multiresolution.Plan())
+    cells = [["" if value is None else str(value) for value in shown(found).values()] for found in computed]
+    return next((found for found in cells if found[:2] == row[:2]), None)
+
+
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
@@ -277,6 +294,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("model", "own (%)", "transfer (%)"): of_transfer,
     ("attack", "draws of a step"): of_purified,
     ("rate", "temperature", "batch norm", "step"): of_masks,
+    **{(head,): of_everywhere for head in EVERYWHERE},
 }
 
 
