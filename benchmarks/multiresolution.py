@@ -43,6 +43,7 @@ DRAWS = 10  # by which the judge decides
 LOOKS = 5  # draws of a step, where nothing else is said
 COSTS = (1, 5, 20)  # draws of a step, in the table of costs
 RAND, RAND_LOOKS = "AutoAttack rand", 20
+OWN_LOG, JUDGED = f"{RAND}, by its own log", f"{RAND}, judged"
 
 
 class Mean(nn.Module):
@@ -210,20 +211,19 @@ def attack_rows(found: dict[Case, Record]) -> list[dict[str, Any]]:
         judged = right(record)
         verdicts: dict[str, list[float]] = {case.attack: judged}
         if case.attack == RAND:
-            verdicts = {f"{RAND}, by its own log": [float(flag) for flag in record["own"]], f"{RAND}, judged": judged}
+            verdicts = {OWN_LOG: [float(flag) for flag in record["own"]], JUDGED: judged}
         for name, shares in verdicts.items():
             low, high = (100 * end for end in wilson_interval(sum(shares), len(shares)))
+            always = 100 * fmean(share == 1 for share in shares) if shares is judged else None
             row = {
                 "attack on the defense": name,
                 "steps x draws": case.budget,
                 "n": len(shares),
                 "mean": 100 * fmean(shares),
             }
-            row["95% interval"] = f"{low:.1f} to {high:.1f}"
-            row[f"in all of {DRAWS}"] = 100 * fmean(share == 1 for share in shares) if shares is judged else None
-            rows.append(
-                row | {f"of the first {shared}": 100 * fmean(shares[:shared]), "passes": f"{passes_of([record]):,.0f}"}
-            )
+            row |= {"95% interval": f"{low:.1f} to {high:.1f}", f"in all of {DRAWS}": always}
+            row |= {f"of the first {shared}": 100 * fmean(shares[:shared]), "passes": f"{passes_of([record]):,.0f}"}
+            rows.append(row)
     return rows
 
 
@@ -242,7 +242,7 @@ def mean(record: Record, of: str = "adversarial") -> float:
 @click.option("--gradients", default=Plan.gradients, show_default=True, help="Steps x draws of an attack.")
 @click.option("--sweep-gradients", "sweep", default=Plan.sweep, show_default=True, help="Of those in the table of knobs.")
 @click.option("--suite-steps", "suite", default=Plan.suite, show_default=True, help="Of AutoAttack's rand.")
-@click.option("--few", default=25, show_default=True, help="Test images of AutoAttack's rand and of the table of knobs.")
+@click.option("--few", default=20, show_default=True, help="Test images of AutoAttack's rand and of the table of knobs.")
 @click.option("--tables", default="attacks,ablation,costs,knobs", show_default=True)
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
 @image_options("runs/multiresolution")

@@ -135,6 +135,8 @@ def of_cards(table: Table, row: list[str]) -> list[str]:
 
 def of_claims(table: Table, row: list[str]) -> list[str] | None:
     """Return a row of what is claimed and found, where it is of a cell of Table 1; the claim names its columns."""
+    if "-m benchmarks.multiresolution" in row[4]:
+        return [*row[:2], *verdicts_everywhere(), *row[4:]]
     named = CELL.search(row[4])
     if named is None:
         return None
@@ -268,10 +270,22 @@ EVERYWHERE = {  # tables of 'Ensemble everything everywhere', by the first cell 
 }
 
 
+def rows_everywhere(table: str) -> list[dict[str, Any]]:
+    return multiresolution.rows_of(RESULTS / "multiresolution" / "multiresolution_resnet18_1", table, multiresolution.Plan())
+
+
+def verdicts_everywhere() -> tuple[str, str]:
+    """Return what the suite and the adaptive attack say of its images, and how many these are, as the page prints it."""
+    found = {row["attack on the defense"]: row for row in rows_everywhere("attacks")}
+    n = found[multiresolution.JUDGED]["n"]
+    names = ("none", multiresolution.OWN_LOG, multiresolution.JUDGED, "transfer, refined")
+    clean, own, judged, adaptive = (f"{found[name][f'of the first {n}']:.1f}" for name in names)
+    return f"{clean}; {own}, {judged}; {adaptive}", f"{n}, 0; {multiresolution.DRAWS} draws"
+
+
 def of_everywhere(table: Table, row: list[str]) -> list[str] | None:
     """Return a row of a table of 'Ensemble everything everywhere', from the records; its first two cells name it."""
-    folder = RESULTS / "multiresolution" / "multiresolution_resnet18_1"
-    computed = multiresolution.rows_of(folder, EVERYWHERE[table.head[0]], multiresolution.Plan())
+    computed = rows_everywhere(EVERYWHERE[table.head[0]])
     cells = [["" if value is None else str(value) for value in shown(found).values()] for found in computed]
     return next((found for found in cells if found[:2] == row[:2]), None)
 
