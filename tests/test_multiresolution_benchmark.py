@@ -49,8 +49,8 @@ def test_attacks_leave_records_that_tables_follow_from(tmp_path: Path, monkeypat
     few = ["--n=2", "--few=1", "--tables=attacks", f"--out={tmp_path}"]
     printed = run(multiresolution.main, *few)
     rows = json.loads((tmp_path / f"{MODEL}_attacks.json").read_text())
-    names = ["none", OWN_LOG, JUDGED, "transfer"]
-    assert [(row["attack on the defense"], row["n"]) for row in rows] == list(zip(names, (2, 1, 1, 2), strict=True))
+    names = ["none", "transfer", OWN_LOG, JUDGED]
+    assert [(row["attack on the defense"], row["n"]) for row in rows] == list(zip(names, (2, 2, 1, 1), strict=True))
     record = json.loads((tmp_path / MODEL / "as_it_is_AutoAttack_rand_1x20.json").read_text())
     assert (len(record["own"]), len(record["right"]), record["draws"]) == (1, 1, multiresolution.DRAWS)
     (tmp_path / MODEL / "as_it_is_none_0x0.json").unlink()
