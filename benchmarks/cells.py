@@ -16,8 +16,9 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor, nn
 
-from benchmarks.options import named
+from benchmarks.options import file_name, named
 from benchmarks.records import as_flags, save
 from defenses import load_model, model_card
 from ensemble_attacks.data import load_dataset
@@ -63,7 +64,7 @@ class Run:
         return range(self.n // self.shard)
 
     def folder(self, cell: Cell, shard: int, attack: str) -> Path:
-        return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / f"{shard}_{attack}"
+        return self.out / f"{cell.model}_{cell.vote}_{cell.eps:g}_seed{self.seed}" / file_name(f"{shard}_{attack}")
 
     def attack(self, cells: Iterable[Cell], attacks: Iterable[str]) -> None:
         """Run what has not been run."""
@@ -85,18 +86,10 @@ class Run:
                 continue
             part = slice(shard * self.shard, (shard + 1) * self.shard)
             model = load_model(cell.model, self.model_dir, self.dataset, vote=cell.vote).to(self.device)
-            left: list[Attacked] = []
-            found = evaluate(
-                model,
-                images[part],
-                labels[part],
-                [attack],
-                Settings(cell.eps, seed=self.seed, batch_size=SHARD, draws=self.draws, eot_iter=self.eot_iter),
-                keep=partial(_keep, left),
-                report=partial(_tell, f"{cell.name} {shard}"),
-            )
+            settings = Settings(cell.eps, seed=self.seed, batch_size=SHARD, draws=self.draws, eot_iter=self.eot_iter)
             about = {"model": cell.model, "vote": cell.vote, "dataset": self.dataset, "first": shard * self.shard}
-            record(where, about | {"weights": self._weights(cell), "code": code_version()} | found, left[0])
+            about["weights"] = self._weights(cell)
+            run_attack(where, model, images[part], labels[part], attack, settings, about, told=f"{cell.name} {shard}")
 
     def _weights(self, cell: Cell) -> str:
         return model_card(cell.model, self.model_dir, self.dataset)["sha256"]
@@ -123,6 +116,24 @@ class Run:
             for where in folders.values():
                 self._checked(where, cell, shard)
         return list(done.values())
+
+
+def run_attack(
+    folder: Path,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    settings: Settings,
+    about: dict[str, Any],
+    *,
+    told: str,
+) -> None:
+    """Evaluate an attack, and store in a folder what it found, as ``summary.json``; ``about`` says of what it is."""
+    left: list[Attacked] = []
+    keep, report = partial(_keep, left), partial(_tell, told)
+    found = evaluate(model, images, labels, [attack], settings, keep=keep, report=report)
+    record(folder, about | {"code": code_version()} | found, left[0])
 
 
 def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:

@@ -3,11 +3,13 @@
     python benchmarks/crossmax.py --models standard_resnet20_3,adp_resnet20_3,gal_resnet20_3,trs_resnet20_3 --data-dir DIR
 
 The members of all the models make one ensemble. Public code for ten networks at 6/255 (KellerJordan's
-Evaluate-CrossMax-Ensemble) reports 77.8% under PGD-100 on CrossMax itself, and 2.2% for examples crafted on the mean.
+Evaluate-CrossMax-Ensemble) reports 77.8% under PGD-100 on CrossMax itself, and 2.2% for examples crafted on the mean. Goes
+on where it stopped: every attack has a record, with each image's flag.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,13 @@ import torch
 import torchattacks
 from torch import nn
 
-from benchmarks.options import image_options, members_of, named
+from benchmarks.options import file_name, image_options, members_of, named
+from benchmarks.records import Record, load, measured, passes_of, robust_of
 from benchmarks.tables import save_table
+from defenses import model_card
 from defenses.crossmax import CrossMax
-from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer, judge
+from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.models.ensembles import Ensemble
-from ensemble_attacks.models.passes import count_passes
-from ensemble_attacks.models.twins import prepare
 
 
 def published(model: nn.Module, eps: float, **settings: Any) -> torchattacks.PGD:
@@ -46,32 +47,57 @@ ATTACKS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def record_name(attack: str) -> str:
+    return file_name(attack.replace(" ", "-")).lower() + ".json"
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Return a row of the table from a record."""
+    return {"attack": record["attack"], "n": record["n"], "robust": robust_of([record]), "passes": passes_of([record])}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each record in a folder, below that of the clean images."""
+    records = [load(folder / record_name(name)) for name in ATTACKS if (folder / record_name(name)).exists()]
+    clean = [
+        {"attack": "none", "n": record["n"], "robust": robust_of([{"flags": record["clean"]}])} for record in records[:1]
+    ]
+    return [row | {"passes": 0.0} for row in clean] + [row_of(record) for record in records]
+
+
 @click.command()
 @click.option("--models", required=True, help="Comma-separated names; all their members together.")
 @click.option("--attacks", default=",".join(ATTACKS), help="Comma-separated names.  [default: all]")
+@click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
 @image_options("runs/crossmax", numerator=6)
 def main(
-    models: str, model_dir: str | None, dataset: str, data_dir: str, eps: float, n: int, seed: int, attacks: str, out: Path
+    models: str,
+    attacks: str,
+    table_only: bool,
+    model_dir: str | None,
+    dataset: str,
+    data_dir: str,
+    eps: float,
+    n: int,
+    seed: int,
+    out: Path,
 ) -> None:
-    chosen = named(attacks, ATTACKS, "--attacks")
-    torch.manual_seed(seed)  # for torchattacks' random classes
-    x, y = load_dataset(dataset, data_dir=data_dir, n=n)
-    members = members_of(models, model_dir, dataset)
-    model, mean = CrossMax(members).eval(), Ensemble(members, "logits").eval()
-    twin = prepare(model, x[:8])
-    rows: list[dict[str, Any]] = []
-    for name, defended in (("none (the mean of the logits)", mean), ("none", model)):
-        rows.append({"attack": name, "robust": 100 * judge(defended, x, y, x, eps=eps).accuracy, "passes": 0.0})
-    for name in chosen:
-        attack, arguments = ATTACKS[name]
-        counted = count_passes(twin)
-        adversarial = attack(counted, eps=eps, seed=seed, batch_size=250, **arguments)(x, y)
-        verdict = judge(model, x, y, adversarial, eps=eps)
-        passes = (counted.forwards + counted.backwards) / len(x)
-        rows.append({"attack": name, "robust": 100 * verdict.accuracy, "passes": passes})
-        click.echo(f"{name}: {verdict}", err=True)
-    click.echo(f"{len(members)} networks, {dataset}, Linf {eps:.4g}, n = {len(x)}, seed {seed}\n")
-    click.echo(save_table(rows, out / "crossmax"))
+    chosen, folder = named(attacks, ATTACKS, "--attacks"), out / file_name(dataset)
+    if not table_only:
+        x, y = load_dataset(dataset, data_dir=data_dir, n=n)
+        model = CrossMax(members_of(models, model_dir, dataset)).eval()
+        weights = [model_card(name, model_dir, dataset)["sha256"] for name in models.split(",")]
+        for name in chosen:
+            torch.manual_seed(seed)  # for torchattacks' random classes
+            attack, arguments = ATTACKS[name]
+            make = partial(attack, eps=eps, seed=seed, batch_size=250, **arguments)
+            about = {"attack": name, "models": models, "dataset": dataset, "weights": weights}
+            found = measured(folder / record_name(name), model, x, y, make, eps=eps, seed=seed, about=about)
+            click.echo(row_of(found), err=True)
+    rows = rows_of(folder)
+    if not rows:
+        raise click.UsageError(f"{folder} holds nothing yet")
+    click.echo(save_table(rows, folder))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/frontends.py --model frontend_convnet_3 --dataset digits --eps 0.1
 
 The randomized ensemble draws one of the members for every image. Boytsov et al. (arXiv:2402.17018) report, for an
-adversarially trained backbone on CIFAR-10, Linf 8/255: full AutoAttack 90.8 +- 2.5, adaptive attack 18.2 +- 3.6.
+adversarially trained backbone on CIFAR-10, Linf 8/255: full AutoAttack 90.8 +- 2.5, adaptive attack 18.2 +- 3.6. Goes on
+where it stopped: every attack has a record (see `cells`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,39 @@ from typing import Any
 
 import click
 
+from benchmarks.cells import run_attack, summary
 from benchmarks.options import file_name, image_options, members_of
 from benchmarks.tables import save_table
+from defenses import model_card
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.data import load_dataset
-from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.models.parts import premise
 from ensemble_attacks.models.passes import passes_per_image
 
 SINGLE = ("autoattack", "bpda", "front-end-reversal")
 RANDOM = ("autoattack", "autoattack-rand", "eot-apgd", "mora", "bpda", "bpda-mora")
+KINDS = {"one network": SINGLE, "randomized": RANDOM}
 
 
-def tell(attack: str, row: dict[str, Any]) -> None:
-    click.echo(f"{attack}: {100 * row['accuracy']:.1f}", err=True)
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each record in a folder, below that of the clean images."""
+    rows: list[dict[str, Any]] = []
+    for kind, attacks in KINDS.items():
+        places = {attack: folder / file_name(f"{kind}_{attack}") for attack in attacks}
+        done = {attack: summary(place) for attack, place in places.items() if (place / "summary.json").exists()}
+        for attack, found in done.items():
+            row, clean = found["attacks"][attack], found["clean"]
+            if attack == next(iter(done)):
+                rows.append({"model": kind, "attack": "clean", "n": found["n"], **_shares(clean), "passes / image": None})
+            rows.append({"model": kind, "attack": attack, "n": found["n"], **_shares(row)})
+            rows[-1]["passes / image"] = passes_per_image(row)
+    return rows
+
+
+def _shares(row: dict[str, Any]) -> dict[str, float]:
+    low, high = (100 * bound for bound in row["interval"])
+    return {"robust": 100 * row["accuracy"], "low": low, "high": high}
 
 
 @click.command()
@@ -35,6 +54,7 @@ def tell(attack: str, row: dict[str, Any]) -> None:
 @click.option("--draws", default=10, show_default=True, help="By which the judge decides on the randomized ensemble.")
 @click.option("--eot-iter", default=5, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")
 @image_options("runs/frontends")
 def main(
     name: str,
@@ -46,30 +66,28 @@ def main(
     draws: int,
     eot_iter: int,
     device: str,
+    table_only: bool,
     seed: int,
     out: Path,
 ) -> None:
-    x, y = (part.to(device) for part in load_dataset(dataset, data_dir=data_dir, n=n))
-    members = [member.to(device) for member in members_of(name, model_dir, dataset, "--model")]
-    cells: dict[str, tuple[Any, tuple[str, ...], Settings]] = {
-        "one network": (members[0], SINGLE, Settings(eps, seed=seed)),
-        "randomized": (
-            RandomizedEnsemble(members, seed=seed).eval(),
-            RANDOM,
-            Settings(eps, seed=seed, draws=draws, eot_iter=eot_iter),
-        ),
-    }
-    figures: Any = premise(members[0], "frontend", x, y)
-    click.echo(f"gradients with the front end and past it: cosine {figures['gradient_cosine']:.2f}")
-    rows: list[dict[str, Any]] = []
-    for kind, (model, attacks, settings) in cells.items():
-        summary = evaluate(model, x, y, attacks, settings, report=tell)
-        for attack, row in {"clean": summary["clean"], **summary["attacks"], "worst case": summary["worst_case"]}.items():
-            low, high = (100 * bound for bound in row["interval"])
-            passes = passes_per_image(row) if "forwards_per_image" in row else None
-            rows.append({"model": kind, "attack": attack, "robust": 100 * row["accuracy"], "low": low, "high": high})
-            rows[-1]["passes / image"] = passes
-    click.echo(save_table(rows, out / f"{file_name(name)}_{file_name(dataset)}"))
+    folder = out / f"{file_name(name)}_{file_name(dataset)}"
+    if not table_only:
+        x, y = (part.to(device) for part in load_dataset(dataset, data_dir=data_dir, n=n))
+        members = [member.to(device) for member in members_of(name, model_dir, dataset, "--model")]
+        figures: Any = premise(members[0], "frontend", x, y)
+        click.echo(f"gradients with the front end and past it: cosine {figures['gradient_cosine']:.2f}", err=True)
+        about = {"model": name, "dataset": dataset, "weights": model_card(name, model_dir, dataset)["sha256"]}
+        settings = {SINGLE: Settings(eps, seed=seed), RANDOM: Settings(eps, seed=seed, draws=draws, eot_iter=eot_iter)}
+        for kind, attacks in KINDS.items():
+            for attack in attacks:
+                where = folder / file_name(f"{kind}_{attack}")
+                if not (where / "summary.json").exists():  # every attack begins with the same state of the draws
+                    model = members[0] if attacks is SINGLE else RandomizedEnsemble(members, seed=seed).eval()
+                    run_attack(where, model, x, y, attack, settings[attacks], about | {"kind": kind}, told=kind)
+    rows = rows_of(folder)
+    if not rows:
+        raise click.UsageError(f"{folder} holds nothing yet")
+    click.echo(save_table(rows, folder))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python benchmarks/leaderboard.py --datasets digits,cifar10 --data-dir DIR --out runs/leaderboard
 
 Goes on where it stopped (see `cells`). Writes ``leaderboard.json``, from which all else is made, ``leaderboard.html`` (one
-page that needs nothing else), and the table as Markdown and CSV. ``--page-only`` makes the page from the JSON alone.
+page that needs nothing else), and the table as Markdown and CSV. ``--page-only`` makes the page from the JSON alone. Of a
+cell that was not run here, the records of `table1` beside the board are taken: ``--table-only --out
+benchmarks/results/leaderboard`` makes the board that ships anew.
 
 The page links a defense's card and paper, the records of its attacks where they lie beside the page, and a report
 (``ensemble-attacks report RUN --out CELL/report``) where one was written among them.
@@ -11,7 +13,6 @@ The page links a defense's card and paper, the records of its attacks where they
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -75,12 +76,23 @@ class Entry:
     random: bool
 
     @property
+    def place(self) -> Path:
+        """The folder of the cell's records: the board's own, or, where it has none, `table1`'s beside the board."""
+        own = self.run.folder(self.cell, 0, "").parent
+        beside = self.run.out.parent.parent / "table1" / own.name
+        return beside if beside.is_dir() and not any(own.glob("*/summary.json")) else own
+
+    @property
     def attacks(self) -> tuple[str, ...]:
         past_frontend = ("bpda-mora",) if self.cell.model.startswith(FRONT_ENDED) else ()
         return (SUITES[self.random], *ATTACKS[self.random], *past_frontend, AUTO)
 
+    def records(self) -> list[Path]:
+        """The folders of the attacks that have been run."""
+        return [path.parent for path in sorted(self.place.glob("0_*/summary.json"))]
+
     def flags_file(self) -> Path:
-        return self.run.folder(self.cell, 0, "flags.json")
+        return self.place / "flags.json"
 
 
 def entries(run: Run, eps: dict[str, float]) -> list[Entry]:
@@ -106,15 +118,13 @@ def examine(entry: Entry) -> None:
 
 
 def row_of(entry: Entry) -> dict[str, Any] | None:
-    """The row of a defense, from what has been run; ``None``, if nothing has."""
-    folders = {name: entry.run.folder(entry.cell, 0, name) for name in entry.attacks}
-    done = {name: summary(path) for name, path in folders.items() if (path / "summary.json").exists()}
-    if not done:
+    """The row of a defense, from what has been run; ``None``, if that is no two attacks."""
+    done = {name: found for path in entry.records() for found in [summary(path)] for name in found["attacks"]}
+    if len(done) < 2:
         return None
     rows = {name: found["attacks"][name] for name, found in done.items()}
     best = min(rows, key=lambda name: (rows[name]["accuracy"], passes_per_image(rows[name])))
-    first, suite = next(iter(done.values())), SUITES[entry.random]
-    images = folders[best] / f"{best}.safetensors"
+    first, suite = done[best], SUITES[entry.random]
     low, high = rows[best]["interval"]
     return {
         "dataset": entry.run.dataset,
@@ -137,7 +147,6 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
         "flags": ", ".join(json.loads(entry.flags_file().read_text())) or "none" if entry.flags_file().exists() else None,
         "seed": entry.run.seed,
         "weights": first["weights"][:12],
-        "images": hashlib.sha256(images.read_bytes()).hexdigest()[:12] if images.exists() else None,
     }
 
 

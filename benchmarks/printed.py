@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, members, multiresolution, purified, reach, table1
+from benchmarks import ablation, crossmax, frontends, members, multiresolution, purified, randomized, reach, table1
 from benchmarks.cells import Cell, Run
 from benchmarks.tables import shown
 
@@ -134,12 +134,14 @@ def of_cards(table: Table, row: list[str]) -> list[str]:
 
 
 def of_claims(table: Table, row: list[str]) -> list[str] | None:
-    """Return a row of what is claimed and found, where it is of a cell of Table 1; the claim names its columns."""
-    if "-m benchmarks.multiresolution" in row[4]:
-        return [*row[:2], *verdicts_everywhere(), *row[4:]]
+    """Return a row of what is claimed and found, where its command left records; of Table 1, the claim names the columns."""
     named = CELL.search(row[4])
     if named is None:
-        return None
+        figures = {
+            f"{figure:.1f}" for command, kept in CLAIM_RECORDS.items() if command in row[4] for figure in kept(row[4])
+        }
+        said = re.sub(r"\d+\.\d", lambda figure: figure[0] if figure[0] in figures else "?", row[2])
+        return [*row[:2], said, *row[3:]] if figures else None
     model, vote, eps = named.groups()
     found = table1.row_of(Cell(model, vote, float(eps)), run_of_table1(), table1.ATTACKS)
     assert found is not None
@@ -274,22 +276,62 @@ def rows_everywhere(table: str) -> list[dict[str, Any]]:
     return multiresolution.rows_of(RESULTS / "multiresolution" / "multiresolution_resnet18_1", table, multiresolution.Plan())
 
 
-def verdicts_everywhere() -> tuple[str, str]:
-    """Return what the suite and the adaptive attack say of its images, and how many these are, as the page prints it."""
-    found = {row["attack on the defense"]: row for row in rows_everywhere("attacks")}
-    n = found[multiresolution.JUDGED]["n"]
-    names = ("none", multiresolution.OWN_LOG, multiresolution.JUDGED, "transfer, refined")
-    clean, own, judged, adaptive = (f"{found[name][f'of the first {n}']:.1f}" for name in names)
-    return f"{clean}; {own}, {judged}; {adaptive}", f"{n}, 0; {multiresolution.DRAWS} draws"
-
-
 def of_everywhere(table: Table, row: list[str]) -> list[str] | None:
     """Return a row of a table of 'Ensemble everything everywhere', from the records; its first two cells name it."""
-    computed = rows_everywhere(EVERYWHERE[table.head[0]])
-    cells = [["" if value is None else str(value) for value in shown(found).values()] for found in computed]
+    rows = [shown(found).values() for found in rows_everywhere(EVERYWHERE[table.head[0]])]
+    cells = [["" if value is None else str(value) for value in found] for found in rows]
     return next((found for found in cells if found[:2] == row[:2]), None)
 
 
+def of_verdicts(command: str) -> Iterator[float]:
+    """Yield what the suite and the attacks say of 'Ensemble everything everywhere' on the suite's images."""
+    for row in rows_everywhere("attacks"):
+        yield from (value for column, value in row.items() if column.startswith("of the first"))
+
+
+def models_in(command: str) -> list[str]:
+    return re.findall(r"--model (\w+)", command)
+
+
+def of_fronts(command: str) -> Iterator[float]:
+    """Yield the figures of front ends, and the bounds of their intervals."""
+    for model in models_in(command):
+        for folder in (RESULTS / "frontends").glob(f"{model}_*/"):
+            yield from (row[key] for row in frontends.rows_of(folder) for key in ("robust", "low", "high"))
+
+
+def of_members(command: str) -> Iterator[float]:
+    """Yield what MORA leaves of the ensembles on digits."""
+    for path in (RESULTS / "members").glob("*_convnet_*/0_mora/summary.json"):
+        yield 100 * json.loads(path.read_text())["attacks"]["mora"]["accuracy"]
+
+
+def of_drawn(command: str) -> Iterator[float]:
+    """Yield the expected accuracies of randomized ensembles on CIFAR-10."""
+    for path in (RESULTS / "randomized" / "cifar10").glob("*.json"):
+        record = json.loads(path.read_text())
+        yield randomized.row_of(record["ensemble"], record["attack"], record)["mean"]
+
+
+def of_crossmax(command: str) -> Iterator[float]:
+    yield from (row["robust"] for row in crossmax.rows_of(RESULTS / "crossmax" / "cifar10"))
+
+
+def of_carried(command: str) -> Iterator[float]:
+    """Yield which shares the other members' images fool."""
+    for model in models_in(command):
+        record = json.loads((RESULTS / "transfer" / f"{model}.summary.json").read_text())
+        yield from (record["from others"], *record["from others to each"])
+
+
+CLAIM_RECORDS: dict[str, Callable[[str], Iterator[float]]] = {  # by what their commands hold
+    "frontends.py": of_fronts,
+    "members.py": of_members,
+    "randomized.py": of_drawn,
+    "crossmax.py": of_crossmax,
+    "transfer.py": of_carried,
+    "multiresolution.py --model multiresolution_resnet18_1": of_verdicts,
+}
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
     4: ["PGD", "CW", "MORA", "MORA-mt"],
