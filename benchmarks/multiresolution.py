@@ -219,13 +219,8 @@ def attack_rows(found: dict[Case, Record]) -> list[dict[str, Any]]:
         for name, shares in verdicts.items():
             low, high = (100 * end for end in wilson_interval(sum(shares), len(shares)))
             always = 100 * fmean(share == 1 for share in shares) if shares is judged else None
-            row = {
-                "attack on the defense": name,
-                "steps x draws": case.budget,
-                "n": len(shares),
-                "mean": 100 * fmean(shares),
-            }
-            row |= {"95% interval": f"{low:.1f} to {high:.1f}", f"in all of {DRAWS}": always}
+            row = {"attack on the defense": name, "steps x draws": case.budget, "n": len(shares)}
+            row |= {"mean": 100 * fmean(shares), "95% interval": f"{low:.1f} to {high:.1f}", f"in all of {DRAWS}": always}
             row |= {f"of the first {shared}": 100 * fmean(shares[:shared]), "passes": f"{passes_of([record]):,.0f}"}
             rows.append(row)
     return rows
