@@ -199,10 +199,11 @@ def rows_of(folder: Path, table: str, plan: Plan) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for case, record in found.items():
         variant = VARIANTS[case.variant]
+        about: dict[str, Any] = {"variant": case.variant}
         if table == "ablation":
             about = {"CrossMax": "no" if variant.mean else "yes", "draws": "frozen" if variant.frozen else "fresh"}
-        else:
-            about = {"steps": case.steps, "draws": case.looks} if table == "costs" else {"variant": case.variant}
+        elif table == "costs":
+            about = {"steps": case.steps, "draws": case.looks}
         row = rows.setdefault(str(about), about | {"n": record["n"], "clean": mean(record, "clean")})
         row[case.attack] = mean(record)
     return list(rows.values())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -120,13 +121,13 @@ def main(
         losses[variant] = surface(net, x[0], y[:1], plane, eps * multiples, seed)
     with style.context("tableau-colorblind10"):
         whole = Figure(figsize=(10, 5.6), layout="constrained")
-        above, below = whole.subfigures(2, 1, height_ratios=(1, 1.05))
-        draw_surfaces(above, losses, multiples)
-        draw_images(below, x, images, right, eps)
+        parts: Any = whole.subfigures(2, 1, height_ratios=(1, 1.05))
+        draw_surfaces(parts[0], losses, multiples)
+        draw_images(parts[1], x, images, right, eps)
         whole.savefig(drawn := BytesIO(), dpi=90)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.open(drawn).convert("RGB").quantize(COLOURS).save(out, optimize=True)
-    click.echo(f"{out}: right in {sum(right) / len(right):.2f} of the draws after the attack")
+    click.echo(f"{out}: after the attack, {100 * fmean(right):.0f}% of the draws are right")
 
 
 if __name__ == "__main__":
