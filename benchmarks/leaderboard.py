@@ -4,8 +4,8 @@
 
 Goes on where it stopped (see `cells`). Writes ``leaderboard.json``, from which all else is made, ``leaderboard.html`` (one
 page that needs nothing else), and the table as Markdown and CSV. ``--page-only`` makes the page from the JSON alone. Of a
-cell that was not run here, the records of `table1` beside the board are taken: ``--table-only --out
-benchmarks/results/leaderboard`` makes the board that ships anew.
+cell that was not run here, the records of `table1` beside the board are taken, and where there are none, its row stays as it
+is in the JSON: ``--table-only --datasets digits,cifar10 --out benchmarks/results/leaderboard`` makes the board that ships.
 
 The page links a defense's card and paper, the records of its attacks where they lie beside the page, and a report
 (``ensemble-attacks report RUN --out CELL/report``) where one was written among them.
@@ -41,7 +41,8 @@ SOFT = "soft-apgd"  # the plain baseline: a soft vote in place of the real one
 SOFT_VOTES = "votes-apgd"  # the same of soft votes, each member's at its own gap
 MEAN = "crossmax-transfer?refine=None"  # the same of the mean logits
 SURROGATES = (SOFT, SOFT_VOTES, MEAN)  # APGD on one stand-in for the vote, whose images are judged on the vote
-ATTACKS = {False: ("cw", *SURROGATES, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer")}
+ATTACKS = {False: ("cw", *SURROGATES, "crossmax-transfer", "mora-mt"), True: ("eot-apgd", "crossmax-transfer", "mora")}
+KEY = ("dataset", "defense", "vote", "eps")  # of a row
 DRAWS, EOT_ITER = 10, 5
 DIAGNOSED = 64
 WEIGHTS = Path(__file__).resolve().parents[1] / "defenses" / "weights"
@@ -91,6 +92,10 @@ class Entry:
         """The folders of the attacks that have been run."""
         return [path.parent for path in sorted(self.place.glob("0_*/summary.json"))]
 
+    @property
+    def key(self) -> tuple[str, str, str, float]:
+        return self.run.dataset, self.cell.model, "own" if self.random else self.cell.vote, self.cell.eps
+
     def flags_file(self) -> Path:
         return self.place / "flags.json"
 
@@ -126,11 +131,7 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
     best = min(rows, key=lambda name: (rows[name]["accuracy"], passes_per_image(rows[name])))
     first, suite = done[best], SUITES[entry.random]
     low, high = rows[best]["interval"]
-    return {
-        "dataset": entry.run.dataset,
-        "defense": entry.cell.model,
-        "vote": "own" if entry.random else entry.cell.vote,
-        "eps": entry.cell.eps,
+    return dict(zip(KEY, entry.key, strict=True)) | {
         "n": first["n"],
         "clean": 100 * first["clean"]["accuracy"],
         "AutoAttack": 100 * rows[suite]["accuracy"] if suite in rows else None,
@@ -150,8 +151,12 @@ def row_of(entry: Entry) -> dict[str, Any] | None:
     }
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
 COLUMNS = (
-    *("dataset", "defense", "vote", "eps", "n", "clean", "standard suite", "best plain surrogate", "best known"),
+    *(*KEY, "n", "clean", "standard suite", "best plain surrogate", "best known"),
     *("95% interval", "gap", "found by", "flags", "links", "passes / image", "worst of draws", "auto"),
 )
 OPTIONAL = ("best plain surrogate", "worst of draws", "auto")  # columns that are left out where nothing of them was run
@@ -228,6 +233,8 @@ def main(
     if page_only:
         return write_page(json.loads((out / "leaderboard.json").read_text()), out)
     board: list[dict[str, Any]] = []
+    stored = out / "leaderboard.json"
+    earlier = {key_of(row): row for row in json.loads(stored.read_text())} if stored.exists() else {}
     radii = {
         "digits": {"plain": 0.12, "trained": 0.12, "random": 0.1},
         "cifar10": {"plain": 0.01, "trained": 0.03, "random": 8 / 255},
@@ -241,7 +248,7 @@ def main(
             if not table_only and entry.cell.model in wanted:
                 entry.run.attack([entry.cell], entry.attacks)
                 examine(entry)
-            if row := row_of(entry):
+            if row := row_of(entry) or earlier.get(entry.key):
                 board.append(row)
     if not board:
         raise click.UsageError(f"{out} holds nothing yet")

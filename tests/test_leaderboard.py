@@ -33,6 +33,8 @@ def test_a_board_is_made_again_from_records_beside_it(tmp_path: Path, monkeypatc
     assert {path.name for path in (tmp_path / "board" / "digits" / cell).iterdir()} >= {"0_soft-apgd_steps_5", "flags.json"}
     shutil.move(tmp_path / "board" / "digits" / cell, tmp_path / "table1" / cell)
     assert board(tmp_path / "board", *RUN, "--table-only") == [row]
+    shutil.rmtree(tmp_path / "table1")
+    assert board(tmp_path / "board", *RUN, "--table-only") == [row]
 
 
 def test_radii_are_run_once_and_drawn(tmp_path: Path) -> None:
