@@ -267,6 +267,7 @@ def of_masks(table: Table, row: list[str]) -> list[str]:
 EVERYWHERE = {  # tables of 'Ensemble everything everywhere', by the first cell of their heads
     "attack on the defense": "attacks",
     "CrossMax": "ablation",
+    "variant": "knobs",
 }
 
 
