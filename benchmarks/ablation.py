@@ -28,7 +28,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import image_options, named
+from benchmarks.options import Benchmark, image_options, named
 from benchmarks.records import Record, exact_p, lead_of, load, measured, paired, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -153,7 +153,7 @@ def name_of(model: str, vote: str, variant: str) -> str:
     return "_".join((model, vote, variant.replace(" ", "-").replace(":", "").replace(",", ""))) + ".json"
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", default=MODELS, show_default=True, help="Comma-separated.")
 @click.option("--votes", default="voting,softmax", show_default=True)
 @click.option("--variants", default="all", show_default=True, help="all, decomposition, or names, comma-separated.")

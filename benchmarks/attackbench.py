@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from benchmarks.truth import VOTES, Cell
 from ensemble_attacks import APGD, MORA, PGD, PMA, Ensemble, MinimalNorm
@@ -128,7 +128,7 @@ def ran(model: Shown, x: Tensor, y: Tensor, name: str) -> dict[str, Any]:
     return found
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--members", default="plain", show_default=True)
 @click.option("--vote", default="softmax", show_default=True)
 @click.option("--attacks", default=",".join((*OURS, *THEIRS)), show_default=True)

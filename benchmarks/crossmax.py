@@ -18,7 +18,7 @@ import torch
 import torchattacks
 from torch import nn
 
-from benchmarks.options import file_name, image_options, members_of, named
+from benchmarks.options import Benchmark, file_name, image_options, members_of, named
 from benchmarks.records import Record, load, measured, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import model_card
@@ -65,7 +65,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [row | {"passes": 0.0} for row in clean] + [row_of(record) for record in records]
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", required=True, help="Comma-separated names; all their members together.")
 @click.option("--attacks", default=",".join(ATTACKS), help="Comma-separated names.  [default: all]")
 @click.option("--table-only", is_flag=True, help="Run nothing, print what is there.")

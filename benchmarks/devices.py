@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.options import EPS as RADIUS
-from benchmarks.options import data_option, file_name
+from benchmarks.options import Benchmark, data_option, file_name
 from benchmarks.tables import save_table
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.runner import attack
@@ -47,7 +47,7 @@ def flags(
     return done.judgement.robust, time.perf_counter() - began, done.forwards + done.backwards
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--attacks", default=ATTACKS, show_default=True)
 @data_option("digits")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks import AutoAttack
@@ -201,7 +201,7 @@ def told_by(ask: Callable[..., tuple[float | None, str]], *given: Any) -> tuple[
         return None, f"refused: {reason(error)}"
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--tricks", default=",".join(TRICKS), help="Comma-separated.  [default: all]")
 @click.option("--n", default=64, show_default=True, help="Test images.")
 @click.option("--eps", default=0.12, show_default=True)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import run_attack, summary
-from benchmarks.options import file_name, image_options, members_of
+from benchmarks.options import Benchmark, file_name, image_options, members_of
 from benchmarks.tables import save_table
 from defenses import model_card
 from defenses.randomized import RandomizedEnsemble
@@ -49,7 +49,7 @@ def _shares(row: dict[str, Any]) -> dict[str, float]:
     return {"robust": 100 * row["accuracy"], "low": low, "high": high}
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", "name", required=True, help="An ensemble of front-ended networks.")
 @click.option("--draws", default=10, show_default=True, help="By which the judge decides on the randomized ensemble.")
 @click.option("--eot-iter", default=5, show_default=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import kinds_given, kinds_trained
 from benchmarks.kinds_given import Kind, Nets, Training
-from benchmarks.options import file_name, image_options, named
+from benchmarks.options import Benchmark, file_name, image_options, named
 from benchmarks.tables import save_table
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import APGD, MORA, CrossMaxTransfer, as_ensemble, votes
@@ -99,7 +99,7 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
     return list(members) if isinstance(members, nn.ModuleList) else [model]
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", default="standard_convnet_3", show_default=True, help="Whose members are taken, comma-separated.")
 @click.option("--kinds", default=",".join(KINDS), help="Comma-separated.  [default: all]")
 @click.option("--steps", default=50, show_default=True, help="Of each attack.")

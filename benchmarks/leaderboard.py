@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, summary
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from defenses import list_models, load_model
 from ensemble_attacks.data import load_dataset
@@ -209,7 +209,7 @@ def write_page(board: list[dict[str, Any]], folder: Path) -> None:
     write_whole(folder / "leaderboard.html", page.encode())
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--datasets", default="digits", show_default=True, help="Comma-separated: digits, cifar10.")
 @click.option("--data-dir", default="data", show_default=True)
 @click.option("--model-dir", help="Where models are looked for, before those that ship.")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import click
 import torch
 
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from defenses import load_model
 from ensemble_attacks.cli.group import COMMANDS
@@ -139,7 +139,7 @@ def of_options(place: Path) -> Iterator[Case]:
 KINDS = {"folders": of_folders, "bundles": of_bundles, "cards": of_cards, "files": of_files, "options": of_options}
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--kinds", default=",".join(KINDS), help="Comma-separated.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("malformed"), show_default=True)
 def main(kinds: str, out: Path) -> None:

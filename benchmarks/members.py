@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options
-from benchmarks.options import EPS, named
+from benchmarks.options import EPS, Benchmark, named
 from benchmarks.table1 import DEFENSES, NAME, row_of
 from benchmarks.tables import save_table
 from defenses import list_models
@@ -47,7 +47,7 @@ def cells_of(dataset: str, model_dir: str | None, eps: tuple[float, float]) -> l
     ]
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @run_options("runs/members")
 @click.option("--dataset", type=click.Choice(list(SIZES)), default="cifar10", show_default=True)
 @click.option("--shard", default=SHARD, show_default=True, help="Images of a shard.")

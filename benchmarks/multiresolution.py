@@ -29,7 +29,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import file_name, image_options, named
+from benchmarks.options import Benchmark, file_name, image_options, named
 from benchmarks.records import Record, as_flags, load, measured, passes_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -237,7 +237,7 @@ def mean(record: Record, of: str = "adversarial") -> float:
     return 100 * fmean(right(record, of))
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", "name", required=True)
 @click.option("--gradients", default=Plan.gradients, show_default=True, help="Steps x draws of an attack.")
 @click.option("--sweep-gradients", "sweep", default=Plan.sweep, show_default=True, help="Of those in the table of knobs.")

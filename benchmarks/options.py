@@ -11,9 +11,27 @@ from typing import Any
 import click
 from torch import nn
 
+from ensemble_attacks.cli.group import TOLD, one_line
 from ensemble_attacks.models.providers import load_model
 from ensemble_attacks.names import outermost
 from ensemble_attacks.threat import number
+
+
+class Benchmark(click.Command):
+    """A command that shows what its user can mend as one line and exits with 2; ``--debug`` shows the traceback."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show tracebacks."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")  # no parameter of the benchmark's own function
+        try:
+            return super().invoke(ctx)
+        except TOLD as error:
+            if debug:
+                raise
+            raise click.UsageError(one_line(error), ctx=None) from error
 
 
 class Radius(click.ParamType):

@@ -17,7 +17,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import data_option, named
+from benchmarks.options import Benchmark, data_option, named
 from benchmarks.tables import save_table
 from ensemble_attacks import AutoAttack, judge
 from ensemble_attacks.data import DATASETS, load_dataset
@@ -66,7 +66,7 @@ def run(version: str, model: CountingModel, x: Tensor, y: Tensor, eps: float, ba
     return found, adversary.robust
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", required=True, help="Comma-separated model:vote:eps.")
 @click.option("--model-dir")
 @data_option()

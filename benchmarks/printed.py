@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, crossmax, frontends, members, multiresolution, purified, randomized, reach, table1
+from benchmarks import ablation, crossmax, frontends, members, multiresolution, purified, randomized, reach, table1, votes
 from benchmarks.cells import Cell, Run
 from benchmarks.tables import shown
 
@@ -115,6 +115,20 @@ def of_reach(table: Table, row: list[str]) -> list[str]:
     return said
 
 
+PAIRED = {"soft-APGD": "soft-apgd", "votes-PGD": "votes-pgd", "votes-APGD": "votes-apgd"}
+
+
+def of_pairs(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of MORA-mt beside soft votes, judged on the hard vote of twice as many images."""
+    cell, run = cell_named(row[0].strip("`"), "voting"), replace(run_of_table1(), n=500)
+    (pair,) = [of for of in table1.pairs_of(cell, run, (table1.OURS, PAIRED[row[1]])) if of["n"] == run.n]
+    reached = reach.row_of(cell, run)
+    assert reached is not None
+    left = (reached[row[1]], reached[row[1]] - 100 * (pair["robust to it alone"] - pair["robust to MORA-mt alone"]) / run.n)
+    passes = (reached[f"{row[1]}'s passes"], reached[f"MORA's to {row[1]}'s"])
+    return [*row[:2], *(f"{share:.1f}" for share in left), pair["lead"], pair["p"], *(f"{spent:.1f}" for spent in passes)]
+
+
 def rounded(values: list[float], printed: str) -> str:
     """Return a card's figures, of two decimals, with one, as they are printed with what follows; a half goes either way."""
     figures, between, rest = printed.partition(" (")
@@ -182,6 +196,18 @@ def of_ablation(table: Table, row: list[str]) -> list[str]:
 def pooled_parts() -> list[dict[str, Any]]:
     cells = [(model, vote) for model in ablation.MODELS.split(",") for vote in ("voting", "softmax")]
     return ablation.pooled(ablation.rows_of(ABLATION, cells, list({**ablation.DECOMPOSITION, **ablation.VARIANTS})))
+
+
+def of_votes(table: Table, row: list[str]) -> list[str]:
+    """Return a row of the table of attacks on one vote that the hard vote judges, from the records of all seeds."""
+    model, attack = (name.strip("`") for name in row[:2])
+    stored = [json.loads(path.read_text()) for path in (RESULTS / "votes" / "digits").glob(f"{model}_{attack}_*.json")]
+    records = {votes.Key(model, attack, record["vote"], record["seed"]): record for record in stored}
+    (found,) = [of for of in votes.transfers(records) if of["judged on"] == "voting"]
+    (fooled,) = [of for of in votes.members_fooled(records) if of["on"] == "voting"]
+    said = [f"{found[f'on {vote}']:.1f} ({found[f'sd, {vote}']:.1f})" for vote in ("softmax", "voting", "logits")]
+    counts = " / ".join(f"{fooled[f'{count} fooled']:.1f}" for count in range(4))
+    return [*row[:2], *said, f"{found['own - best other']:.1f}", counts, f"{fooled['passes']:,.0f}"]
 
 
 def of_truth(table: Table, row: list[str]) -> list[str]:
@@ -340,9 +366,11 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("defense (3 members)", "vote", "APGD-CE leaves"): of_reach,
     ("dataset", "model", "clean accuracy of the members (%)"): of_cards,
     ("claim", "theirs", "ours"): of_claims,
+    ("defense (3 members)", "beside"): of_pairs,
     ("vote", "eps x 255"): of_imagenet,
     ("attack", "steps", "waits"): of_waits,
     ("attack", "vote", "cells", "largest gap"): of_truth,
+    ("ensemble", "attack", "on mean probability"): of_votes,
     ("instead of MORA", "hard votes: MORA's lead"): of_ablation,
     ("defense", "vote", "clean, 3 / 5 / 8 members"): of_sizes,
     ("ensemble", "vote", "eps", "clean"): of_larger,

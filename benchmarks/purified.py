@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import file_name, image_options
+from benchmarks.options import Benchmark, file_name, image_options
 from benchmarks.records import Record, measured, passes_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -72,7 +72,7 @@ def row_of(record: Record) -> dict[str, Any]:
     return row | {f"right in all of {WORST_OF}": worst, "passes": passes_of([record])}
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", "name", required=True, help="Purifiers before backbones; the first of them is attacked.")
 @click.option("--looks", default="1,5,20", show_default=True, help="Draws of a step.")
 @image_options("runs/purified")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import click
 from matplotlib.figure import Figure
 
-from benchmarks.options import EPS, file_name, image_options
+from benchmarks.options import EPS, Benchmark, file_name, image_options
 from benchmarks.records import Record, lead_of, measured, paired, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -76,7 +76,7 @@ def draw(rows: list[dict[str, Any]], attacks: list[str], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", default=MODELS, show_default=True, help="Comma-separated.")
 @click.option("--votes", default="voting,softmax", show_default=True, help="Comma-separated.")
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True, help="Comma-separated, by name.")

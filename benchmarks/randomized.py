@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import image_options, named
+from benchmarks.options import Benchmark, image_options, named
 from benchmarks.records import Record, measured, passes_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -65,7 +65,7 @@ def row_of(ensemble: str, attack: str, record: Record) -> dict[str, Any]:
     return row | {"passes": passes_of([record])}
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--ensembles", required=True, help="Comma-separated: model, or model:member+model:member.")
 @click.option("--probabilities", help="Comma-separated, of the members.  [default: all the same]")
 @click.option("--attacks", default=";".join(ATTACKS), show_default=True, help="Separated by semicolons.")

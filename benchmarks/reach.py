@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options, summary
-from benchmarks.options import EPS
+from benchmarks.options import EPS, Benchmark
 from benchmarks.table1 import cells_of
 from benchmarks.tables import save_table
 from ensemble_attacks.models.passes import passes_per_image
@@ -82,7 +82,7 @@ def share_of(passes: float, spent: float) -> str:
     return f"1/{spent / passes:.0f}" if passes <= spent else f"{passes / spent:.1f}"
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @run_options("runs/table1")
 @click.option("--eps", type=EPS, default=0.01, show_default=True, help="As table1 was run with.")
 def main(eps: float, cells: str | None, **options: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from defenses.zoo.cards import make_ensemble
 from ensemble_attacks import EOTAPGD, MORA
@@ -71,7 +71,7 @@ def seconds(run: Callable[[], object], repetitions: int) -> float:
     return statistics.median(times[1:])
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--what", default=",".join(SIZES), show_default=True)
 @click.option("--steps", default=4, show_default=True)
 @click.option("--repetitions", default=3, show_default=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.multiresolution import ABLATION, DRAWS, Mean
-from benchmarks.options import image_options
+from benchmarks.options import Benchmark, image_options
 from defenses import load_model
 from ensemble_attacks import CrossMaxTransfer, judge
 from ensemble_attacks.data import load_dataset
@@ -83,7 +83,7 @@ def draw_images(figure: Any, x: Tensor, images: Tensor, right: list[float], eps:
         axes[row, 0].set_ylabel(name, fontsize=8)
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", "name", required=True)
 @click.option("--points", default=31, show_default=True, help="Along each direction of a surface.")
 @click.option("--steps", default=40, show_default=True, help="Of the transfer.")

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from benchmarks.cells import Cell, Run, choose, run_options, summary
-from benchmarks.options import EPS, named
+from benchmarks.options import EPS, Benchmark, named
 from benchmarks.records import lead_of, paired
 from benchmarks.tables import save_table
 from defenses import list_models
@@ -106,7 +106,7 @@ def pairs_of(cell: Cell, run: Run, attacks: tuple[str, ...]) -> list[dict[str, A
     return rows
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @run_options("runs/table1")
 @click.option(
     "--eps", type=EPS, default=0.01, show_default=True, help="Linf radius; three times it for adversarially trained models."

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.options import EPS, data_option, file_name
+from benchmarks.options import EPS, Benchmark, data_option, file_name
 from benchmarks.tables import save_table
 from defenses import list_models, model_card
 from defenses.training import pair_cosines
@@ -52,7 +52,7 @@ def from_others(members: nn.ModuleList, x: Tensor, y: Tensor, *, eps: float, ste
     return shares
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--model", required=True)
 @click.option("--model-dir")
 @data_option()

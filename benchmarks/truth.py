@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from benchmarks.exact import FOOLED, LIMIT, LOGITS, ROBUST, SOFTMAX, VOTING, Array, Image, Net, exact_version
 from benchmarks.milp import SLACK
-from benchmarks.options import named
+from benchmarks.options import Benchmark, named
 from benchmarks.tables import save_table
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks import ARC, EOTAPGD, MORA, PGD, Ensemble, Surrogate, judge
@@ -317,7 +317,7 @@ def proofs(cell: Cell, n: int) -> dict[str, Any]:
     return row
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--members", default=",".join(EPS), show_default=True)
 @click.option("--eps", help="Comma-separated Linf radii in pixel units of [0, 1].  [default: some for each]")
 @click.option("--votes", "chosen", default=",".join((*VOTES, DRAWN)), show_default=True)

@@ -23,7 +23,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import file_name, image_options
+from benchmarks.options import Benchmark, file_name, image_options
 from benchmarks.records import Record, as_flags, measured, passes_of, robust_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
@@ -91,7 +91,7 @@ def members_fooled(records: dict[Key, Record]) -> list[dict[str, Any]]:
     return rows
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--models", default=MODELS, show_default=True, help="Comma-separated.")
 @click.option("--attacks", default=",".join(ATTACKS), show_default=True, help="Comma-separated, by name.")
 @click.option("--seeds", default=5, show_default=True, help="How many seeds, from --seed on.")

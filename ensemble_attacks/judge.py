@@ -18,6 +18,7 @@ from ensemble_attacks.norms import NORMS, UNIT, Box, in_parts
 from ensemble_attacks.scores import decided, margin
 from ensemble_attacks.validation import (
     check_count,
+    check_dense,
     check_eps,
     check_images,
     check_label_range,
@@ -25,6 +26,7 @@ from ensemble_attacks.validation import (
     check_mask,
     check_norm,
     check_radius,
+    check_seed,
 )
 
 
@@ -274,6 +276,7 @@ def judge(
     check_eps(eps)
     check_count("draws", draws)
     check_count("batch_size", batch_size)
+    check_seed(seed)
     x, y = as_tensors(x, y)
     check_images(x, "x", box=box)
     check_labels(y, x, "y")
@@ -281,6 +284,7 @@ def judge(
         raise ValueError("x holds no images: there is nothing to judge")
     if not isinstance(x_adv, Tensor):
         raise TypeError(f"x_adv must be a torch.Tensor, got {type(x_adv).__name__}")
+    check_dense(x_adv, "x_adv")
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}: they must be the same")
     if not x_adv.is_floating_point():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ensemble_attacks.devices import at_hand
+
 
 def gather(scores: Tensor, classes_N: Tensor) -> Tensor:
     """Return the score of one class per sample: (..., N, K), (N,) -> (..., N)."""
@@ -42,6 +44,25 @@ def decided(scores_NK: Tensor) -> Tensor:
     The logarithm of a mean probability may be -inf for a class that does not win.
     """
     return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
+
+
+FAR = 1e3  # spreads of an image's scores below the lowest finite one, where a class that cannot be lies
+
+
+def bounded_below(scores: Tensor) -> Tensor:
+    """Return scores (..., K) with a finite one far below all others in place of each that is -inf, where any is finite.
+
+    A class that cannot be (its probability is 0) stays the last one in any vote, and losses keep their gradients, in which
+    ``0 * -inf`` and ``-inf - -inf`` would be NaN.
+    """
+    absent = scores == -torch.inf
+    if at_hand(absent) and not torch.compiler.is_compiling() and not absent.any():
+        return scores
+    detached = scores.detach()
+    high = detached.amax(-1, keepdim=True)
+    low = torch.where(absent, high, detached).amin(-1, keepdim=True)
+    floor = (low - FAR * (high - low).clamp_min(1)).clamp_min(torch.finfo(scores.dtype).min)
+    return torch.where(absent & high.isfinite(), floor, scores)
 
 
 SMALLEST_MARGIN = 1e-3  # of the scores' spread, or of 1: no score is divided by less, as at the boundary by 0

@@ -13,6 +13,15 @@ from torch import Tensor
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.norms import UNIT, Box, attacked_norms, in_parts
 
+SUMS_TO = 1e-2  # how far from 1 rounding, also in half precision, may carry the sum of probabilities
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise a `TypeError` for a tensor that is sparse, nested, or holds no values."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "on the device 'meta'" if tensor.is_meta else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor that holds values, got one that is {kind}")
+
 
 def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, box: Box = UNIT) -> None:
     """Check that images are floating point, (N, ...), finite and in the box (give or take ``slack``).
@@ -23,6 +32,7 @@ def check_images(images: Tensor, name: str = "images", *, slack: float = 0.0, bo
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    check_dense(images, name)
     if not images.is_floating_point():
         raise TypeError(f"{name} has dtype {images.dtype}: convert to floating point in {box}, such as {name}.float() / 255")
     if images.dim() < 2:
@@ -56,6 +66,7 @@ def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    check_dense(labels, name)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {labels.dtype}: expected integer class indices, such as {name}.long()")
     if labels.dim() != 1 or len(labels) != len(images):
@@ -117,6 +128,27 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"member_logits of {model} returns {logits.dtype}: expected floating-point logits")
+
+
+def check_probabilities(probabilities: Tensor, model: str) -> None:
+    """Raise a `ValueError` unless the probabilities (M,) with which a model draws its members are such, and sum to 1."""
+    if probabilities.dim() != 1 or not len(probabilities):
+        raise ValueError(f"the probabilities of {model} have shape {tuple(probabilities.shape)}: expected (M,), M members")
+    values = probabilities.double().tolist()
+    if not (min(values) >= 0 and abs(sum(values) - 1) <= SUMS_TO):
+        raise ValueError(
+            f"the probabilities of {model} are {[round(p, 6) for p in values]} and sum to {sum(values):g}: it draws members "
+            "with them, so that they must be at least 0 and sum to 1"
+        )
+
+
+def check_one_each(probabilities: Tensor, logits_MNK: Tensor, model: str) -> None:
+    """Raise a `ValueError` unless there is a probability (M,) for each of the members that answered (M, N, K)."""
+    if len(probabilities) != len(logits_MNK):
+        raise ValueError(
+            f"the probabilities of {model} are {len(probabilities)}, but member_logits returns {len(logits_MNK)} members: "
+            "give one for each"
+        )
 
 
 def check_norm(norm: str) -> None:

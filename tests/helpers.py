@@ -25,7 +25,7 @@ def slow_but(kept: Container[Any], family: Iterable[Any]) -> list[Any]:
 def make_member(classes: int = 4, seed: int = 0) -> nn.Module:
     """An untrained network on 3x6x6 images, with batch norm and dropout, whose statistics are not trivial."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed writes tracebacks for each accelerator
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1),
             nn.BatchNorm2d(8),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks import APGD, MORA, PGD, Ensemble
+from ensemble_attacks import APGD, MORA, PGD, Ensemble, evaluate, judge
 from tests.helpers import make_ensemble
 
 MAKE = pytest.mark.parametrize("make", [MORA, APGD])
@@ -114,6 +114,31 @@ def test_bad_settings(make: type, settings: dict[str, object], error: type[Excep
 def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+MODEL, LABELS = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("images", [torch.rand(2, 1, 4, 4).to_sparse(), torch.rand(2, 1, 4, 4, device="meta")], ids=str)
+def test_images_that_hold_no_values_of_their_own(images: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match="dense tensor"):
+        APGD(MODEL, eps=0.1, steps=2)(images, LABELS)
+    with pytest.raises(TypeError, match="dense tensor"):
+        judge(MODEL, torch.rand(2, 1, 4, 4), LABELS, images, eps=0.1)
+    with pytest.raises(TypeError, match="dense tensor"):
+        evaluate(MODEL, (images, LABELS), eps=0.1, attacks="pgd")
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5])
+def test_the_judge_s_seed_is_a_seed(seed: Any) -> None:
+    images = torch.rand(2, 1, 4, 4)
+    with pytest.raises((TypeError, ValueError), match="seed must be"):
+        judge(MODEL, images, LABELS, images, eps=0.1, seed=seed)
+
+
+def test_several_networks_are_made_one_by_as_ensemble() -> None:
+    with pytest.raises(TypeError, match="as_ensemble"):
+        MORA([nn.Linear(4, 2), nn.Linear(4, 2)], eps=0.1)  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -13,6 +13,7 @@ from ensemble_attacks.names import options_in
 from ensemble_attacks.validation import check_count
 
 OF_THE_RUN = ("model", "norm", "eps", "seed", "batch_size", "eot_iter", "box", "mask")  # what an evaluation says itself
+INNER, INSIDE = "attack", "inside"  # argument that makes the attack inside another; attribute of a maker that says which
 OF_SUITES = {"steps": 0}  # of AutoAttack's own attacks, and of pipelines of several
 
 
@@ -38,14 +39,18 @@ def with_options(record: NamedAttack, name: str, query: str) -> NamedAttack:
 
 
 def _arguments(make: Any) -> dict[str, Any]:
-    """Return the arguments that may be options, with their defaults."""
+    """Return the arguments that may be options, with their defaults: also of the attack that one of another attack makes."""
     while isinstance(make, partial):
         make = make.func
     attack = getattr(make, "attack", lambda: make)()  # of this package, whose makers take any argument
-    return {
+    parameters = signature(attack).parameters
+    found: dict[str, Any] = {}
+    if INNER in parameters and any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        found = _arguments(getattr(make, INSIDE, lambda: parameters[INNER].default)())
+    return found | {
         key: parameter.default
-        for key, parameter in signature(attack).parameters.items()
-        if key not in OF_THE_RUN and parameter.default is not Parameter.empty
+        for key, parameter in parameters.items()
+        if key not in OF_THE_RUN and parameter.default is not Parameter.empty and not callable(parameter.default)
     }
 
 

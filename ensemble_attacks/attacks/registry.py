@@ -41,11 +41,13 @@ def _class(name: str) -> Any:
     return getattr(import_module(f"ensemble_attacks.attacks.{module}"), attack)
 
 
-def _as(name: str) -> Callable[[Maker], Maker]:
-    """Say whose arguments the options of an attack are (`options.with_options`)."""
+def _as(name: str, inside: str | None = None) -> Callable[[Maker], Maker]:
+    """Say whose arguments the options of an attack are, and, unless it is the default, of the one ``inside`` (`options`)."""
 
     def mark(make: Maker) -> Maker:
         vars(make)["attack"] = partial(_class, name)
+        if inside is not None:
+            vars(make)["inside"] = partial(_class, inside)
         return make
 
     return mark
@@ -61,7 +63,7 @@ def _ours(name: str, /, **arguments: Any) -> Maker:
     return make
 
 
-@_as("bpda.BPDAIdentity")
+@_as("bpda.BPDAIdentity", inside="mora.MORA")
 def _bpda_mora(model: nn.Module, **settings: Any) -> Attack:
     return _ours("bpda.BPDAIdentity", attack=_class("mora.MORA"))(model, **settings)
 

@@ -33,6 +33,10 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
 }
 
 
+# what a user can mend
+TOLD = (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError)
+
+
 class Commands(click.Group):
     """A group that shows an error as one line and exits with 2, or 130 after SIGINT; ``--debug`` shows the traceback."""
 
@@ -53,15 +57,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError) as error:
+        except TOLD as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.UsageError(_one_line(error), ctx=None) from error
+            raise click.UsageError(one_line(error), ctx=None) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return an error's message in one line, without what a terminal would obey, at a length that is read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in text)[:2000]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ensemble_attacks.data.transforms import Transform, transform_of
+from ensemble_attacks.validation import check_dense
 
 CHANNELS = (1, 3)
 
@@ -198,6 +199,8 @@ def as_pair(images: Any, labels: Any, name: str) -> tuple[Tensor, Tensor]:
         x, y = torch.as_tensor(images), torch.as_tensor(labels)
     except TypeError as error:
         raise ValueError(f"{name}: images and labels must be arrays of numbers ({error})") from None
+    check_dense(x, f"images of {name}")
+    check_dense(y, f"labels of {name}")
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"images of {name} have dtype {x.dtype}: store uint8 (0 to 255), or floating point in [0, 1]")
     if x.dim() == 3 and x.shape[1] == x.shape[2]:  # signals (N, C, L) are seldom so

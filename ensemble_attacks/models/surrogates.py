@@ -105,7 +105,8 @@ class ZeroOrder(nn.Module):
 
     It is a control for gradients that mislead: any attack on it needs no gradient, and PGD on it is zero-order PGD. The
     estimate is that of Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient
-    Approximation", 1992.
+    Approximation", 1992. The directions come from one generator, one pass after the other: unlike that of other attacks,
+    what one on it finds of an image depends on the images beside it, and on their order.
 
     Args:
         target: images (N, C, H, W) -> scores (N, K). It sees images up to ``sigma`` outside [0, 1].

@@ -16,6 +16,7 @@ from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
 from ensemble_attacks.models.ensembles import member_probabilities
 from ensemble_attacks.models.surrogates import Surrogate
 from ensemble_attacks.scores import differ
+from ensemble_attacks.validation import check_one_each
 
 
 class Outputs(NamedTuple):
@@ -54,6 +55,7 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
         return Outputs(ask(model, x))
     logits_MNK = ask_members(model, x)
     if probabilities is not None:
+        check_one_each(probabilities, logits_MNK, type(model).__name__)
         return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
     verdict_ENK = None
     if getattr(model, "own_ties", False):
@@ -76,8 +78,10 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
         scores_NK = ask(other, x) if logits_MNK is None else _aggregated(other, logits_MNK)
         return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
     logits_MNK = ask_members(target, x)
-    scores_NK = _aggregated(surrogate, logits_MNK)
     probabilities = member_probabilities(target)
+    if probabilities is not None:
+        check_one_each(probabilities, logits_MNK, type(target).__name__)
+    scores_NK = _aggregated(surrogate, logits_MNK)
     if probabilities is not None:
         return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
     verdict_NK = _aggregated(target, logits_MNK.detach())

@@ -128,7 +128,7 @@ def test_a_class_towards_which_nothing_moves_comes_last(images: Tensor) -> None:
 def test_they_attack_every_vote_by_name(name: str, vote: str, images: Tensor) -> None:
     model = Ensemble([Linear(), Linear()], vote)
     labels = model(images).argmax(1)
-    attack = find_maker(name)(model, norm="Linf", eps=0.2, seed=0, batch_size=None)
+    attack = find_maker(f"{name}?steps=20")(model, norm="Linf", eps=0.2, seed=0, batch_size=None)
     assert (model(attack(images, labels)).argmax(1) != labels).double().mean() > 0.5
     attack.set_mode_targeted_by_label(quiet=True)
     targets = (labels + 1) % 5

@@ -133,11 +133,12 @@ def test_lca_needs_probabilities() -> None:
 def test_baselines_and_mixtures_are_known_by_name(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = (t[:4] for t in batch)
     hard = make_ensemble("voting", dtype=torch.float32)
-    names = ["soft-pgd", "soft-apgd", "votes-pgd", "votes-apgd"]
+    names = [f"{name}?steps=20" for name in ("soft-pgd", "soft-apgd", "votes-pgd", "votes-apgd")]
     found = evaluate(hard, images.float(), labels, names, Settings(0.05))["attacks"]
     assert list(found) == names
     drawn = RandomizedEnsemble(list(hard.members), seed=0).eval()
-    found = evaluate(drawn, images.float(), labels, ["expected-apgd", "lca"], Settings(0.03, draws=2, eot_iter=2))["attacks"]
+    names = ["expected-apgd?steps=20", "lca?steps=20"]
+    found = evaluate(drawn, images.float(), labels, names, Settings(0.03, draws=2, eot_iter=2))["attacks"]
     assert all(row["accuracy"] < 1 and "worst_of_draws" in row for row in found.values())
     chosen = adaptive_attacks(structure_of(drawn, images.float()))
     assert chosen == ["expected-apgd", "mora", "lca", "eot-apgd"]

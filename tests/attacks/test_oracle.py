@@ -110,7 +110,7 @@ BINARY_ATTACKS = {
     "apgd-ce": lambda model, eps: APGD(model, eps=eps, steps=100),
     "pgd": lambda model, eps: PGD(model, eps=eps),
     "cw": lambda model, eps: PGD(model, eps=eps, loss="margin"),
-    "a3": lambda model, eps: A3(model, eps=eps),
+    "a3": lambda model, eps: A3(model, eps=eps, n_restarts=8),
     "caa": lambda model, eps: CAA(model, eps=eps),
 }
 
@@ -130,7 +130,7 @@ MANY_CLASS_ATTACKS = {
     "mora": lambda norm: lambda model, eps: MORA(model, norm=norm, eps=eps, steps=100),
     "mora-mt": lambda norm: lambda model, eps: MORA(model, norm=norm, eps=eps, steps=100, betas=(0.5,), targets=4),
     "apgd-dlr": lambda norm: lambda model, eps: APGD(model, norm=norm, eps=eps, steps=100, loss="dlr"),
-    "a3": lambda norm: lambda model, eps: A3(model, norm=norm, eps=eps),
+    "a3": lambda norm: lambda model, eps: A3(model, norm=norm, eps=eps, n_restarts=8),
     "caa": lambda norm: lambda model, eps: CAA(model, norm=norm, eps=eps),
     "apgd-t": lambda norm: lambda model, eps: APGD(model, norm=norm, eps=eps, steps=100, loss="dlr-targeted"),
 }

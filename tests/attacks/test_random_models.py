@@ -59,15 +59,18 @@ def test_lucky_draws_are_no_success(images: tuple[Tensor, Tensor]) -> None:
 def test_what_rand_says_of_lucky_draws(images: tuple[Tensor, Tensor]) -> None:
     """Why there is EOTAPGD: AutoAttack's own flags count one lucky draw of an image as a success."""
     x, y = images
-    adversarial, flags = run_autoattack(Flipping(), x, y, eps=EPS, version="rand")
+    adversarial, flags = run_autoattack(Flipping(), x, y, eps=EPS, version="rand", steps=20)
     assert flags["apgd-dlr"].double().mean() < 0.9
     assert 0.92 < judge(Flipping(), x, y, adversarial, eps=EPS, draws=20).accuracy < 0.98
 
 
 def test_square_on_the_expectation_is_not_taken_in_by_lucky_draws(images: tuple[Tensor, Tensor]) -> None:
     x, y = images[0][:50], images[1][:50]
-    _, flags = run_autoattack(Expected(Flipping(), draws=9), x, y, eps=EPS, attacks=["square"])
-    assert flags["square"].all()
+    kept = {}
+    for draws in (1, 9):
+        _, flags = run_autoattack(Expected(Flipping(), draws=draws), x, y, eps=EPS, attacks=["square"], steps=10)
+        kept[draws] = flags["square"].sum()
+    assert kept[9] == 50 > kept[1]  # of as many queries
     with pytest.raises(ValueError, match="draws must be at least 1"):
         Expected(Flipping(), draws=0)
 

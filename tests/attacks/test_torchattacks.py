@@ -134,6 +134,7 @@ def test_torchattacks_own_attack_test(name: str, monkeypatch: pytest.MonkeyPatch
     model, images, labels = float_batch(batch)
     monkeypatch.setattr(torchattacks, name, {"MORA": MORA, "APGD": APGD}[name], raising=False)
     attack = getattr(torchattacks, name)(model)
+    attack.steps = 10
     clean = (model(images[:5]).argmax(1) == labels[:5]).float().mean()
     for _ in range(2):
         adversarial = attack(images[:5], labels[:5])

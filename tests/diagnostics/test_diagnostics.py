@@ -28,6 +28,7 @@ from ensemble_attacks.diagnostics.findings import Diagnosis
 from tests.helpers import slow_but
 
 EPS = 0.1
+ALONE = 4  # images that are looked at one by one
 
 
 def standard() -> Ensemble:
@@ -158,7 +159,7 @@ def prepared(make: Callable[[], Any]) -> Any:
 def diagnosed(name: str) -> Diagnosis:
     """Return the diagnosis of a model of the zoo, which several tests read."""
     x, y = load_dataset("digits", n=64)
-    return diagnose(prepared(ZOO[name][0]), x, y, eps=EPS)
+    return diagnose(prepared(ZOO[name][0]), x, y, eps=EPS, alone=ALONE)
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, ZOO))
@@ -171,7 +172,7 @@ def test_a_broken_defense_raises_its_own_flag(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["softmax", "adversarially trained"], HONEST))
 def test_an_honest_model_raises_none(name: str, images: tuple[Tensor, Tensor]) -> None:
-    assert diagnose(prepared(HONEST[name]), *images, eps=EPS).flags == []
+    assert diagnose(prepared(HONEST[name]), *images, eps=EPS, alone=ALONE).flags == []
 
 
 class Careless(Attack):
@@ -195,7 +196,7 @@ def short(model: nn.Module, eps: float) -> Attack:
 
 
 def confined(model: nn.Module, eps: float) -> Attack:
-    return PGD(model, eps=1e-3, n_restarts=1)
+    return PGD(model, eps=1e-3, steps=50, n_restarts=1)
 
 
 FAILURES: dict[str, tuple[Callable[[nn.Module, float], Attack], str, str | None]] = {
@@ -229,7 +230,7 @@ def test_an_attack_that_looks_at_the_members_or_leaves_the_ball(images: tuple[Te
     x, y = images[0][:6], images[1][:6]
     found = indicators(lambda net, eps: MORA(net, eps=eps, steps=20), standard(), x, y, eps=EPS)
     assert found.silent_success.sum() == found.incomplete_optimization.sum() == 0
-    far = indicators(lambda net, eps: PGD(net, eps=0.9, n_restarts=1), standard(), x, y, eps=1e-3)
+    far = indicators(lambda net, eps: PGD(net, eps=0.9, steps=50, n_restarts=1), standard(), x, y, eps=1e-3)
     assert far.silent_success.sum() == 0
     blind = indicators(lambda net, eps: Blind("Blind", net), standard(), x, y, eps=EPS)
     assert blind.silent_success.isnan().all()
@@ -252,12 +253,12 @@ class Locked(nn.Module):
 
 
 def test_what_cannot_be_tested_is_a_note(images: tuple[Tensor, Tensor]) -> None:
-    for found in (diagnose(Locked().eval(), *images, eps=EPS), diagnosed("random crop")):
+    for found in (diagnose(Locked().eval(), *images, eps=EPS, alone=1), diagnosed("random crop")):
         (check,) = [check for check in found.checks if check.name == "binarization"]
         assert check.verdict == "note"
         assert "no binarization test" in check.meaning
     raising = lambda net, eps: PGD(net, eps=-1)  # noqa: E731
-    found = diagnose(standard(), images[0][:16], images[1][:16], eps=EPS, attack=raising)
+    found = diagnose(standard(), images[0][:16], images[1][:16], eps=EPS, attack=raising, alone=1)
     assert found.flags == ["attack"]
 
 
@@ -296,7 +297,7 @@ def test_nothing_is_left_changed(images: tuple[Tensor, Tensor]) -> None:
     model = in_training_mode()
     statistics = model.get_buffer("1.running_mean").clone()
     state = torch.get_rng_state()
-    diagnose(model, *images, eps=EPS)
+    diagnose(model, *images, eps=EPS, alone=1)
     assert model.training
     assert torch.equal(model.get_buffer("1.running_mean"), statistics)
     assert torch.equal(torch.get_rng_state(), state)
@@ -309,6 +310,7 @@ def test_auto_runs_what_the_diagnosis_asks_for(images: tuple[Tensor, Tensor], ca
     x, y = images[0][:20], images[1][:20]
     adversary = AutoAttack(model, eps=0.12, seed=0, version="auto")
     adversary.square.n_queries = 50
+    adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = 20
     adversary.run_standard_evaluation(x, y)
     printed = capsys.readouterr().out
     assert "transfer_gap" in printed

@@ -1,7 +1,9 @@
 """Attacks that are named with options, ``mora?steps=10``."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from ensemble_attacks.evaluation.settings import Settings
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model() -> Any:
     torch.manual_seed(0)
     return Ensemble([nn.Sequential(nn.Flatten(), nn.Linear(75, 5)) for _ in range(2)], vote="softmax").eval()
 
@@ -31,6 +33,21 @@ def test_options_are_the_attack_s_arguments(model: nn.Module) -> None:
     assert isinstance(made, MORA)
     assert (made.steps, made.betas, made.targets, made.seed) == (7, (0.5,), 2, 3)
     assert find_maker("mora-mt")(model).targets == 9
+
+
+@pytest.mark.parametrize("name", ["bpda", "bpda-mora", "crossmax-transfer", "front-end-reversal"])
+def test_options_are_those_of_the_attack_inside_too(model: Any, name: str) -> None:
+    model.members.insert(0, nn.Sequential(OrderedDict(frontend=nn.Identity(), net=model.members[0])))
+    made = find_maker(f"{name}?steps=7")(model, norm="Linf", eps=0.1, seed=3)
+    assert (made.inner.steps, made.inner.seed) == (7, 3)
+    with pytest.raises(ValueError, match="option of the attack"):
+        find_attack(f"{name}?attack=APGD")
+
+
+def test_the_attack_inside_is_the_one_that_is_made(model: Any) -> None:
+    model.members.insert(0, nn.Sequential(OrderedDict(frontend=nn.Identity(), net=model.members[0])))
+    made = find_maker("bpda-mora?betas=0.5&targets=2")(model, norm="Linf", eps=0.1)
+    assert (made.inner.betas, made.inner.targets) == ((0.5,), 2)
 
 
 @pytest.mark.parametrize("name", ["mora?stepz=3", "apgd-ce?stepz=3", "auto?stepz=3"])

@@ -18,6 +18,7 @@ from ensemble_attacks.evaluation.engines import run
 from ensemble_attacks.evaluation.ledger import Ledger
 from ensemble_attacks.evaluation.units import chains_of
 from tests.evaluation.test_ledger import ledger_in, manifest, summary
+from tests.helpers import slow_but
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what ray and submitit import
 
@@ -77,9 +78,11 @@ def test_a_ray_node_is_lost(tmp_path: Path, importable: None) -> None:
     assert len(list((ledger.folder / "units").glob("*.json"))) == sum(map(len, chains_of(ledger.manifest)))
 
 
-def test_submitit_gives_the_same(expected: bytes, tmp_path: Path, importable: None) -> None:
+@pytest.mark.parametrize("cluster", slow_but(["debug"], ["debug", "local"]))
+def test_submitit_gives_the_same(cluster: str, expected: bytes, tmp_path: Path, importable: None) -> None:
+    """As jobs in this process, or in processes of their own."""
     pytest.importorskip("submitit", reason="submitit is not installed: pip install 'ensemble-attacks[slurm]'")
-    run(ledger_in(tmp_path / "run"), engine="slurm", cluster="local", minutes=5)
+    run(ledger_in(tmp_path / "run"), engine="slurm", cluster=cluster, minutes=5)
     assert summary(tmp_path / "run") == expected
 
 

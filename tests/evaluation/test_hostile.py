@@ -13,7 +13,7 @@ from ensemble_attacks.evaluation.runner import evaluate
 from ensemble_attacks.evaluation.suite import Settings
 from tests.helpers import make_member
 
-ATTACKS = ("apgd-ce", "pgd")
+ATTACKS = ("apgd-ce?steps=20", "pgd?steps=20")
 N = 12
 
 

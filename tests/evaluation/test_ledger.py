@@ -37,7 +37,8 @@ from ensemble_attacks.models import providers
 from tests.attacks.test_random_models import Flipping
 from tests.helpers import slow_but
 
-SMALL = Sweep(("gal_convnet_3",), (0.12,), ("ea-apgd-ce", "torchattacks:FGSM"), n=12, shard_size=6)
+APGD = "ea-apgd-ce?steps=20"
+SMALL = Sweep(("gal_convnet_3",), (0.12,), (APGD, "torchattacks:FGSM"), n=12, shard_size=6)
 
 
 def manifest(small: Sweep = SMALL, **changes: Any) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def test_a_damaged_file_is_found_and_computed_again(
     damages[damage]()
     ran = count_attacks(monkeypatch)
     run(ledger_in(folder))
-    assert ran == ["ea-apgd-ce"]
+    assert ran == [APGD]
     assert summary(folder) == summary(finished)
     assert bool(Ledger(folder).quarantined()) == (damage != "delete" or kind == "safetensors")
 
@@ -141,7 +142,7 @@ def test_a_damaged_manifest_or_summary(finished: Path, tmp_path: Path, monkeypat
     [
         ({"eps": (0.2,)}, r"sweep\.eps\[0\] = 0.12, not 0.2"),
         ({"n": 18}, r"sweep\.n = 12, not 18"),
-        ({"attacks": ("mora", "pgd")}, r"sweep\.attacks\[0\] = 'ea-apgd-ce', not 'mora'"),
+        ({"attacks": ("mora", "pgd")}, r"sweep\.attacks\[0\] = 'ea-apgd-ce\?steps=20', not 'mora'"),
         ({"seeds": (1,)}, r"sweep\.seeds\[0\] = 0, not 1"),
     ],
 )
@@ -189,7 +190,7 @@ def test_batches_and_shards_change_nothing(
         return images.double(), labels
 
     monkeypatch.setattr(Opened, "take", doubled)
-    attacks = ("mora", "ea-apgd-ce")
+    attacks = ("mora?steps=20", APGD)
     rows = []
     for index, (batch, shard) in enumerate([(6, 6), (batch_size, shard_size)]):
         ledger = ledger_in(tmp_path / str(index), attacks=attacks, n=6, batch_size=batch, shard_size=shard)
@@ -199,13 +200,14 @@ def test_batches_and_shards_change_nothing(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same(finished: Path, tmp_path: Path) -> None:
     run(ledger_in(tmp_path / "run"), workers=2)
     assert summary(tmp_path / "run") == summary(finished)
 
 
 def test_what_an_attack_fooled_is_not_attacked_again(tmp_path: Path) -> None:
-    attacks = ("torchattacks:FGSM", "ea-apgd-ce")
+    attacks = ("torchattacks:FGSM", APGD)
     ledger = ledger_in(tmp_path / "run", attacks=attacks, cascade=True)
     (cell,) = run(ledger)["cells"]
     first, second = (cell["attacks"][name] for name in attacks)
@@ -215,7 +217,7 @@ def test_what_an_attack_fooled_is_not_attacked_again(tmp_path: Path) -> None:
     assert apart["worst_case"]["robust"] == cell["worst_case"]["robust"]
 
 
-HARMLESS = tuple(f"torchattacks:PGD?eps=0.000{i}&steps=1" for i in range(1, 7))
+HARMLESS = tuple(f"torchattacks:PGD?eps=0.000{i}&steps=1" for i in range(1, 5))
 
 
 def test_a_cascade_keeps_no_lucky_draws(tmp_path: Path) -> None:
@@ -273,7 +275,7 @@ def test_killed_and_run_again(kills: int, finished: Path, tmp_path: Path) -> Non
         "--n",
         "12",
     ]
-    command += ["--shard-size", "6", "--attacks", "ea-apgd-ce,torchattacks:FGSM", "--out", str(folder)]
+    command += ["--shard-size", "6", "--attacks", f"{APGD},torchattacks:FGSM", "--out", str(folder)]
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         units = len(list(folder.glob("units/*.json")))
@@ -314,22 +316,22 @@ def test_what_fails_three_times_is_given_up(tmp_path: Path, monkeypatch: pytest.
     before, tries = runner._attack, []
 
     def failing(model: Any, twin: Any, x: Tensor, y: Tensor, name: str, settings: Any) -> Any:
-        if name == "ea-apgd-ce":
+        if name == APGD:
             tries.append(name)
             raise RuntimeError("out of luck")
         return before(model, twin, x, y, name, settings)
 
     monkeypatch.setattr(runner, "_attack", failing)
     arguments = ["evaluate", "--model", "gal_convnet_3", "--eps", "0.12", "--n", "6", "--out", tmp_path / "run"]
-    result = invoke(*arguments, "--attacks", "ea-apgd-ce,torchattacks:FGSM")
+    result = invoke(*arguments, "--attacks", f"{APGD},torchattacks:FGSM")
     assert result.exit_code == 1
     assert len(tries) == 3
-    assert "Given up: gal_convnet_3 softmax 0.12 ea-apgd-ce 0-6" in result.output
+    assert f"Given up: gal_convnet_3 softmax 0.12 {APGD} 0-6" in result.output
     assert "torchattacks:FGSM" in result.output
     assert "failed 3 times" in invoke("status", tmp_path / "run").output
     assert "out of luck" in invoke("status", tmp_path / "run").output
     monkeypatch.setattr(runner, "_attack", before)
-    assert invoke(*arguments, "--attacks", "ea-apgd-ce,torchattacks:FGSM").exit_code == 1
+    assert invoke(*arguments, "--attacks", f"{APGD},torchattacks:FGSM").exit_code == 1
     assert invoke("resume", tmp_path / "run").exit_code == 0
     assert invoke("verify", tmp_path / "run").exit_code == 0
 
@@ -369,6 +371,7 @@ def forget_plug_ins() -> None:
 
 
 def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process finds is what this one does."""
     write_suicidal(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     forget_plug_ins()
@@ -382,6 +385,12 @@ def test_a_worker_that_dies_takes_only_its_unit(tmp_path: Path, monkeypatch: pyt
     found = progress(ledger)
     assert found["done"] == 2
     assert "the process died" in found["failed"][0]["error"]
+    apart = ledger_in(tmp_path / "apart", attacks=("torchattacks:FGSM",), n=4, shard_size=4)
+    run(apart)
+    fgsm, other = chains_of(apart.manifest)[0][-1], chains_of(ledger.manifest)[0][-1]
+    ours, theirs = read(apart, fgsm).tensors, read(ledger, other).tensors
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
@@ -500,7 +509,7 @@ def test_hostile_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--out",
         tmp_path / "run",
     ]
-    result = invoke(*arguments, "--attacks", "ea-apgd-ce,torchattacks:FGSM")
+    result = invoke(*arguments, "--attacks", f"{APGD},torchattacks:FGSM")
     assert re.search(expected, result.output), result.output
     assert result.exit_code in (0, 1, 2)
     assert "Traceback" not in result.output

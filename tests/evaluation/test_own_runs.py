@@ -235,7 +235,7 @@ def test_evaluate_from_python(form: str, folder: Path, tmp_path: Path) -> None:
 
 def test_a_run_of_a_program_is_verified_by_what_a_file_makes(folder: Path, tmp_path: Path) -> None:
     model = load_model("nets.py:make", dataset="images.npz")
-    found = evaluate(model, (X, Y), eps=0.3, attacks="mora", out=tmp_path / "run")
+    found = evaluate(model, (X, Y), eps=0.3, attacks="mora", out=tmp_path / "run", n=3)  # too few for a diagnosis
     assert set(Ledger(found.folder).manifest["origins"]["Ensemble"]["classes"]) == {"Net"}
     alone = invoke("verify", found.folder)
     assert alone.exit_code == 2

@@ -38,11 +38,14 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+ATTACKS = "mora?steps=20,apgd-ce?steps=20"
 EVALUATE = ("evaluate", "--model", "adp_convnet_3", "--dataset", "digits", "--eps", "0.12", "--n", "20")
 
 
 def test_evaluate_stores_what_the_judge_confirms(tmp_path: Path) -> None:
-    result = invoke(*EVALUATE, "--vote", "voting", "--attacks", "mora,ea-apgd-ce", "--out", tmp_path / "run")
+    result = invoke(
+        *EVALUATE, "--vote", "voting", "--attacks", "mora?steps=20,ea-apgd-ce?steps=20", "--out", tmp_path / "run"
+    )
     assert result.exit_code == 0, result.output
     assert "mora" in result.output
     assert "worst case" in result.output
@@ -67,22 +70,24 @@ def stored_in(run: Path) -> dict[str, Stored]:
 
 
 def test_a_suites_parts_and_the_trace_agree_with_the_whole(tmp_path: Path) -> None:
-    result = invoke(*EVALUATE, "--n", 6, "--attacks", "mora,mora-mt", "--batch-size", "4", "--out", tmp_path / "run")
+    result = invoke(
+        *EVALUATE, "--n", 6, "--attacks", "mora?steps=12,mora-mt?steps=12", "--batch-size", "4", "--out", tmp_path / "run"
+    )
     assert result.exit_code == 0, result.output
     (cell,) = json.loads((tmp_path / "run" / "summary.json").read_text())["cells"]
-    rows = cell["attacks"]
-    assert rows["mora-mt"]["stages"]["mora"]["robust"] == rows["mora"]["robust"] >= rows["mora-mt"]["robust"]
-    assert rows["mora-mt"]["stages"]["mora"]["forwards_per_image"] == rows["mora"]["forwards_per_image"]
-    trace = stored_in(tmp_path / "run")["mora-mt"].info["trace"]
-    assert trace[-1]["robust"] == rows["mora-mt"]["robust"]
-    assert sum(row["forwards"] for row in trace) == pytest.approx(6 * rows["mora-mt"]["forwards_per_image"])
-    assert sum(row["backwards"] for row in trace) == pytest.approx(6 * rows["mora-mt"]["backwards_per_image"])
+    part, whole = (cell["attacks"][name] for name in ("mora?steps=12", "mora-mt?steps=12"))
+    assert whole["stages"]["mora"]["robust"] == part["robust"] >= whole["robust"]
+    assert whole["stages"]["mora"]["forwards_per_image"] == part["forwards_per_image"]
+    trace = stored_in(tmp_path / "run")["mora-mt?steps=12"].info["trace"]
+    assert trace[-1]["robust"] == whole["robust"]
+    assert sum(row["forwards"] for row in trace) == pytest.approx(6 * whole["forwards_per_image"])
+    assert sum(row["backwards"] for row in trace) == pytest.approx(6 * whole["backwards_per_image"])
     assert sum(row["fooled"] for row in trace) == 6 - trace[-1]["robust"]
 
 
 def test_the_same_run_gives_the_same_summary_and_images(tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        assert invoke(*EVALUATE, "--eps", "0.2", "--attacks", "mora,apgd-ce", "--out", tmp_path / folder).exit_code == 0
+        assert invoke(*EVALUATE, "--eps", "0.2", "--attacks", ATTACKS, "--out", tmp_path / folder).exit_code == 0
     names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "units").glob("*.safetensors")]
     assert len(names) == 3
     for name in (Path("summary.json"), *names):
@@ -204,7 +209,7 @@ def test_mixed_precision_leaves_no_more_robust(
     assert scores.dtype == x.dtype
     assert not torch.equal(scores, model.member_logits(x))
     torch.testing.assert_close(scores, model.member_logits(x), rtol=0.05, atol=0.1)
-    mixed, single = (evaluate(model, x, y, ["mora"], Settings(eps=0.12, amp=amp)) for amp in (True, False))
+    mixed, single = (evaluate(model, x, y, ["mora?steps=20"], Settings(eps=0.12, amp=amp)) for amp in (True, False))
     assert mixed["worst_case"]["robust"] <= single["worst_case"]["robust"] + 1
 
 
@@ -287,8 +292,8 @@ def test_models_that_a_layout_or_freezing_does_not_suit_are_attacked_all_the_sam
     y = model(x).argmax(1)
     twin = prepare(model, x)
     torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
-    assert evaluate(model, x, y, ["ea-apgd-ce"], Settings(eps=1e-6))["worst_case"]["robust"] == 6
-    adversary = AutoAttack(model, eps=1e-6, seed=0, verbose=False, attacks_to_run=["ea-apgd-ce"])
+    assert evaluate(model, x, y, ["ea-apgd-ce?steps=10"], Settings(eps=1e-6))["worst_case"]["robust"] == 6
+    adversary = AutoAttack(model, eps=1e-6, seed=0, verbose=False, attacks_to_run=["ea-apgd-ce?steps=10"])
     images = adversary.run_standard_evaluation(x, y)
     assert isinstance(images, Tensor)
     assert images.shape == x.shape

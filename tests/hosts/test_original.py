@@ -20,7 +20,7 @@ from tests.helpers import make_ensemble
 def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with fewer queries for Square so that the test is quick."""
     x, y = digits[0][:12], digits[1][:12]
-    model = load_model("standard_convnet_3", dataset="digits")
+    model = load_model("standard_convnet_3", dataset="digits").members[0]
 
     def quick(made: Any) -> Any:
         made.square.n_queries = 100

@@ -70,6 +70,7 @@ class Picture:
     def _box(self) -> Bbox:
         """Return what is drawn on, in inches, with a margin: looked at once, not for every file."""
         self.figure.draw_without_rendering()
+        self.figure.set_layout_engine(None)  # what it has laid out stays: it would draw all of it once more for every file
         return self.figure.get_tightbbox().padded(0.1)
 
     def svg(self) -> bytes:
