@@ -19,8 +19,21 @@ from typing import Any
 
 import click
 
-from benchmarks import ablation, crossmax, frontends, members, purified, radii, randomized, reach, table1, votes
+from benchmarks import (
+    ablation,
+    crossmax,
+    frontends,
+    members,
+    multiresolution,
+    purified,
+    radii,
+    randomized,
+    reach,
+    table1,
+    votes,
+)
 from benchmarks.cells import Cell, Run
+from benchmarks.tables import shown
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -298,6 +311,30 @@ def of_masks(table: Table, row: list[str]) -> list[str]:
     return [*row[:4], *figures, *("" if count is None else str(count) for count in robust)]
 
 
+EVERYWHERE = {  # tables of 'Ensemble everything everywhere', by the first cell of their heads
+    "attack on the defense": "attacks",
+    "CrossMax": "ablation",
+    "variant": "knobs",
+}
+
+
+def rows_everywhere(table: str) -> list[dict[str, Any]]:
+    return multiresolution.rows_of(RESULTS / "multiresolution" / "multiresolution_resnet18_1", table, multiresolution.Plan())
+
+
+def of_everywhere(table: Table, row: list[str]) -> list[str] | None:
+    """Return a row of a table of 'Ensemble everything everywhere', from the records; its first two cells name it."""
+    rows = [shown(found).values() for found in rows_everywhere(EVERYWHERE[table.head[0]])]
+    cells = [["" if value is None else str(value) for value in found] for found in rows]
+    return next((found for found in cells if found[:2] == row[:2]), None)
+
+
+def of_verdicts(command: str) -> Iterator[float]:
+    """Yield what the suite and the attacks say of 'Ensemble everything everywhere' on the suite's images."""
+    for row in rows_everywhere("attacks"):
+        yield from (value for column, value in row.items() if column.startswith("of the first"))
+
+
 def models_in(command: str) -> list[str]:
     return re.findall(r"--model (\w+)", command)
 
@@ -339,6 +376,7 @@ CLAIM_RECORDS: dict[str, Callable[[str], Iterator[float]]] = {  # by what their 
     "randomized.py": of_drawn,
     "crossmax.py": of_crossmax,
     "transfer.py": of_carried,
+    "multiresolution.py --model multiresolution_resnet18_1": of_verdicts,
 }
 CLAIMED = {  # the columns of a row that does not name them, by how many figures it has
     5: ["PGD", "CW", "AutoAttack", "MORA", "MORA-mt"],
@@ -361,6 +399,7 @@ SOURCES: dict[tuple[str, ...], Callable[[Table, list[str]], list[str] | None]] =
     ("model", "own (%)", "transfer (%)"): of_transfer,
     ("attack", "draws of a step"): of_purified,
     ("rate", "temperature", "batch norm", "step"): of_masks,
+    **{(head,): of_everywhere for head in EVERYWHERE},
 }
 
 

@@ -24,7 +24,7 @@ from benchmarks.options import Benchmark, file_name, image_options
 from benchmarks.records import Record, measured, passes_of
 from benchmarks.tables import save_table
 from defenses import load_model, model_card
-from ensemble_attacks import EOTAPGD, BPDAIdentity, CrossMaxTransfer, judge
+from ensemble_attacks import EOTAPGD, BPDAIdentity, CrossMaxTransfer
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.hosts.original import run_autoattack
 from ensemble_attacks.models.parts import premise
@@ -85,17 +85,13 @@ def main(
     click.echo(f"gradients with the purifier and past it: cosine {figures['gradient_cosine']:.2f}")
     weights = model_card(name, model_dir, dataset)["sha256"]
 
-    def right(images: Tensor) -> dict[str, Any]:
-        correct = judge(model, x, y, images, eps=eps, draws=JUDGED).correct
-        return {"right": [round(share, 6) for share in correct.double().mean(0).tolist()]}
-
     rows: list[dict[str, Any]] = []
     chosen = [(attack, make, int(count)) for attack, make in ATTACKS.items() for count in looks.split(",")]
     for attack, make, count in [("none", nothing, 0), *chosen, ("AutoAttack rand", rand, RAND)]:
         path = out / record_name(name, attack, count)
         about = {"model": name, "dataset": dataset, "weights": weights, "attack": attack, "looks": count, "draws": JUDGED}
         started = partial(make, backbone=model.backbone, looks=count, eps=eps, seed=seed)
-        record = measured(path, model, x, y, started, eps=eps, seed=seed, draws=JUDGED, score=right, about=about)
+        record = measured(path, model, x, y, started, eps=eps, seed=seed, draws=JUDGED, about=about)
         rows.append(row_of(record))
         click.echo(rows[-1], err=True)
     click.echo(save_table(rows, out / file_name(f"{name}_{dataset}")))

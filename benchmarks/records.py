@@ -32,6 +32,11 @@ def as_flags(robust: Tensor) -> str:
     return "".join("01"[flag] for flag in robust.tolist())
 
 
+def shares_of(judgement: Judgement) -> list[float]:
+    """Return for each image the share of draws that are right."""
+    return [round(share, 6) for share in judgement.correct.double().mean(0).tolist()]
+
+
 def robust_of(records: Sequence[Record]) -> float:
     """Return the share of robust images, in %, over the ranges of one attack."""
     flags = "".join(record["flags"] for record in records)
@@ -101,6 +106,8 @@ def measured(
 ) -> Record:
     """Return the record of an attack, from ``path`` where it was measured before, else measured, judged and stored there.
 
+    Of several draws, each image's share of right ones is stored, too: ``right`` of adversarial images, ``clean_right``.
+
     Args:
         path: the record's file.
         model: what is attacked (on its twin with batch norm folded) and judged.
@@ -122,6 +129,7 @@ def measured(
         "code": code_version(),
         "clean": as_flags(clean.robust),
         "flags": as_flags(judged.robust),
+        **({"clean_right": shares_of(clean), "right": shares_of(judged)} if draws > 1 else {}),
         "forwards": counted.forwards,
         "backwards": counted.backwards,
         "seconds": round(seconds, 1),
