@@ -119,7 +119,9 @@ def test_bad_settings_of_one_attack(make: Callable[[], object], message: str) ->
 MODEL, LABELS = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), torch.tensor([0, 1])
 
 
-@pytest.mark.parametrize("images", [torch.rand(2, 1, 4, 4).to_sparse(), torch.rand(2, 1, 4, 4, device="meta")], ids=str)
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 1, 4, 4).to_sparse(), torch.rand(2, 1, 4, 4, device="meta")], ids=["sparse", "meta"]
+)
 def test_images_that_hold_no_values_of_their_own(images: torch.Tensor) -> None:
     with pytest.raises(TypeError, match="dense tensor"):
         APGD(MODEL, eps=0.1, steps=2)(images, LABELS)
