@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks import multiresolution, surfaces
 from benchmarks.multiresolution import ABLATION, JUDGED, OWN_LOG, RAND, VARIANTS, Plan
-from benchmarks.printed import RESULTS
+from benchmarks.recorded import RESULTS
 from defenses import load_model
 from ensemble_attacks.data import load_dataset
 
