@@ -28,6 +28,8 @@ from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.files import write_whole
 
 SHARD = 250
+TRACE = "trace.csv"  # of an attack, step by step
+TRACED = ("stage", "step", "fooled", "forwards", "backwards")  # its columns
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def record(folder: Path, found: dict[str, Any], left: Attacked) -> None:
     """Store what an attack found in a folder: ``summary.json``, with each image's flag, last, and the trace that it kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if left.trace and left.trace[0]["stage"] < 0:  # those that were seen (`Watch.rows`) are long
-        write_whole(folder / f"{folder.name.partition('_')[2]}.trace.json", json.dumps(left.trace).encode() + b"\n")
+        lines = [",".join(TRACED), *(",".join(str(at[column]) for column in TRACED) for at in left.trace)]
+        write_whole(folder / TRACE, "\n".join([*lines, ""]).encode())
     save(folder / "summary.json", found | {"seconds": round(left.seconds, 1), "flags": as_flags(left.judgement.robust)})
 
 

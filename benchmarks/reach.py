@@ -10,14 +10,14 @@ reach of APGD-CE and AutoAttack are AutoAttack's own.
 
 from __future__ import annotations
 
-import json
+import csv
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.cells import Cell, Run, choose, run_options, summary
+from benchmarks.cells import TRACE, Cell, Run, choose, run_options, summary
 from benchmarks.options import EPS, Benchmark
 from benchmarks.table1 import cells_of
 from benchmarks.tables import save_table
@@ -64,9 +64,10 @@ def part_of(peer: str, attack: str, stage: str | None, shards: list[dict[str, Pa
         n += whole["n"]
         robust += part["robust"]
         spent += passes_per_image(part) * whole["n"]
-        for at in json.loads((folders[OURS] / f"{OURS}.trace.json").read_text()):
-            for kind in ("forwards", "backwards", "fooled"):
-                trace[at["stage"], at["step"], kind] += at[kind]
+        with (folders[OURS] / TRACE).open(newline="") as file:
+            for at in csv.DictReader(file):
+                for kind in ("forwards", "backwards", "fooled"):
+                    trace[int(at["stage"]), int(at["step"]), kind] += int(at[kind])
     columns = (peer, f"{peer}'s passes", f"MORA's to {peer}'s", f"of {peer}'s", f"of {peer}'s within 1%")
     if not n:
         return dict.fromkeys(columns)
