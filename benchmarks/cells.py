@@ -98,17 +98,8 @@ class Run:
 
     def _checked(self, where: Path, cell: Cell, shard: int) -> dict[str, Any]:
         """A stored summary; `click.UsageError` for one of another run."""
-        stored = summary(where)
-        own = {
-            "weights": self._weights(cell),
-            "n": self.shard,
-            "first": shard * self.shard,
-            "draws": self.draws,
-            "eot_iter": self.eot_iter,
-        }
-        if other := next((key for key, value in own.items() if stored.get(key, value) != value), None):
-            raise click.UsageError(f"{where} was run with another {other}: choose another --out")
-        return stored
+        own = {"weights": self._weights(cell), "n": self.shard, "first": shard * self.shard}
+        return stored(where, **own, draws=self.draws, eot_iter=self.eot_iter)
 
     def finished(self, cell: Cell, attacks: Iterable[str]) -> list[dict[str, Path]]:
         """Of the shards that all ``attacks`` have run, the folder of each attack."""
@@ -157,6 +148,14 @@ def _tell(at: str, name: str, row: dict[str, Any]) -> None:
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
+
+
+def stored(folder: Path, **own: Any) -> dict[str, Any]:
+    """Return a stored summary; `click.UsageError` where it is of other weights, images or settings than one's ``own``."""
+    found = summary(folder)
+    if other := next((key for key, value in own.items() if found.get(key, value) != value), None):
+        raise click.UsageError(f"{folder} was run with another {other} ({found[other]}): choose another --out")
+    return found
 
 
 def choose(names: str | None, known: Iterable[Cell]) -> list[Cell]:

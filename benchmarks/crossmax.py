@@ -18,13 +18,13 @@ import torch
 import torchattacks
 from torch import nn
 
-from benchmarks.options import Benchmark, file_name, image_options, members_of, named
+from benchmarks.options import Benchmark, file_name, image_options, members_of, named, weights_of
 from benchmarks.records import Record, load, measured, passes_of, robust_of
 from benchmarks.tables import save_table
-from defenses import model_card
 from defenses.crossmax import CrossMax
 from ensemble_attacks import APGD, MORA, PGD, CrossMaxTransfer
 from ensemble_attacks.data import load_dataset
+from ensemble_attacks.names import outermost
 
 
 def published(model: nn.Module, eps: float, **settings: Any) -> torchattacks.PGD:
@@ -86,7 +86,7 @@ def main(
     if not table_only:
         x, y = load_dataset(dataset, data_dir=data_dir, n=n)
         model = CrossMax(members_of(models, model_dir, dataset)).eval()
-        weights = [model_card(name, model_dir, dataset)["sha256"] for name in models.split(",")]
+        weights = [weights_of(name, model_dir, dataset) for name in outermost(models, ",")]
         for name in chosen:
             torch.manual_seed(seed)  # for torchattacks' random classes
             attack, arguments = ATTACKS[name]

@@ -14,19 +14,20 @@ from typing import Any
 
 import click
 
-from benchmarks.cells import run_attack, summary
-from benchmarks.options import Benchmark, file_name, image_options, members_of
+from benchmarks.cells import run_attack, stored, summary
+from benchmarks.options import Benchmark, file_name, image_options, members_of, weights_of
 from benchmarks.tables import save_table
-from defenses import model_card
 from defenses.randomized import RandomizedEnsemble
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.evaluation.suite import Settings
 from ensemble_attacks.models.parts import premise
 from ensemble_attacks.models.passes import passes_per_image
 
-SINGLE = ("autoattack", "bpda", "front-end-reversal")
-RANDOM = ("autoattack", "autoattack-rand", "eot-apgd", "mora", "bpda", "bpda-mora")
-KINDS = {"one network": SINGLE, "randomized": RANDOM}
+ONE, DRAWN = "one network", "randomized"
+KINDS: dict[str, tuple[str, ...]] = {
+    ONE: ("autoattack", "bpda", "front-end-reversal"),
+    DRAWN: ("autoattack", "autoattack-rand", "eot-apgd", "mora", "bpda", "bpda-mora"),
+}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -36,17 +37,16 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         places = {attack: folder / file_name(f"{kind}_{attack}") for attack in attacks}
         done = {attack: summary(place) for attack, place in places.items() if (place / "summary.json").exists()}
         for attack, found in done.items():
-            row, clean = found["attacks"][attack], found["clean"]
-            if attack == next(iter(done)):
-                rows.append({"model": kind, "attack": "clean", "n": found["n"], **_shares(clean), "passes / image": None})
-            rows.append({"model": kind, "attack": attack, "n": found["n"], **_shares(row)})
-            rows[-1]["passes / image"] = passes_per_image(row)
+            if not rows or rows[-1]["model"] != kind:
+                rows.append(_row(kind, "clean", found["n"], found["clean"]))
+            rows.append(_row(kind, attack, found["n"], found["attacks"][attack]))
     return rows
 
 
-def _shares(row: dict[str, Any]) -> dict[str, float]:
-    low, high = (100 * bound for bound in row["interval"])
-    return {"robust": 100 * row["accuracy"], "low": low, "high": high}
+def _row(kind: str, attack: str, n: int, found: dict[str, Any]) -> dict[str, Any]:
+    low, high = (100 * bound for bound in found["interval"])
+    row = {"model": kind, "attack": attack, "n": n, "robust": 100 * found["accuracy"], "low": low, "high": high}
+    return row | {"passes / image": None if attack == "clean" else passes_per_image(found)}
 
 
 @click.command(cls=Benchmark)
@@ -76,14 +76,15 @@ def main(
         members = [member.to(device) for member in members_of(name, model_dir, dataset, "--model")]
         figures: Any = premise(members[0], "frontend", x, y)
         click.echo(f"gradients with the front end and past it: cosine {figures['gradient_cosine']:.2f}", err=True)
-        about = {"model": name, "dataset": dataset, "weights": model_card(name, model_dir, dataset)["sha256"]}
-        settings = {SINGLE: Settings(eps, seed=seed), RANDOM: Settings(eps, seed=seed, draws=draws, eot_iter=eot_iter)}
-        for kind, attacks in KINDS.items():
-            for attack in attacks:
-                where = folder / file_name(f"{kind}_{attack}")
-                if not (where / "summary.json").exists():  # every attack begins with the same state of the draws
-                    model = members[0] if attacks is SINGLE else RandomizedEnsemble(members, seed=seed).eval()
-                    run_attack(where, model, x, y, attack, settings[attacks], about | {"kind": kind}, told=kind)
+        about = {"model": name, "dataset": dataset, "weights": weights_of(name, model_dir, dataset)}
+        settings = {ONE: Settings(eps, seed=seed), DRAWN: Settings(eps, seed=seed, draws=draws, eot_iter=eot_iter)}
+        for kind, attack in ((kind, attack) for kind, attacks in KINDS.items() for attack in attacks):
+            where, own = folder / file_name(f"{kind}_{attack}"), settings[kind]
+            if (where / "summary.json").exists():
+                stored(where, **about, n=n, eps=eps, seed=seed, draws=own.draws, eot_iter=own.eot_iter)
+                continue
+            model = members[0] if kind == ONE else RandomizedEnsemble(members, seed=seed).eval()  # its draws begin anew
+            run_attack(where, model, x, y, attack, own, about | {"kind": kind}, told=kind)
     rows = rows_of(folder)
     if not rows:
         raise click.UsageError(f"{folder} holds nothing yet")

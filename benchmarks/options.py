@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 from torch import nn
 
+from defenses import list_models, model_card
 from ensemble_attacks.cli.group import TOLD, one_line
+from ensemble_attacks.data import DATASETS
+from ensemble_attacks.files import digest
 from ensemble_attacks.models.providers import load_model
 from ensemble_attacks.names import outermost
 from ensemble_attacks.threat import number
@@ -67,6 +71,13 @@ def members_of(names: str, model_dir: str | None, dataset: str, option: str = "-
             raise click.BadParameter(f"{name!r} is no ensemble of several networks", param_hint=option)
         found += model.members
     return found
+
+
+def weights_of(name: str, model_dir: str | None, dataset: str) -> str:
+    """The digest of a model's weights: its card's where there is one, else that of its parameters and buffers."""
+    if dataset in DATASETS and name in list_models(dataset, model_dir):
+        return model_card(name, model_dir, dataset)["sha256"]
+    return digest(*chain.from_iterable(load_model(name, model_dir, dataset).state_dict().items()))
 
 
 def file_name(text: str) -> str:

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import click
 from matplotlib.figure import Figure
 
-from benchmarks.options import EPS, Benchmark, file_name, image_options
+from benchmarks.options import EPS, Benchmark, file_name, image_options, weights_of
 from benchmarks.records import Record, lead_of, measured, paired, passes_of, robust_of
 from benchmarks.tables import save_table
-from defenses import load_model, model_card
 from ensemble_attacks.attacks.registry import find_maker
 from ensemble_attacks.data import load_dataset
+from ensemble_attacks.models.providers import load_model
+from ensemble_attacks.names import outermost
 
 OURS = "mora"
 ATTACKS = ("pgd", "soft-apgd", "votes-apgd", OURS)
@@ -97,19 +98,19 @@ def main(
     seed: int,
     out: Path,
 ) -> None:
-    del eps  # the radii are told apart
+    del eps  # --radii stands in its place
     folder, names = out / file_name(dataset), attacks.split(",")
     sizes = [EPS.convert(radius, None, None) for radius in radii.split(",")]
     x, y = load_dataset(dataset, data_dir=data_dir, n=n)
     makers = {name: find_maker(name) for name in names}
     rows = []
-    for model, vote in product(models.split(","), votes.split(",")):
+    for model, vote in product(outermost(models, ","), votes.split(",")):
         net = load_model(model, model_dir, dataset, vote=vote)
-        told = {"dataset": dataset, "weights": model_card(model, model_dir, dataset)["sha256"]}
+        told = {"dataset": dataset, "weights": weights_of(model, model_dir, dataset)}
         for size in sizes:
             found: dict[str, Record] = {}
             for key in (Key(model, vote, size, name) for name in names):
-                path = folder / ("_".join(f"{part:g}" if isinstance(part, float) else part for part in key) + ".json")
+                path = folder / file_name("_".join(f"{p:g}" if isinstance(p, float) else p for p in key) + ".json")
                 if path.exists() or not table_only:
                     make = partial(makers[key.attack], norm="Linf", eps=size, seed=seed)
                     about = told | {"model": model, "vote": vote, "attack": key.attack}

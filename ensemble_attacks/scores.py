@@ -46,14 +46,15 @@ def decided(scores_NK: Tensor) -> Tensor:
     return torch.isfinite(scores_NK.amax(1))  # NaN if any score is
 
 
-FAR = 1e3  # spreads of an image's scores below the lowest finite one, where a class that cannot be lies
+FAR = 100.0  # spreads of an image's scores below the lowest finite one, where a class that cannot be lies
 
 
 def bounded_below(scores: Tensor) -> Tensor:
     """Return scores (..., K) with a finite one far below all others in place of each that is -inf, where any is finite.
 
-    A class that cannot be (its probability is 0) stays the last one in any vote, and losses keep their gradients, in which
-    ``0 * -inf`` and ``-inf - -inf`` would be NaN.
+    Losses keep their gradients beside a class that cannot be (its probability is 0), where ``0 * -inf`` and ``-inf - -inf``
+    would be NaN; a gradient that is NaN within the model, as that of the logarithm of an exact 0, stays so. Verdicts are
+    given on the scores as they are.
     """
     absent = scores == -torch.inf
     if at_hand(absent) and not torch.compiler.is_compiling() and not absent.any():
@@ -61,7 +62,7 @@ def bounded_below(scores: Tensor) -> Tensor:
     detached = scores.detach()
     high = detached.amax(-1, keepdim=True)
     low = torch.where(absent, high, detached).amin(-1, keepdim=True)
-    floor = (low - FAR * (high - low).clamp_min(1)).clamp_min(torch.finfo(scores.dtype).min)
+    floor = (low - FAR * (high - low).clamp_min(1)).clamp_min(torch.finfo(scores.dtype).min / 4)
     return torch.where(absent & high.isfinite(), floor, scores)
 
 
@@ -73,7 +74,11 @@ DIFFERENT = 1e-4  # of normalised scores in L2, beyond which two of them differ 
 
 
 def differ(scores_NK: Tensor, others_NK: Tensor) -> bool:
-    """Tell whether the scores of any image are different, apart from their length."""
+    """Tell whether the scores of any image are different, apart from their length, or other ones are -inf."""
+    absent_NK = scores_NK == -torch.inf
+    if not absent_NK.equal(others_NK == -torch.inf):
+        return True
+    scores_NK, others_NK = (z.masked_fill(absent_NK, 0) for z in (scores_NK, others_NK))
     unit, other = (z / (z.norm(dim=1, keepdim=True) + 1e-10) for z in (scores_NK, others_NK))
     return bool(((unit - other).norm(dim=1) > DIFFERENT).any())
 

@@ -131,11 +131,10 @@ def check_member_logits(logits: object, n: int, model: str) -> None:
 
 
 def check_probabilities(probabilities: Tensor, model: str) -> None:
-    """Raise a `ValueError` unless the probabilities (M,) with which a model draws its members are such, and sum to 1."""
-    if probabilities.dim() != 1 or not len(probabilities):
-        raise ValueError(f"the probabilities of {model} have shape {tuple(probabilities.shape)}: expected (M,), M members")
-    values = probabilities.double().tolist()
-    if not (min(values) >= 0 and abs(sum(values) - 1) <= SUMS_TO):
+    """Raise a `ValueError` unless the probabilities (M,) with which a model draws members are at least 0 and sum to 1."""
+    check_dense(probabilities, f"probabilities of {model}")
+    values = probabilities.detach().cpu().double().tolist()
+    if not (values and min(values) >= 0 and abs(sum(values) - 1) <= SUMS_TO):
         raise ValueError(
             f"the probabilities of {model} are {[round(p, 6) for p in values]} and sum to {sum(values):g}: it draws members "
             "with them, so that they must be at least 0 and sum to 1"

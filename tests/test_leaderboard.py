@@ -57,8 +57,7 @@ def test_radii_are_run_once_and_drawn(tmp_path: Path) -> None:
 
 def test_attacks_on_front_ends_and_on_crossmax_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontends, "KINDS", {"one network": ("pgd?steps=2",), "randomized": ("eot-apgd?steps=2",)})
-    monkeypatch.setattr(frontends, "SINGLE", frontends.KINDS["one network"])
-    monkeypatch.setattr(frontends, "RANDOM", frontends.KINDS["randomized"])
+
     same = ["--dataset=digits", "--n=4", "--eps=0.3", f"--out={tmp_path}"]
     for command, options in (
         (frontends.main, ["--model=frontend_convnet_3"]),

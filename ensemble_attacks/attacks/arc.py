@@ -22,7 +22,7 @@ from ensemble_attacks.descent.objectives import Goal
 from ensemble_attacks.descent.stages import Stage
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.errors import NotAnEnsembleError
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import member_probabilities
 from ensemble_attacks.models.view import Outputs
 from ensemble_attacks.norms import NORMS, UNIT, Box, Norm
 from ensemble_attacks.scores import gather, mask_class, per_sample

@@ -17,7 +17,7 @@ from ensemble_attacks.descent.objectives import Goal, expected
 from ensemble_attacks.descent.stages import Stage, Trace
 from ensemble_attacks.descent.steps import StepRule
 from ensemble_attacks.models.adopted import CHECKED, AdoptedEnsemble, check_claim, check_protocol
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import member_probabilities
 from ensemble_attacks.models.passes import uncounted
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.models.surrogates import Surrogate

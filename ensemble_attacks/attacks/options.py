@@ -50,7 +50,7 @@ def _arguments(make: Any) -> dict[str, Any]:
     return found | {
         key: parameter.default
         for key, parameter in parameters.items()
-        if key not in OF_THE_RUN and parameter.default is not Parameter.empty and not callable(parameter.default)
+        if key not in (*OF_THE_RUN, INNER) and parameter.default is not Parameter.empty
     }
 
 

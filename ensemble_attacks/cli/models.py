@@ -73,7 +73,7 @@ def _clean_accuracy(card: Path, dataset: str, model_dir: Path, data_dir: str) ->
     from ensemble_attacks.data import DATASETS, load_dataset
     from ensemble_attacks.judge import judge
     from ensemble_attacks.models import providers
-    from ensemble_attacks.models.ensembles import member_probabilities
+    from ensemble_attacks.models.ask import member_probabilities
 
     try:
         x, y = load_dataset(dataset, data_dir=data_dir, n=min(CLEAN, DATASETS[dataset].test_images))

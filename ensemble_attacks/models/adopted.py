@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ensemble_attacks.errors import AggregateMismatchError
 from ensemble_attacks.models.aggregations import straight_through, wants_gradient
-from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
-from ensemble_attacks.models.ensembles import Ensemble, member_probabilities
+from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members, member_probabilities
+from ensemble_attacks.models.ensembles import Ensemble
 from ensemble_attacks.models.gradients import scores_and_gradient
 from ensemble_attacks.models.preserve import private_random_state
 from ensemble_attacks.models.softening import scores_of

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ensemble_attacks.models.held import modules_of
-from ensemble_attacks.scores import bounded_below
 from ensemble_attacks.validation import (
     check_label_range,
     check_member_logits,
@@ -57,12 +56,13 @@ def as_module(model: object) -> nn.Module:
     if not hasattr(model, "training"):
         raise TypeError(f"model {type(model).__name__} is frozen, and has no training mode: pass it before torch.jit.freeze")
     check_alone(model)
+    check_drawn(model)
     return model
 
 
 def check_alone(model: nn.Module) -> None:
     """Raise a `TypeError` for a model that is, or holds, a wrapper whose forward is a collective operation, or without
-    gradients, as it was made in inference mode; a `ValueError` where it draws members with what are no probabilities."""
+    gradients, as it was made in inference mode."""
     for part in modules_of(model):
         if any(kind.__name__ in COLLECTIVE for kind in type(part).__mro__):
             raise TypeError(
@@ -79,10 +79,24 @@ def check_alone(model: nn.Module) -> None:
             f"model {type(model).__name__} was made in torch.inference_mode(), and has no gradients: make it outside, or "
             "pass copy.deepcopy(model), called outside"
         )
-    for part in modules_of(model):
-        drawn = part._buffers.get("probabilities", vars(part).get("probabilities"))
-        if isinstance(drawn, Tensor) and hasattr(part, "member_logits"):
-            check_probabilities(drawn, type(part).__name__)
+
+
+def member_probabilities(model: nn.Module) -> Tensor | None:
+    """Return the probabilities, (M,), of a model that draws a member for each answer; ``None`` where it does not name them.
+
+    Such a model has ``member_logits(x) -> (M, N, K)`` and ``probabilities``, (M,), that sum to 1.
+    """
+    probabilities = getattr(model, "probabilities", None)
+    if not isinstance(probabilities, Tensor) or probabilities.dim() != 1 or not hasattr(model, "member_logits"):
+        return None
+    return probabilities
+
+
+def check_drawn(model: nn.Module) -> None:
+    """Raise a `ValueError` for a model that draws its members with numbers that are not probabilities."""
+    probabilities = member_probabilities(model)
+    if probabilities is not None:
+        check_probabilities(probabilities, type(model).__name__)
 
 
 COLLECTIVE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")  # by name, as not every build has them
@@ -98,8 +112,7 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
     """Return the scores (N, K) of a model, ``called`` so in errors, of images (N, ...), with a copy of which it may do as it
     likes.
 
-    Where it returns more than one tensor, the scores are what is called ``logits``, or the only tensor that there is. A
-    score of -inf becomes a finite one far below the others (`bounded_below`).
+    Where it returns more than one tensor, the scores are what is called ``logits``, or the only tensor that there is.
 
     Raises:
         TypeError, ValueError: Where it returns something else; says what, and the remedy.
@@ -107,7 +120,6 @@ def ask(model: Callable[[Tensor], Any], x: Tensor, called: str | None = None) ->
     called = called or type(model).__name__
     scores_NK = unwrapped(model(x if getattr(model, "asks_itself", False) else x.clone()), called)
     check_scores(scores_NK, len(x), called)
-    scores_NK = bounded_below(scores_NK)
     return scores_NK if scores_NK.requires_grad else scores_NK.clone()  # it may write its next answer into the same memory
 
 
@@ -133,7 +145,6 @@ def _of_members(answer: Any, images: int, called: str) -> Tensor:
         check_same_classes(logits_MNK, "member_logits")
         logits_MNK = torch.stack(list(logits_MNK))
     check_member_logits(logits_MNK, images, called)
-    logits_MNK = bounded_below(logits_MNK)
     return logits_MNK if logits_MNK.requires_grad else logits_MNK.clone()
 
 
@@ -141,7 +152,7 @@ def ask_aggregate(aggregate: Callable[[Tensor], Any], logits_MNK: Tensor, called
     """Return the scores (N, K) that a user's ``aggregate`` makes of a copy of its members' logits; otherwise as `ask`."""
     scores_NK = unwrapped(aggregate(logits_MNK.clone()), called)
     check_scores(scores_NK, logits_MNK.shape[1], called)
-    return bounded_below(scores_NK)
+    return scores_NK
 
 
 def unwrapped(answer: Any, called: str) -> Tensor:

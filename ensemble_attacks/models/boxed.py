@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import ask, ask_members
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import ask, ask_members, member_probabilities
 from ensemble_attacks.norms import Box
 
 SAME = 1e-6  # relative differences of eps per width that are rounding

@@ -118,12 +118,3 @@ def check_members(model: nn.Module, who: str) -> None:
             "pass ensemble_attacks.Ensemble([...], vote=...), or as_ensemble(model, members=[...], vote=...); some "
             "structures as_ensemble(model) recognises"
         )
-
-
-def member_probabilities(model: nn.Module) -> Tensor | None:
-    """Return the probabilities, (M,), of a model that draws a member for each answer; ``None`` where it does not name them.
-
-    Such a model has ``member_logits(x) -> (M, N, K)`` and ``probabilities``, (M,), that sum to 1.
-    """
-    probabilities = getattr(model, "probabilities", None)
-    return probabilities if isinstance(probabilities, Tensor) and hasattr(model, "member_logits") else None

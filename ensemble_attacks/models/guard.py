@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from ensemble_attacks.models.ask import check_alone
+from ensemble_attacks.models.ask import check_alone, check_drawn
 from ensemble_attacks.models.preserve import differentiable, evaluating, preserved, private_random_state
 
 
@@ -23,12 +23,14 @@ def guarded(*models: nn.Module, seed: int = 0, evaluate: bool = True) -> Iterato
     - Gradients can be had, whatever mode the caller is in, ``torch.inference_mode`` included.
     - Afterwards the training flag of every single module, every buffer, the parameters' gradients, and every random
       generator, the models' own included, are as they were; also after an exception or an interrupt.
-    - A model whose forward waits for other processes, which may ask for fewer passes, is not asked at all (`check_alone`).
+    - A model whose forward waits for other processes, which may ask for fewer passes, is not asked at all (`check_alone`),
+      nor one that draws members with numbers that are not probabilities (`check_drawn`).
 
     `ask` checks what goes into a model and what comes back, and `look` decides what is seen of it.
     """
     for model in models:
         check_alone(model)
+        check_drawn(model)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(preserved(model))

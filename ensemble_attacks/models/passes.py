@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ensemble_attacks.models.ask import ask, ask_members
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import ask, ask_members, member_probabilities
 
 
 def passes_per_image(row: dict[str, Any]) -> float:

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import NotAnEnsembleError, unknown_name
-from ensemble_attacks.models.ask import as_module
-from ensemble_attacks.models.ensembles import member_probabilities, shows_members
+from ensemble_attacks.models.ask import as_module, member_probabilities
+from ensemble_attacks.models.ensembles import shows_members
 from ensemble_attacks.models.together import Together
 from ensemble_attacks.models.votes import Vote, vote_of
 

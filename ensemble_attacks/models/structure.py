@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.errors import PartError
-from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import as_module, ask, check_dtype, classes_of, member_probabilities
 from ensemble_attacks.models.guard import guarded
 from ensemble_attacks.models.parts import find_parts
 from ensemble_attacks.models.votes import VOTES, vote_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ensemble_attacks.devices import placed
 from ensemble_attacks.errors import unknown_name
 from ensemble_attacks.models.aggregations import log_expected_softmax, log_mean_softmax, log_soft_votes
-from ensemble_attacks.models.ask import as_module, ask, ask_members, check_alone
-from ensemble_attacks.models.ensembles import check_members, member_probabilities
+from ensemble_attacks.models.ask import as_module, ask, ask_members, check_alone, member_probabilities
+from ensemble_attacks.models.ensembles import check_members
 from ensemble_attacks.models.votes import SOFT_VOTES, SOFTMAX, Aggregate, Vote, check_vote, vote_of
 from ensemble_attacks.scores import per_sample
 from ensemble_attacks.validation import check_count, check_positive

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_attacks.models.aggregations import log_expected_softmax
-from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import ask, ask_aggregate, ask_members, member_probabilities
 from ensemble_attacks.models.surrogates import Surrogate
-from ensemble_attacks.scores import differ
+from ensemble_attacks.scores import bounded_below, differ
 from ensemble_attacks.validation import check_one_each
 
 
@@ -40,7 +39,7 @@ Forward = Callable[[Tensor], Outputs]
 
 
 def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False) -> Outputs:
-    """Return the `Outputs` of one forward pass of images (N, ...).
+    """Return the `Outputs` of one forward pass of images (N, ...), whose losses have gradients (`bounded_below`).
 
     Args:
         model: a classifier, an ensemble, or a `Surrogate`.
@@ -52,8 +51,8 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
         return _stand_in(model, x)
     probabilities = member_probabilities(model) if inside or expected else None
     if not inside and probabilities is None:
-        return Outputs(ask(model, x))
-    logits_MNK = ask_members(model, x)
+        return Outputs(bounded_below(ask(model, x)))
+    logits_MNK = bounded_below(ask_members(model, x))
     if probabilities is not None:
         check_one_each(probabilities, logits_MNK, type(model).__name__)
         return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
@@ -65,7 +64,7 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
 
 
 def _aggregated(model: Any, logits_MNK: Tensor) -> Tensor:
-    return ask_aggregate(model.aggregate, logits_MNK, f"{type(model).__name__}.aggregate")
+    return bounded_below(ask_aggregate(model.aggregate, logits_MNK, f"{type(model).__name__}.aggregate"))
 
 
 def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
@@ -74,10 +73,10 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
     if other is not None:
         with torch.no_grad():
             verdict_NK = ask(target, x)
-        logits_MNK = ask_members(other, x) if hasattr(other, "member_logits") else None
-        scores_NK = ask(other, x) if logits_MNK is None else _aggregated(other, logits_MNK)
+        logits_MNK = bounded_below(ask_members(other, x)) if hasattr(other, "member_logits") else None
+        scores_NK = bounded_below(ask(other, x)) if logits_MNK is None else _aggregated(other, logits_MNK)
         return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
-    logits_MNK = ask_members(target, x)
+    logits_MNK = bounded_below(ask_members(target, x))
     probabilities = member_probabilities(target)
     if probabilities is not None:
         check_one_each(probabilities, logits_MNK, type(target).__name__)

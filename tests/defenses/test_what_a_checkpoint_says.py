@@ -19,7 +19,7 @@ from defenses.zoo.checkpoints import architecture_of, translate
 from defenses.zoo.convert import ensemble_from_checkpoint
 from ensemble_attacks import WeightsError
 from ensemble_attacks.cli.group import main
-from ensemble_attacks.models.ensembles import member_probabilities
+from ensemble_attacks.models.ask import member_probabilities
 
 State = dict[str, Tensor]
 

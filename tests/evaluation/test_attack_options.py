@@ -50,6 +50,10 @@ def test_the_attack_inside_is_the_one_that_is_made(model: Any) -> None:
     assert (made.inner.betas, made.inner.targets) == ((0.5,), 2)
 
 
+def test_a_stage_of_an_attack_can_be_left_out(model: Any) -> None:
+    assert find_maker("crossmax-transfer?refine=None")(model, norm="Linf", eps=0.1).refine is None
+
+
 @pytest.mark.parametrize("name", ["mora?stepz=3", "apgd-ce?stepz=3", "auto?stepz=3"])
 def test_unknown_options_name_the_nearest(name: str) -> None:
     with pytest.raises(ValueError, match=r"stepz.*steps"):

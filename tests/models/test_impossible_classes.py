@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from ensemble_attacks import APGD, MORA, Ensemble
-from ensemble_attacks.models.ask import ask, ask_members
-from ensemble_attacks.scores import bounded_below
+from ensemble_attacks import APGD, MORA, Ensemble, judge
+from ensemble_attacks.models.ask import Function
+from ensemble_attacks.models.view import look
+from ensemble_attacks.scores import bounded_below, differ
 
 
 class Without(nn.Module):
@@ -23,6 +24,15 @@ class Without(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).index_fill(1, torch.tensor(self.absent), self.score)
+
+
+class Scaled(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 30 * self.net(x)
 
 
 @pytest.mark.parametrize("vote", ["softmax", "voting", "logits"])
@@ -43,18 +53,31 @@ def test_attacks_find_what_they_find_where_the_class_is_only_very_unlikely(vote:
     assert right[0].equal(right[1])
 
 
-def test_what_is_asked_of_a_model_is_finite_and_in_the_same_order() -> None:
-    scores = torch.tensor([[1.0, -torch.inf, 3.0], [0.0, 2.0, 1.0]])
-    asked = ask(lambda x: scores, torch.rand(2, 4))
-    assert torch.equal(asked.argsort(1), scores.argsort(1))
-    assert torch.equal(asked[scores.isfinite()], scores[scores.isfinite()])
-    assert asked.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_seen_of_a_model_is_finite_and_in_the_same_order(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[30.0, -torch.inf, -40.0], [0.0, 2.0, 1.0]], dtype=dtype)
+    seen = look(Function(lambda x: scores), torch.rand(2, 4)).scores_NK
+    assert torch.equal(seen.argsort(1), scores.argsort(1))
+    assert torch.equal(seen[scores.isfinite()], scores[scores.isfinite()])
+    assert (seen[:, :1] - seen).isfinite().all()
 
-    class Members:
-        def member_logits(self, x: Tensor) -> Tensor:
-            return torch.stack([scores, scores])
 
-    assert ask_members(Members(), torch.rand(2, 4)).isfinite().all()
+def test_the_judge_sees_the_scores_as_they_are() -> None:
+    """A member of small weight rules a class out that another one, of large scores, prefers."""
+    torch.manual_seed(0)
+    net, sure = (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)) for _ in range(2))
+    model = Ensemble([Without(net, 0, -torch.inf), Scaled(sure)], vote="logits", weights=[0.001, 0.999]).eval()
+    images = torch.rand(50, 1, 4, 4)
+    labels = torch.zeros(50, dtype=torch.long)
+    assert not model(images).argmax(1).eq(0).any()
+    assert judge(model, images, labels, images, eps=0.1).accuracy == 0
+
+
+def test_noise_is_seen_beside_a_class_that_cannot_be() -> None:
+    scores = torch.tensor([[1.0, 2.0, -torch.inf]])
+    assert differ(scores, scores + torch.tensor([[0.0, 0.01, 0.0]]))
+    assert differ(scores, torch.tensor([[1.0, -torch.inf, 2.0]]))
+    assert not differ(scores, scores)
 
 
 def test_scores_that_decide_nothing_stay_as_they_are() -> None:
