@@ -31,8 +31,11 @@ def of_fronts(command: str) -> Iterator[float]:
 
 
 def of_members(command: str) -> Iterator[float]:
-    """Yield what MORA leaves of the ensembles on digits."""
-    for path in (RESULTS / "members").glob("*_convnet_*/0_mora/summary.json"):
+    """Yield what MORA leaves of the mean probability of the ensembles that are named, on digits."""
+    names = re.findall(r"`(\w+)`", command)
+    names = [name if not name.startswith("_") else names[0].rpartition("_")[0] + name for name in names]
+    for name in names:
+        (path,) = (RESULTS / "members").glob(f"{name}_softmax_*/0_mora/summary.json")
         yield 100 * json.loads(path.read_text())["attacks"]["mora"]["accuracy"]
 
 

@@ -78,10 +78,8 @@ class Entry:
 
     @property
     def place(self) -> Path:
-        """The folder of the cell's records: the board's own, or, where it has none, `table1`'s beside the board."""
-        own = self.run.folder(self.cell, 0, "").parent
-        beside = self.run.out.parent.parent / "table1" / own.name
-        return beside if beside.is_dir() and not any(own.glob("*/summary.json")) else own
+        """The folder of the cell's records."""
+        return place_of(self.run.folder(self.cell, 0, "").parent, self.run.out.parent)
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -98,6 +96,12 @@ class Entry:
 
     def flags_file(self) -> Path:
         return self.place / "flags.json"
+
+
+def place_of(own: Path, board: Path) -> Path:
+    """The folder of a cell's records: its own, or, where that has none, `table1`'s beside the board."""
+    beside = board.parent / "table1" / own.name
+    return beside if beside.is_dir() and not any(own.glob("*/summary.json")) else own
 
 
 def entries(run: Run, eps: dict[str, float]) -> list[Entry]:
@@ -123,7 +127,7 @@ def examine(entry: Entry) -> None:
 
 
 def row_of(entry: Entry) -> dict[str, Any] | None:
-    """The row of a defense, from what has been run; ``None``, if that is no two attacks."""
+    """The row of a defense, from what has been run; ``None`` where fewer than two attacks have been."""
     done = {name: found for path in entry.records() for found in [summary(path)] for name in found["attacks"]}
     if len(done) < 2:
         return None
@@ -192,8 +196,8 @@ def links(row: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
             yield "paper", address
     vote = "softmax" if row["vote"] == "own" else row["vote"]
     cell = f"{row['defense']}_{vote}_{row['eps']:g}_seed{row.get('seed', 0)}"
-    places = [folder / row["dataset"] / cell, folder.parent / "table1" / cell]
-    records = next((place for place in places if place.is_dir()), None)
+    place = place_of(folder / row["dataset"] / cell, folder)
+    records = place if place.is_dir() else None
     yield "records", os.path.relpath(records or folder / "leaderboard.json", folder)
     if records is not None and (page := records / "report" / "report.html").is_file():
         yield "report", os.path.relpath(page, folder)
