@@ -76,6 +76,13 @@ def test_square_on_the_expectation_is_not_taken_in_by_lucky_draws(images: tuple[
 
 
 @pytest.mark.slow
+def test_square_is_not_taken_in_by_all_its_queries(images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:50], images[1][:50]
+    _, flags = run_autoattack(Expected(Flipping(), draws=9), x, y, eps=EPS, attacks=["square"])
+    assert flags["square"].all()
+
+
+@pytest.mark.slow
 def test_gradient_free_controls(batch: tuple[Tensor, Tensor]) -> None:
     model = make_randomized()
     x, y = agreed(model, batch)

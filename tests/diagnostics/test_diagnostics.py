@@ -159,7 +159,8 @@ def prepared(make: Callable[[], Any]) -> Any:
 def diagnosed(name: str) -> Diagnosis:
     """Return the diagnosis of a model of the zoo, which several tests read."""
     x, y = load_dataset("digits", n=64)
-    return diagnose(prepared(ZOO[name][0]), x, y, eps=EPS, alone=ALONE)
+    few: dict[str, Any] = {"alone": ALONE} if name in FAST else {}
+    return diagnose(prepared(ZOO[name][0]), x, y, eps=EPS, **few)
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, ZOO))

@@ -146,9 +146,11 @@ def test_an_image_outside_the_ball_is_believed_there_and_rejected_here(digits: t
     assert [(flag.name, flag.value) for flag in checked.flags] == [("outside_ball", right.sum())]
 
 
-def test_resuming_returns_all_images(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", slow_but([False], [False, True]))
+def test_resuming_returns_all_images(digits: tuple[Tensor, Tensor], tmp_path: Path, several: bool) -> None:
     """The original restores its flags, and forgets the images behind them."""
-    model = load_model("gal_convnet_3", dataset="digits").members[0]
+    ensemble: Any = load_model("gal_convnet_3", dataset="digits")
+    model = ensemble if several else ensemble.members[0]
     x, y = digits[0][:12], digits[1][:12]
     whole, labels = ours(model, "standard").run_standard_evaluation(x, y, bs=8, return_labels=True)
     where = tmp_path / "state"

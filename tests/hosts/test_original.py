@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from defenses import load_model
 from ensemble_attacks.hosts import original as autoattack
 from ensemble_attacks.hosts.original import STANDARD, run_autoattack
-from tests.helpers import make_ensemble
+from tests.helpers import make_ensemble, slow_but
 
 
-def test_segments_equal_the_originals_run(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", slow_but([False], [False, True]))
+def test_segments_equal_the_originals_run(
+    digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
     """Bit for bit, with fewer queries for Square so that the test is quick."""
     x, y = digits[0][:12], digits[1][:12]
-    model = load_model("standard_convnet_3", dataset="digits").members[0]
+    ensemble: Any = load_model("standard_convnet_3", dataset="digits")
+    model = ensemble if whole else ensemble.members[0]
 
     def quick(made: Any) -> Any:
         made.square.n_queries = 100
