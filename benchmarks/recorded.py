@@ -129,7 +129,7 @@ def of_ablation(table: Table, row: list[str]) -> list[str]:
     said = row[:1]
     for vote in ("voting", "softmax"):
         (found,) = [of for of in pooled_parts() if (of["variant"], of["vote"]) == (row[0], vote)]
-        said += [found["MORA's lead"], found["p"]]
+        said += [found["MORA's lead"], "<0.001" if found["p"] == "0.000" else found["p"]]
     return said
 
 

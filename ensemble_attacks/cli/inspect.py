@@ -56,7 +56,7 @@ def diagnose(
     from ensemble_attacks.attacks.registry import find_attack, find_maker
     from ensemble_attacks.cli.console import WIDE, console, shown
     from ensemble_attacks.errors import plain
-    from ensemble_attacks.evaluation.manifest import subjects_of
+    from ensemble_attacks.evaluation.manifest import subjects_of, vote_said
     from ensemble_attacks.evaluation.settings import Sweep
     from ensemble_attacks.evaluation.suite import check_fit
     from ensemble_attacks.evaluation.units import radius_said
@@ -69,15 +69,17 @@ def diagnose(
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         what = "is a folder, name a file in it" if path.is_dir() else f"there is no folder {path.parent}, make it first"
         raise FileNotFoundError(f"--json {path}: {what}")
-    if chosen["sample"] is not None and get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
-        chosen["n"] = None
+    most = chosen["n"]
+    if get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
+        chosen["n"] = None  # all that there are, of which so many are looked at, unless they were chosen
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
     sweep = Sweep.of(given, "the command")
     settings = sweep.settings(sweep.eps[0], seed, sweep.threat)
     if settings.mask is not None:
         raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
-    x, y = subjects.opened.take(subjects.numbers)
+    numbers = subjects.numbers if chosen["sample"] is not None or chosen["n"] is not None else subjects.numbers[:most]
+    x, y = subjects.opened.take(numbers)
     net = moved(subjects.models[model], device)
     make = None
     if attack is not None:
@@ -91,7 +93,7 @@ def diagnose(
         looked: dict[str, Any] = {"attack": make, "box": settings.box, "on_pass": bar.update}
         found = diagnostics.diagnose(net, x, y, eps=settings.eps, seed=seed, **looked)
     ball = radius_said({"norm": "Linf", "eps": sweep.eps[0], "within": sweep.threat.said(sweep.eps[0])})
-    table = Table(title=f"{shown(model)}, {shown(vote)}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
+    table = Table(title=f"{shown(model)}, {shown(vote_said(net))}, {shown(subjects.dataset)}, {ball}, {len(x)} images")
     for column in ("check", "verdict", "figure", "threshold", "what it is", "run next", "source"):
         table.add_column(column, justify="right" if column in ("figure", "threshold") else "left", overflow="fold")
     colours = {"flag": "red", "ok": "green", "note": "dim"}

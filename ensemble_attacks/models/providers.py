@@ -132,6 +132,11 @@ def load_model(
         return model_of_function(name)
     if Path(body).is_dir():
         return able_to("load_folder").load_folder(Path(body), vote)
+    if homes := [known for known in DATASETS if dataset not in DATASETS and name in list_models(known, model_dir)]:
+        raise ValueError(
+            f"model {name!r} is one for {', '.join(homes)}, and the images are {dataset!r}: pass a function that loads it, "
+            "as file.py:function"
+        )
     told = unknown_name(f"model for {dataset}", name, list_models(dataset if dataset in DATASETS else None, model_dir))
     others = [*(f"{kind}:NAME" for kind in kinds), *(f"{kind}:A+B" for kind in combinations)]
     raise ValueError(f"{told}; or file.py:function, a folder, {', '.join(others)}")
