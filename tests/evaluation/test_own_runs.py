@@ -123,7 +123,7 @@ def test_diagnose_takes_them_too(folder: Path) -> None:
     """The function says which data are its model's."""
     result = invoke("diagnose", "--model", "nets.py:single", "--eps", 0.05, "--first", 2, "--n", 8)
     assert result.exit_code == 0, result.output
-    assert "nets.py:single, softmax, images.npz, Linf 0.05, 8 images" in result.output
+    assert "nets.py:single, own, images.npz, Linf 0.05, 8 images" in result.output
 
 
 @pytest.mark.parametrize(
