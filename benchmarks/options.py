@@ -13,7 +13,7 @@ import click
 from torch import nn
 
 from defenses import list_models, model_card
-from ensemble_attacks.cli.group import TOLD, one_line
+from ensemble_attacks.cli.group import told_in_one_line
 from ensemble_attacks.data import DATASETS
 from ensemble_attacks.files import digest
 from ensemble_attacks.models.providers import load_model
@@ -29,13 +29,8 @@ class Benchmark(click.Command):
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show tracebacks."))
 
     def invoke(self, ctx: click.Context) -> Any:
-        debug = ctx.params.pop("debug")  # no parameter of the benchmark's own function
-        try:
+        with told_in_one_line(ctx.params.pop("debug")):  # which is no parameter of the benchmark's own function
             return super().invoke(ctx)
-        except TOLD as error:
-            if debug:
-                raise
-            raise click.UsageError(one_line(error), ctx=None) from error
 
 
 class Radius(click.ParamType):

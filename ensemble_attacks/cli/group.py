@@ -6,6 +6,8 @@ A command's module is imported when the command is called: help and completion a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -33,8 +35,15 @@ COMMANDS = {  # by name: the module under `cli`, and what it does
 }
 
 
-# what a user can mend
-TOLD = (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError)
+@contextmanager
+def told_in_one_line(debug: bool) -> Iterator[None]:
+    """Show an error that a user can mend as one line, and exit with 2; with ``debug`` let it be."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, LedgerError, OSError, FloatingPointError, OverflowError) as error:
+        if debug:
+            raise
+        raise click.UsageError(_one_line(error), ctx=None) from error
 
 
 class Commands(click.Group):
@@ -56,16 +65,13 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except TOLD as error:
-            if ctx.params.get("debug"):
-                raise
-            raise click.UsageError(one_line(error), ctx=None) from error
+            with told_in_one_line(bool(ctx.params.get("debug"))):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return an error's message in one line, without what a terminal would obey, at a length that is read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in text)[:2000]
