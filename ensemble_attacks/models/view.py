@@ -49,18 +49,24 @@ def look(model: Any, x: Tensor, *, inside: bool = False, expected: bool = False)
     """
     if isinstance(model, Surrogate):
         return _stand_in(model, x)
-    probabilities = member_probabilities(model) if inside or expected else None
-    if not inside and probabilities is None:
+    if not inside and (not expected or member_probabilities(model) is None):
         return Outputs(bounded_below(ask(model, x)))
-    logits_MNK = bounded_below(ask_members(model, x))
+    logits_MNK, probabilities = _inside(model, x)
     if probabilities is not None:
-        check_one_each(probabilities, logits_MNK, type(model).__name__)
         return Outputs(log_expected_softmax(logits_MNK, probabilities), logits_MNK, logits_MNK, probabilities)
     verdict_ENK = None
     if getattr(model, "own_ties", False):
         with torch.no_grad():
             verdict_ENK = ask(model, x).unsqueeze(0)
     return Outputs(_aggregated(model, logits_MNK), logits_MNK, verdict_ENK)
+
+
+def _inside(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the members' logits (M, N, K), and the probabilities (M,) with which the model draws them, if it does."""
+    logits_MNK, probabilities = bounded_below(ask_members(model, x)), member_probabilities(model)
+    if probabilities is not None:
+        check_one_each(probabilities, logits_MNK, type(model).__name__)
+    return logits_MNK, probabilities
 
 
 def _aggregated(model: Any, logits_MNK: Tensor) -> Tensor:
@@ -76,10 +82,7 @@ def _stand_in(surrogate: Surrogate, x: Tensor) -> Outputs:
         logits_MNK = bounded_below(ask_members(other, x)) if hasattr(other, "member_logits") else None
         scores_NK = bounded_below(ask(other, x)) if logits_MNK is None else _aggregated(other, logits_MNK)
         return Outputs(scores_NK, logits_MNK, verdict_NK.unsqueeze(0))
-    logits_MNK = bounded_below(ask_members(target, x))
-    probabilities = member_probabilities(target)
-    if probabilities is not None:
-        check_one_each(probabilities, logits_MNK, type(target).__name__)
+    logits_MNK, probabilities = _inside(target, x)
     scores_NK = _aggregated(surrogate, logits_MNK)
     if probabilities is not None:
         return Outputs(scores_NK, logits_MNK, logits_MNK, probabilities)
