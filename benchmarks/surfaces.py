@@ -30,7 +30,6 @@ from ensemble_attacks import CrossMaxTransfer, judge
 from ensemble_attacks.data import load_dataset
 from ensemble_attacks.models.ask import ask
 from ensemble_attacks.models.guard import guarded
-from ensemble_attacks.models.preserve import private_random_state
 
 AVERAGED = 20  # draws of the direction of the gradient
 COLOURS = 96  # of the picture
@@ -52,7 +51,7 @@ def surface(model: nn.Module, image: Tensor, label: Tensor, plane: tuple[Tensor,
     """Return the cross-entropy (S, S) at an image plus every pair of multiples (S,) of two directions, inside [0, 1]."""
     along, across = (at.view(-1, 1, 1, 1) * direction for direction in plane)
     images = (image + along[:, None] + across[None]).clamp(0, 1).flatten(0, 1)
-    with guarded(model, seed=seed), private_random_state(seed, model):
+    with guarded(model, seed=seed):
         losses = [F.cross_entropy(ask(model, part), label.expand(len(part)), reduction="none") for part in images.split(250)]
     return torch.cat(losses).view(len(at), len(at))
 

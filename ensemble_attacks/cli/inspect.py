@@ -69,17 +69,16 @@ def diagnose(
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         what = "is a folder, name a file in it" if path.is_dir() else f"there is no folder {path.parent}, make it first"
         raise FileNotFoundError(f"--json {path}: {what}")
-    most = chosen["n"]
-    if get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:
-        chosen["n"] = None  # all that there are, of which so many are looked at, unless they were chosen
+    most = None
+    if get_current_context().get_parameter_source("n") is ParameterSource.DEFAULT:  # so many, if there are, unless chosen
+        most, chosen["n"] = None if chosen["sample"] is not None else chosen["n"], None
     given = {"models": model, "votes": vote, "eps": eps, "seeds": seed, "attacks": "mora", **chosen}
     sweep = Sweep.of(given, "the command")
     settings = sweep.settings(sweep.eps[0], seed, sweep.threat)
     if settings.mask is not None:
         raise ValueError("movable: the checks know no mask; diagnose without it, or attack with MORA or APGD")
     subjects = subjects_of(sweep, model_dir=model_dir, data_dir=data_dir, download=download)
-    numbers = subjects.numbers if chosen["sample"] is not None or chosen["n"] is not None else subjects.numbers[:most]
-    x, y = subjects.opened.take(numbers)
+    x, y = subjects.opened.take(subjects.numbers[:most])
     net = moved(subjects.models[model], device)
     make = None
     if attack is not None:
