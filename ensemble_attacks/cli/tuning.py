@@ -27,7 +27,7 @@ def tune(
 
     from ensemble_attacks.cli.console import console, shown
     from ensemble_attacks.evaluation.estimate import batches_of
-    from ensemble_attacks.evaluation.manifest import subjects_of
+    from ensemble_attacks.evaluation.manifest import subjects_of, vote_said
     from ensemble_attacks.evaluation.settings import Sweep
     from ensemble_attacks.models.ask import beside, moved
     from ensemble_attacks.models.tuning import best_of, ways_to_craft
@@ -45,7 +45,7 @@ def tune(
     with console.status("Measuring; compiling takes minutes ..."):
         ways = ways_to_craft(net, few)
     usual = [way for way in ways if not way.options and way.net is not None][-1]
-    table = Table(title=f"{shown(model)}, {shown(vote)}, {device}: a gradient pass of {len(few)} images")
+    table = Table(title=f"{shown(model)}, {shown(vote_said(net))}, {device}: a gradient pass of {len(few)} images")
     for column in ("passes", "once, s", "each, s", "pays after", f"{passes:,} passes, s", "asked for by"):
         table.add_column(column, justify="left" if column in ("passes", "asked for by") else "right", overflow="fold")
     for way in ways:
